@@ -1,3 +1,55 @@
-"""invact: neural networks that train in less memory, by inverting their pointwise activations."""
+"""invact: neural networks that train in less memory, by inverting their pointwise activations.
+
+import invact
+report = invact.patch(model)   # before training; in place
+print(report)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from invact import functional, nn
+    from invact.patching import patch, patched, unpatch
+    from invact.planning import plan
+    from invact.probing import activation_memory
+    from invact.report import Report, Site
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Report",
+    "Site",
+    "activation_memory",
+    "functional",
+    "nn",
+    "patch",
+    "patched",
+    "plan",
+    "unpatch",
+]
+
+# Loaded at first use: `invact --help` need not wait for torch.
+_HOME = {
+    "Report": "invact.report",
+    "Site": "invact.report",
+    "activation_memory": "invact.probing",
+    "patch": "invact.patching",
+    "patched": "invact.patching",
+    "plan": "invact.planning",
+    "unpatch": "invact.patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("functional", "nn"):
+        return import_module(f"invact.{name}")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'invact' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

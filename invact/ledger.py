@@ -1,0 +1,192 @@
+"""What autograd keeps for backward: every saved tensor down to its storage, and which module saved it."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+Key = int
+"""Identity of a storage, unique among the storages that are alive."""
+
+
+def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors inside `tensor`: itself, or what a subclass such as DTensor wraps."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from dense_parts(getattr(tensor, name))
+    elif tensor.layout is torch.strided:
+        yield tensor
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+
+
+def storage_sizes(tensor: Tensor) -> dict[Key, int]:
+    """Bytes of each storage behind `tensor`: the whole storage, since a view keeps all of it alive."""
+    storages = [part.untyped_storage() for part in dense_parts(tensor)]
+    return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+class _Kept:
+    """One tensor packed for backward; alive as long as the autograd graph that packed it."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class _Casts(TorchDispatchMode):
+    """Remembers which storage a change of dtype was computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources: dict[Key, tuple[StorageWeakRef, Key]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype is not args[0].dtype:
+            for copied, source in zip(storage_sizes(out), storage_sizes(args[0]), strict=False):
+                # The weak reference tells whether the storage still lives or its identity was given anew.
+                self._sources[copied] = (StorageWeakRef(out.untyped_storage()), source)
+        return out
+
+    def source(self, key: Key) -> Key | None:
+        """The storage that `key` is a cast of, or None."""
+        reference, source = self._sources.get(key, (None, None))
+        return source if reference is not None and not reference.expired() else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One storage that one module keeps for backward."""
+
+    key: Key
+    nbytes: int
+    path: str  # dotted path of the innermost module that was running; "" is the model itself
+    cast_of: Key | None  # the storage it was cast from, if autocast or the model changed its dtype
+
+
+@dataclass
+class Memory:
+    """Bytes that autograd keeps between forward and backward; each storage is counted once.
+
+    Attributes:
+        total_bytes: activations, without the model's parameters and buffers and without `weight_cast_bytes`.
+        by_module: bytes by the dotted path of the module that last kept them ("" is the model itself).
+        by_class: the same by class name.
+        weight_cast_bytes: low-precision copies of weights that autocast keeps; they do not grow with the batch.
+    """
+
+    total_bytes: int
+    by_module: dict[str, int] = field(repr=False)
+    by_class: dict[str, int]
+    weight_cast_bytes: int = 0
+
+
+class Ledger:
+    """Counts what autograd keeps during the forward passes that run inside it.
+
+    Args:
+        model: whose modules are named, and whose parameters and buffers are left out of the count.
+        weights: the tensors that stand for the parameters and buffers, if not the model's own.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
+        >>> with Ledger(model) as ledger:
+        ...     y = model(torch.ones(4, 8, requires_grad=True))
+        >>> ledger.memory().by_class
+        {'Linear': 256, 'GELU': 128}
+    """
+
+    def __init__(self, model: nn.Module, weights: Iterable[Tensor] | None = None) -> None:
+        self._model = model
+        self._weights = list(weights if weights is not None else [*model.parameters(), *model.buffers()])
+        self._packed: list[tuple[weakref.ref[_Kept], str]] = []
+        self._running: list[str] = []
+        self._casts = _Casts()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Ledger:
+        with ExitStack() as stack:
+            stack.enter_context(module_hooks(self._model, self._enter_module, self._leave_module))
+            stack.enter_context(self._casts)
+            stack.enter_context(saved_tensors_hooks(self._pack, lambda kept: kept.tensor))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def entries(self) -> list[Entry]:
+        """Every storage kept now, once per module that keeps it, in the order of first packing."""
+        weights = {key for tensor in self._weights for key in storage_sizes(tensor)}
+        found: dict[tuple[Key, str], Entry] = {}
+        for reference, path in self._packed:
+            kept = reference()
+            if kept is None:  # its part of the graph is gone: nobody can run it backward
+                continue
+            for key, nbytes in storage_sizes(kept.tensor).items():
+                if key not in weights:
+                    found.setdefault((key, path), Entry(key, nbytes, path, self._casts.source(key)))
+        return list(found.values())
+
+    def memory(self) -> Memory:
+        """The count as totals; call it while the forward's result is still alive."""
+        weights = {key for tensor in self._weights for key in storage_sizes(tensor)}
+        classes = {path: type(module).__name__ for path, module in self._model.named_modules()}
+        by_module: Counter[str] = Counter()
+        by_class: Counter[str] = Counter()
+        weight_casts = 0
+        for entry in {entry.key: entry for entry in self.entries()}.values():
+            if entry.cast_of in weights:
+                weight_casts += entry.nbytes
+            else:
+                by_module[entry.path] += entry.nbytes
+                by_class[classes[entry.path]] += entry.nbytes
+        return Memory(by_module.total(), dict(by_module), dict(by_class), weight_casts)
+
+    def _enter_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._running.append(path)
+
+    def _leave_module(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._running.pop()
+
+    def _pack(self, tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor.detach())
+        self._packed.append((weakref.ref(kept), self._running[-1] if self._running else ""))
+        return kept
+
+
+@contextmanager
+def module_hooks(
+    model: nn.Module,
+    before: Callable[[str, nn.Module, tuple[Any, ...]], None] | None,
+    after: Callable[[str, nn.Module, tuple[Any, ...], Any], None],
+) -> Iterator[None]:
+    """Calls `before` and `after` with the dotted path around the forward of every module of `model`."""
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            if before is not None:
+                stack.callback(module.register_forward_pre_hook(_bound(before, path), prepend=True).remove)
+            stack.callback(module.register_forward_hook(_bound(after, path), always_call=True).remove)
+        yield
+
+
+def _bound(hook: Callable[..., None], path: str) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        hook(path, *args)
+
+    return call

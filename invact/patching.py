@@ -1,0 +1,82 @@
+"""Apply a plan to a model in place, and undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from invact.planning import plan
+from invact.probing import Inputs
+from invact.report import Report
+from invact.swapping import Swap, swap_in, swap_out, swaps_in
+
+
+def patch(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    autocast: torch.dtype | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> Report:
+    """Replaces, in place, every activation of `model` whose inversion saves memory, and reports what was done.
+
+    Takes the arguments and raises the errors of `invact.plan`. Either every site that the report calls "invert"
+    is replaced, or, after an error, none. Parameters, state dict, hooks and results in evaluation mode stay.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> report = patch(model, (torch.randn(8, 64),))
+        >>> model[1]
+        Inverted(gelu, was GELU(approximate='none'))
+    """
+    return _patch(model, example_inputs, autocast, include, exclude)[0]
+
+
+def unpatch(model: nn.Module) -> int:
+    """Gives back every module that `patch` replaced, and returns the number of sites restored.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> report = patch(model, (torch.randn(8, 64),))
+        >>> unpatch(model)
+        1
+    """
+    return swap_out(swaps_in(model))
+
+
+@contextmanager
+def patched(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    autocast: torch.dtype | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> Iterator[Report]:
+    """`patch` for the length of a block; what was patched before the block stays so after it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> with patched(model, (torch.randn(8, 64),)) as report:
+        ...     loss = model(torch.randn(8, 64)).sum()
+    """
+    report, swaps = _patch(model, example_inputs, autocast, include, exclude)
+    try:
+        yield report
+    finally:
+        swap_out(swaps)
+
+
+def _patch(
+    model: nn.Module,
+    example_inputs: Inputs | None,
+    autocast: torch.dtype | None,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+) -> tuple[Report, list[Swap]]:
+    report = plan(model, example_inputs, autocast=autocast, include=include, exclude=exclude)
+    return report, swap_in(model, {site.path: site.activation for site in report.inverted})

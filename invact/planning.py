@@ -1,0 +1,277 @@
+"""Walk a model, probe it once, and decide for every activation whether inverting it pays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from invact.ledger import Entry, Key
+from invact.probing import (
+    Call,
+    Inputs,
+    Observation,
+    Setting,
+    check_inputs,
+    check_model,
+    device_of,
+    observe,
+)
+from invact.recognition import KEPT_BY_OUTPUT, recognise
+from invact.report import INVERT, KEEP, Report, Site
+from invact.swapping import Inverted, swap_in, swap_out
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    autocast: torch.dtype | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> Report:
+    """What `invact.patch` would do to `model`, and what that would save; the model is not changed.
+
+    Args:
+        model: planned for training, as a whole; modules in evaluation mode stay so if the model itself is in
+            training mode.
+        example_inputs: a dict is passed as keyword arguments, a tuple as positional ones. Only shapes, dtypes
+            and which inputs there are matter. Without it a Hugging Face, timm or OpenCLIP model gets inputs made
+            from its configuration.
+        autocast: the dtype of torch.autocast in training, or None.
+        include: glob patterns over site paths; only these sites may be inverted.
+        exclude: glob patterns over site paths; these sites are kept.
+
+    Raises:
+        TypeError: `model` is no module, or the inputs are of the wrong kind.
+        ValueError: the model belongs to no known library and no inputs were given.
+        Exception: the model's own, if its forward fails with these inputs.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+        >>> report = plan(model, (torch.randn(8, 64),))
+        >>> [(site.path, site.action) for site in report.sites]
+        [('1', 'invert')]
+    """
+    check_model(model)
+    if example_inputs is None:
+        from invact import patchers
+
+        example_inputs = patchers.example_inputs(model)
+    check_inputs(example_inputs)
+    return plan_for(model, example_inputs, Setting(device_of(model), autocast), include=include, exclude=exclude)
+
+
+def plan_for_device(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    device: str | torch.device = "cuda",
+    autocast: torch.dtype | None = None,
+    attention: str = "fused",
+    title: str = "",
+) -> Report:
+    """`plan` for training on `device`, whether or not it is there; the model may be on any, or on meta."""
+    check_inputs(example_inputs)
+    report = plan_for(model, example_inputs, Setting(torch.device(device), autocast, attention))
+    report.title = title
+    return report
+
+
+def plan_for(
+    model: nn.Module,
+    inputs: Inputs,
+    setting: Setting,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> Report:
+    """Walk, probe, decide; then probe again with the decision applied, so that both totals are counts."""
+    found = {path: module for path, module in model.named_modules() if recognise(module) is not None}
+    names = {path: str(recognise(module)) for path, module in found.items()}
+    already = {path for path, module in model.named_modules() if isinstance(module, Inverted)}
+    allowed = {path for path in found if _allowed(path, include, exclude)}
+
+    decisive = observe(model, inputs, setting, watch=found, checkpointing=False)
+    sites = _Decision(model, names, decisive, allowed).sites()
+    sites += [_already_inverted(model.get_submodule(path), path) for path in sorted(already)]
+
+    before = decisive if not decisive.checkpoints else observe(model, inputs, setting)
+    after = before
+    chosen = {site.path: site.activation for site in sites if site.action == INVERT}
+    if chosen:
+        swaps = swap_in(model, chosen)
+        try:
+            after = observe(model, inputs, setting)
+        finally:
+            swap_out(swaps)
+    kept = Counter(after.memory.by_class)
+    return Report(
+        sites=sites,
+        bytes_before=before.memory.total_bytes,
+        bytes_after=after.memory.total_bytes,
+        weight_cast_bytes=after.memory.weight_cast_bytes,
+        kept_by_class=dict(kept.most_common()),
+        setting=_in_words(setting),
+        notes=[*before.notes, *_notes(decisive, already)],
+    )
+
+
+# --- the decision -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Decision:
+    """Chooses the sites at which autograd keeps fewer bytes when they are inverted.
+
+    Attributes:
+        names: the curve at each path.
+        observed: a pass with every checkpointed region run as ordinary code.
+        allowed: the paths that `include` and `exclude` leave.
+    """
+
+    model: nn.Module
+    names: Mapping[str, str]
+    observed: Observation
+    allowed: set[str]
+
+    def __post_init__(self) -> None:
+        self.sizes: dict[Key, int] = {}
+        self.keepers: dict[Key, set[str]] = {}
+        for entry in self.observed.entries:
+            self.sizes[entry.key] = entry.nbytes
+            self.keepers.setdefault(entry.key, set()).add(entry.path)
+        self.calls: dict[str, list[Call]] = {path: [] for path in self.names}
+        for call in self.observed.calls:
+            self.calls[call.path].append(call)
+        self.casts: dict[Key, list[Entry]] = {}
+        for entry in self.observed.entries:
+            if entry.cast_of is not None:
+                self.casts.setdefault(entry.cast_of, []).append(entry)
+
+    def sites(self) -> list[Site]:
+        """One site per recognised module, in the model's order."""
+        return [self._site(path) for path in self.names]
+
+    def _site(self, path: str) -> Site:
+        name = self.names[path]
+        site = Site(path, name, type(self.model.get_submodule(path)).__name__, KEEP, "")
+        obstacle = self._obstacle(path)
+        if obstacle is not None:
+            return replace(site, reason=obstacle)
+        saved = self._bytes_saved(path)
+        if saved <= 0:
+            return replace(site, reason=self._why_it_does_not_pay(path))
+        reason = self._why_it_pays(path)
+        self._invert(path)
+        return replace(site, action=INVERT, reason=reason, bytes_saved=saved)
+
+    def _obstacle(self, path: str) -> str | None:
+        """Why this site can not be inverted at all, or None."""
+        calls = self.calls[path]
+        if self.names[path] in KEPT_BY_OUTPUT:
+            return "stock PyTorch already keeps only its output"
+        if path == "":
+            return "it is the model itself, so there is nothing to replace it in"
+        if path not in self.allowed:
+            return "left out by include or exclude"
+        if not calls:
+            return "not called in this forward pass"
+        if not all(call.simple for call in calls):
+            return "called with more than one tensor"
+        if not any(call.needs_grad for call in calls):
+            return "no gradient flows through it here"
+        if any(call.changed_later for call in calls):
+            return "its output is changed in place later"
+        return None
+
+    def _output_key(self, call: Call) -> Key:
+        """The storage that is the output once inverted: the next layer's cast of it, if autocast made one."""
+        if call.y_cast and call.y_key not in self.keepers:
+            for entry in self.casts.get(call.y_key, []):
+                if entry.nbytes == call.y_nbytes:
+                    return entry.key
+        return call.y_key
+
+    def _bytes_saved(self, path: str) -> int:
+        """Bytes no longer kept, less those newly kept: the output where nobody else keeps it, and the side bits."""
+        outputs = {self._output_key(call): call for call in self.calls[path] if call.needs_grad}
+        own = {key for key, keepers in self.keepers.items() if keepers == {path}}
+        freed = sum(self.sizes[key] for key in own)
+        kept_anyway = {key for key in outputs if self.keepers.get(key, set()) - {path}}
+        added = sum(call.y_nbytes for key, call in outputs.items() if key not in kept_anyway)
+        sides = sum(call.side_nbytes for call in self.calls[path] if call.needs_grad)
+        return freed - added - sides
+
+    def _invert(self, path: str) -> None:
+        """From here on this site keeps its outputs, and what it kept before only if others do."""
+        for keepers in self.keepers.values():
+            keepers.discard(path)
+        for call in self.calls[path]:
+            if call.needs_grad:
+                self.keepers.setdefault(self._output_key(call), set()).add(f"{path} (inverted)")
+                self.sizes.setdefault(call.y_key, call.y_nbytes)
+        self.keepers = {key: keepers for key, keepers in self.keepers.items() if keepers}
+
+    def _others(self, path: str, keys: set[Key]) -> str:
+        """The classes of the modules besides `path` that keep any of `keys`."""
+        paths = {keeper for key in keys for keeper in self.keepers.get(key, set())} - {path}
+        classes = {type(self.model.get_submodule(p.removesuffix(" (inverted)"))).__name__ for p in paths}
+        return " and ".join(sorted(classes))
+
+    def _why_it_pays(self, path: str) -> str:
+        keys = {self._output_key(call) for call in self.calls[path] if call.needs_grad}
+        others = self._others(path, keys)
+        if not others:
+            return "it keeps several tensors; inverted, its output alone"
+        return f"{others} keeps its output anyway; its input need not be kept"
+
+    def _why_it_does_not_pay(self, path: str) -> str:
+        own = {key for key, keepers in self.keepers.items() if path in keepers}
+        if not own:
+            return "it keeps nothing here"
+        if others := self._others(path, own):
+            return f"{others} keeps its input anyway"
+        return "nobody else keeps its output: one tensor would only take the place of another"
+
+
+def _already_inverted(module: nn.Module, path: str) -> Site:
+    assert isinstance(module, Inverted)
+    return Site(path, module.curve, type(module.original).__name__, KEEP, "already inverted by an earlier patch")
+
+
+# --- arguments and words ------------------------------------------------------------------------------
+
+
+def _allowed(path: str, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> bool:
+    return (include is None or _matches(path, include)) and not (exclude is not None and _matches(path, exclude))
+
+
+def _matches(path: str, patterns: str | Sequence[str]) -> bool:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _in_words(setting: Setting) -> str:
+    words = [f"training on {setting.device.type}"]
+    if setting.autocast is not None:
+        words.append(f"autocast to {str(setting.autocast).removeprefix('torch.')}")
+    if setting.device.type == "cuda":
+        words.append("fused attention" if setting.attention == "fused" else "attention by matrix products")
+    return ", ".join(words)
+
+
+def _notes(decisive: Observation, already: set[str]) -> list[str]:
+    notes = []
+    if decisive.checkpoints:
+        notes.append(
+            f"{decisive.checkpoints} checkpointed regions keep nothing between forward and backward; bytes_saved of "
+            "the sites inside tells by how much their own peak falls while they are recomputed."
+        )
+    if already:
+        notes.append(f"{len(already)} sites are already inverted; `invact.unpatch(model)` gives them back.")
+    return notes

@@ -1,0 +1,438 @@
+"""One forward pass of a model under the ledger, on fake tensors where possible, that leaves no trace."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from invact.ledger import Entry, Key, Ledger, Memory, module_hooks, storage_sizes
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+# A probe swaps a model's parameters for fake ones and back: one at a time in a process.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a probe simulates: `autocast` is a dtype or None, `attention` is "fused" or "math"."""
+
+    device: torch.device
+    autocast: torch.dtype | None = None
+    attention: str = "fused"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a watched module during the forward pass."""
+
+    path: str
+    simple: bool  # one floating tensor in, one of the same shape and device out
+    needs_grad: bool
+    y_key: Key
+    y_nbytes: int  # of the output as inversion would make it: dense, in the dtype of the input
+    y_cast: bool  # the module's own output has another dtype than its input
+    side_nbytes: int
+    changed_later: bool
+
+
+@dataclass
+class Observation:
+    """What one forward pass kept for backward."""
+
+    entries: list[Entry]
+    memory: Memory
+    calls: list[Call]
+    checkpoints: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def activation_memory(model: nn.Module, example_inputs: Inputs, *, autocast: torch.dtype | None = None) -> Memory:
+    """What autograd keeps for backward in one training forward pass of `model`, by module and by class.
+
+    The pass runs on fake tensors and leaves the model as it was; see `observe`.
+
+    Args:
+        model: counted in training mode, on the device where it is.
+        example_inputs: a dict is passed as keyword arguments, a tuple as positional ones.
+        autocast: the dtype of torch.autocast in training, or None.
+
+    Raises:
+        TypeError: the model is no module or the inputs are neither dict nor tuple.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> activation_memory(model, (torch.randn(8, 64),)).by_class
+        {'Linear': 10240, 'GELU': 8192}
+    """
+    check_model(model)
+    check_inputs(example_inputs)
+    return observe(model, example_inputs, Setting(device_of(model), autocast)).memory
+
+
+def observe(
+    model: nn.Module,
+    inputs: Inputs,
+    setting: Setting,
+    *,
+    watch: Mapping[str, nn.Module] | None = None,
+    checkpointing: bool = True,
+) -> Observation:
+    """Runs `model` forward once in training mode and reports what autograd kept.
+
+    The pass runs on fake tensors. Where the model cannot (it branches on values, say) one real pass at the
+    smallest batch takes its place, with a note. Parameters, buffers, gradients, training flags, attributes
+    and random states are afterwards what they were.
+
+    Args:
+        watch: paths and modules whose calls are to be recorded.
+        checkpointing: False runs checkpointed regions as if they were not.
+
+    Raises:
+        Exception: the model's own, if it fails in its forward with these inputs on real tensors as well.
+    """
+    with _ONE_AT_A_TIME:
+        try:
+            return _observe_fake(model, inputs, setting, watch or {}, checkpointing)
+        except Exception as fake_error:
+            if any(p.is_meta for p in model.parameters()):
+                raise
+            found = _observe_real(model, inputs, setting, watch or {}, checkpointing)
+            why = f"{type(fake_error).__name__}: {str(fake_error).splitlines()[0] if str(fake_error) else ''}"
+            found.notes.append(
+                "counted in one real forward pass at the smallest batch, since the model does not run on fake "
+                f"tensors ({why[:160]})"
+            )
+            return found
+
+
+def _observe_fake(
+    model: nn.Module,
+    inputs: Inputs,
+    setting: Setting,
+    watch: Mapping[str, nn.Module],
+    checkpointing: bool,
+) -> Observation:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        weights = {name: _fake(mode, tensor, setting.device) for name, tensor in _weights(model).items()}
+        fake_inputs = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, setting.device), inputs)
+        with _Attention(setting) if setting.device.type == "cuda" else ExitStack():
+            return _observe(model, weights, fake_inputs, setting, watch, checkpointing)
+
+
+def _observe_real(
+    model: nn.Module,
+    inputs: Inputs,
+    setting: Setting,
+    watch: Mapping[str, nn.Module],
+    checkpointing: bool,
+) -> Observation:
+    weights = {name: _own_copy_if_buffer(tensor) for name, tensor in _weights(model).items()}
+    try:
+        return _observe(model, weights, _smallest_batch(inputs), setting, watch, checkpointing)
+    except Exception:  # batch norm wants more than one value, some models fixed batches
+        weights = {name: _own_copy_if_buffer(tensor) for name, tensor in _weights(model).items()}
+        return _observe(model, weights, inputs, setting, watch, checkpointing)
+
+
+def _observe(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    inputs: Any,
+    setting: Setting,
+    watch: Mapping[str, nn.Module],
+    checkpointing: bool,
+) -> Observation:
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    calls: list[_OpenCall] = []
+    checkpoints = [0]
+    ledger = Ledger(model, weights.values())
+    with ExitStack() as stack:
+        stack.enter_context(_as_it_was(model))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_checkpoints_counted(checkpoints, run_them=checkpointing))
+        stack.enter_context(_autocast(setting))
+        if not model.training:
+            model.train()
+        stack.enter_context(module_hooks(model, None, _recorder(watch, calls)))
+        with ledger:
+            output = torch.func.functional_call(model, weights, args, kwargs)
+        found = Observation(ledger.entries(), ledger.memory(), [call.closed() for call in calls], checkpoints[0])
+        del output
+    return found
+
+
+@dataclass
+class _OpenCall:
+    """A call whose output may still be changed in place."""
+
+    path: str
+    simple: bool
+    x: Tensor | None = None
+    y: Tensor | None = None
+    version: int = 0
+
+    def closed(self) -> Call:
+        if self.x is None or self.y is None:
+            return Call(self.path, self.simple, False, 0, 0, False, 0, False)
+        ((key, _),) = storage_sizes(self.y).items()
+        return Call(
+            path=self.path,
+            simple=self.simple,
+            needs_grad=self.y.requires_grad,
+            y_key=key,
+            y_nbytes=self.x.numel() * self.x.element_size(),
+            y_cast=self.x.dtype is not self.y.dtype,
+            side_nbytes=(self.x.numel() + 7) // 8,
+            changed_later=self.y._version != self.version,
+        )
+
+
+def _recorder(
+    watch: Mapping[str, nn.Module], calls: list[_OpenCall]
+) -> Callable[[str, nn.Module, tuple[Any, ...], Any], None]:
+    def record(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if path not in watch:
+            return
+        if not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
+            calls.append(_OpenCall(path, simple=False))
+            return
+        x, y = args[0], output
+        simple = x.shape == y.shape and x.device == y.device
+        calls.append(_OpenCall(path, simple, x.detach(), y, y._version))
+
+    return record
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
+
+
+# --- arguments --------------------------------------------------------------------------------------
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"invact needs a torch.nn.Module, but got {type(model).__name__}. "
+            "Pass the model itself, for example `trainer.model`."
+        )
+
+
+def check_inputs(inputs: Any) -> None:
+    if not isinstance(inputs, (tuple, dict)):
+        raise TypeError(
+            f"example_inputs is a {type(inputs).__name__}, but it must say how the model is called. Pass a tuple of "
+            "positional arguments, such as `(x,)`, or a dict of keyword arguments, such as `dict(input_ids=...)`."
+        )
+    for tensor in tree_leaves(inputs):
+        if isinstance(tensor, Tensor) and tensor.is_complex():
+            raise TypeError(
+                "example_inputs holds a complex tensor, and a pointwise activation of complex numbers is not "
+                "invertible by one bit. Pass inputs of a real floating dtype."
+            )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is; a model on meta is planned for a GPU."""
+    tensor = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
+    return torch.device("cuda") if tensor.is_meta else tensor.device
+
+
+# --- the model, untouched -----------------------------------------------------------------------------
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.device == device:
+        fake = mode.from_tensor(tensor)
+    else:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return fake.detach().requires_grad_(tensor.requires_grad)
+
+
+def _own_copy_if_buffer(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+
+def _smallest_batch(inputs: Any) -> Any:
+    """The first example alone, of every tensor that has the batch as its first dimension."""
+    sizes: list[int] = []
+    tree_map_only(Tensor, lambda tensor: sizes.append(tensor.shape[0] if tensor.dim() else 0), inputs)
+    batch = sizes[0] if sizes else 0
+    return tree_map_only(
+        Tensor, lambda tensor: tensor[:1] if tensor.dim() and tensor.shape[0] == batch else tensor, inputs
+    )
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back every attribute of every module, and the random states, when the block ends."""
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    contents = [
+        (value, value.copy())
+        for _, saved in attributes
+        for value in saved.values()
+        if isinstance(value, (dict, list, set))
+    ]
+    python_random = random.getstate()
+    cuda = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+    with torch.random.fork_rng(devices=sorted(cuda, key=str)):
+        try:
+            yield
+        finally:
+            random.setstate(python_random)
+            for module, saved in attributes:
+                module.__dict__.clear()
+                module.__dict__.update(saved)
+            for value, copied in contents:
+                value.clear()
+                value.extend(copied) if isinstance(value, list) else value.update(copied)
+
+
+# --- the circumstances of training --------------------------------------------------------------------
+
+
+@contextmanager
+def _autocast(setting: Setting) -> Iterator[None]:
+    """torch.autocast, which switches itself off where the device it is for is missing; this does not."""
+    if setting.autocast is None:
+        yield
+        return
+    device = setting.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, setting.autocast)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+
+
+class _Attention(TorchFunctionMode):
+    """Makes attention on fake CUDA tensors keep what the kernels of a real GPU keep.
+
+    Without it PyTorch falls to the composite that keeps the N x N matrix, since it finds no GPU to ask.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self._fused = setting.attention == "fused"
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._fused:
+            return func(*args, **kwargs)
+        if func is _STOCK_ATTENTION:
+            return _attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward:  # inside it this mode is off, so its attention is put in by name
+            F.scaled_dot_product_attention = _attention
+            try:
+                return func(*args, **kwargs)
+            finally:
+                F.scaled_dot_product_attention = _STOCK_ATTENTION
+        return func(*args, **kwargs)
+
+
+_STOCK_ATTENTION = F.scaled_dot_product_attention
+
+
+def _attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # The fused kernels take (batch, heads, length, width) only. Real tensors are another thread's.
+    if isinstance(query, FakeTensor) and query.dim() == 4:
+        return _fused_attention(query, *args, **kwargs)
+    return _STOCK_ATTENTION(query, *args, **kwargs)
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    head_dim = value.shape[-1]
+    # The kernels read 16 bytes at a time, so PyTorch pads heads of other widths first.
+    query, key, value = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (query, key, value))
+    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
+        out = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )[0]
+    else:
+        if enable_gqa:
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+        bias = None if attn_mask is None else _additive(attn_mask, query, key)
+        out = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, dropout_p, is_causal, scale=scale
+        )[0]
+    return out[..., :head_dim]
+
+
+def _additive(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    if mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+@contextmanager
+def _checkpoints_counted(count: list[int], *, run_them: bool) -> Iterator[None]:
+    """Counts the regions under torch.utils.checkpoint; runs them as ordinary code unless `run_them`."""
+    reentrant = torch_checkpoint.CheckpointFunction
+    # The generator's name differs between releases of PyTorch; `checkpoint` looks it up here at each call.
+    generators = {
+        name: getattr(torch_checkpoint, name)
+        for name in (
+            "_checkpoint_without_reentrant_generator",
+            "_checkpoint_without_reentrant_generator_impl",
+        )
+        if hasattr(torch_checkpoint, name)
+    }
+
+    def counted_function(function: Any, preserve: bool, *args: Any) -> Any:
+        count[0] += 1
+        return reentrant.apply(function, preserve, *args) if run_them else function(*args)
+
+    def counted(generator: Any) -> Any:
+        def region(*args: Any, **kwargs: Any) -> Iterator[None]:
+            count[0] += 1
+            if run_them:
+                yield from generator(*args, **kwargs)
+            else:
+                yield
+
+        return region
+
+    torch_checkpoint.CheckpointFunction = SimpleNamespace(apply=counted_function)  # type: ignore[misc, assignment]
+    for name, generator in generators.items():
+        setattr(torch_checkpoint, name, counted(generator))
+    try:
+        yield
+    finally:
+        torch_checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+        for name, generator in generators.items():
+            setattr(torch_checkpoint, name, generator)

@@ -1,0 +1,151 @@
+"""What a plan says: the sites, the bytes before and after, as an object, JSON and a table."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+INVERT = "invert"
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a model where a pointwise activation is computed.
+
+    Attributes:
+        path: dotted path of the module; a module registered at several places goes by the first.
+        activation: the curve's name, such as "gelu_tanh".
+        module_class: class name of the module found there.
+        action: "invert" or "keep".
+        reason: why, in plain words.
+        bytes_saved: fewer bytes kept for backward when this site is inverted; 0 if it is kept.
+    """
+
+    path: str
+    activation: str
+    module_class: str
+    action: str
+    reason: str
+    bytes_saved: int = 0
+
+
+@dataclass
+class Report:
+    """A plan for one model: what is done at every site, and what that saves.
+
+    Attributes:
+        sites: every site found, in the order of `model.named_modules()`.
+        bytes_before, bytes_after: what autograd keeps between forward and backward, without the model's
+            parameters and buffers and without `weight_cast_bytes`.
+        weight_cast_bytes: low-precision copies of weights that autocast keeps; the same before and after.
+        kept_by_class: bytes after, by the class of the module that keeps them, largest first.
+        setting: what was planned for, in words.
+        notes: what else the reader should know.
+    """
+
+    sites: list[Site]
+    bytes_before: int
+    bytes_after: int
+    weight_cast_bytes: int = 0
+    kept_by_class: dict[str, int] = field(default_factory=dict)
+    setting: str = ""
+    notes: list[str] = field(default_factory=list)
+    title: str = ""
+
+    @property
+    def saving(self) -> float:
+        """Share of `bytes_before` that is saved, between 0 and 1."""
+        return 1 - self.bytes_after / self.bytes_before if self.bytes_before else 0.0
+
+    @property
+    def inverted(self) -> list[Site]:
+        """The sites whose action is "invert"."""
+        return [site for site in self.sites if site.action == INVERT]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above as plain dicts, lists, strings and numbers."""
+        return {**asdict(self), "saving": self.saving}
+
+    def to_json(self) -> str:
+        """`to_dict()` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def print(self, console: Console | None = None) -> None:
+        """Prints the table: one row per kind of site, then the totals and who keeps the rest."""
+        console = console or Console()
+        if self.title:
+            console.print(self.title, style="bold", highlight=False)
+        if self.setting:
+            console.print(self.setting, style="dim", highlight=False)
+        if self.sites:
+            console.print(self._site_table())
+        else:
+            console.print("No pointwise activation was found as a module of this model.")
+        console.print(self._totals(), highlight=False)
+        for note in self.notes:
+            console.print(f"Note: {note}", highlight=False, markup=False)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        self.print(Console(file=text, width=120))
+        return text.getvalue().rstrip()
+
+    def _site_table(self) -> Table:
+        table = Table(header_style="bold", pad_edge=False)
+        table.add_column("sites", justify="right")
+        for name in ("example", "activation", "class", "action", "reason"):
+            table.add_column(name, overflow="fold")
+        table.add_column("saved", justify="right", no_wrap=True)
+        for kind in self._kinds():
+            first = kind[0]
+            saved = sum(site.bytes_saved for site in kind)
+            table.add_row(
+                str(len(kind)),
+                first.path or "(the model itself)",
+                first.activation,
+                first.module_class,
+                first.action,
+                first.reason,
+                format_bytes(saved) if first.action == INVERT else "-",
+                style=None if first.action == INVERT else "dim",
+            )
+        return table
+
+    def _kinds(self) -> list[list[Site]]:
+        """The sites that a reader need not tell apart, together."""
+        kinds: dict[tuple[str, ...], list[Site]] = {}
+        for site in self.sites:
+            key = (site.action, site.activation, site.module_class, site.reason)
+            kinds.setdefault(key, []).append(site)
+        return sorted(kinds.values(), key=lambda kind: -sum(site.bytes_saved for site in kind))
+
+    def _totals(self) -> str:
+        lines = [
+            f"Kept for backward: {format_bytes(self.bytes_before)} before, "
+            f"{format_bytes(self.bytes_after)} after: {self.saving:.1%} saved."
+        ]
+        if self.bytes_after and self.kept_by_class:
+            largest = list(self.kept_by_class.items())[:6]
+            shares = ", ".join(f"{name} {nbytes / self.bytes_after:.1%}" for name, nbytes in largest)
+            lines.append(f"The rest is kept by: {shares}.")
+        if self.weight_cast_bytes:
+            lines.append(
+                f"Besides, autocast keeps {format_bytes(self.weight_cast_bytes)} of cast weights, whatever the batch."
+            )
+        return "\n".join(lines)
+
+
+def format_bytes(nbytes: int) -> str:
+    """Bytes with a binary unit: 1536 is "1.5 KiB"."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
