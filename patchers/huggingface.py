@@ -1,0 +1,213 @@
+"""Hugging Face transformers: any model that reads token ids, pixels or audio, from its configuration.
+
+What a model reads is taken from its `main_input_name`, its forward signature and its configuration,
+never from a list of classes. The configurations of well-known models come with the package, one JSON file
+each in `configs/`: only the fields that define the architecture.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configurations import directory_config, hub_config
+from .meta import on_meta
+from .registry import InputSizeError, Library, input_dtype, register, token_ids, unknown_name, waves
+
+DEFAULT_TOKENS = 512
+DEFAULT_AUDIO_SAMPLES = 160_000  # ten seconds at 16 kHz, the length of a usual training clip
+
+
+def names() -> list[str]:
+    """The hub names whose configuration comes with invact; each is also known by its last part."""
+    return sorted(_bundled())
+
+
+def reads(directory: Path) -> bool:
+    """Whether the directory holds the config.json of a transformers model."""
+    return "model_type" in directory_config(directory, "config.json")
+
+
+def load(name: str, dtype: torch.dtype, image_size: int | None = None) -> nn.Module:
+    """Build the class that the configuration names (`architectures`), as `from_pretrained` would."""
+    config = _config(name)
+    if image_size is not None:
+        _vision_config(config).image_size = image_size
+    with on_meta(dtype):
+        return _built(config)
+
+
+def example_inputs(
+    model: Any,
+    batch_size: int,
+    seq_len: int | None = None,
+    image_size: int | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """What the model's forward needs, by keyword: no attention mask, so attention stays fused."""
+    wanted = _wanted_inputs(model)
+    _check_sizes(model, wanted, seq_len, image_size)
+    inputs = {}
+    for name in wanted:
+        if name.endswith("input_ids"):
+            inputs[name] = _token_ids(model, name, batch_size, seq_len, device)
+        else:
+            shape = (batch_size, *_sample_shape(model, name, seq_len, image_size))
+            inputs[name] = waves(shape, input_dtype(model), device)
+    return inputs
+
+
+def _wanted_inputs(model: Any) -> list[str]:
+    parameters = inspect.signature(model.forward).parameters
+    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    wanted = {model.main_input_name, *required}
+    if {"input_ids", "pixel_values"} <= parameters.keys():  # CLIP and its kin: one tower each
+        wanted |= {"input_ids", "pixel_values"}
+    if "decoder_input_ids" in parameters and model.config.is_encoder_decoder:
+        wanted.add("decoder_input_ids")
+    unknown = wanted - {"input_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values"}
+    mixes = {"image_token_id", "image_token_index"} & set(vars(model.config)) and "pixel_values" in wanted
+    if unknown or mixes:
+        reason = "its text must hold image tokens" if mixes else f"it needs {', '.join(sorted(unknown))}"
+        raise InputSizeError(
+            f"Cannot make example inputs for {type(model).__name__}: {reason}. "
+            f"Pass example_inputs: a dict of what you train it with."
+        )
+    return [model.main_input_name, *sorted(wanted - {model.main_input_name})]
+
+
+def _check_sizes(model: Any, wanted: list[str], seq_len: int | None, image_size: int | None) -> None:
+    name = type(model).__name__
+    reads_text = any(w.endswith("input_ids") for w in wanted)
+    if seq_len is not None and not reads_text and "input_values" not in wanted:
+        raise InputSizeError(f"{name} reads images and has no sequence length. Give an image size instead.")
+    if image_size is not None and "pixel_values" not in wanted:
+        raise InputSizeError(f"{name} reads no images and has no image size. Give a sequence length instead.")
+    longest = _longest_text(model) if reads_text else None
+    if seq_len is not None and longest is not None and seq_len > longest:
+        raise InputSizeError(
+            f"{name} takes at most {longest} tokens, not {seq_len}, because it has no more positions. "
+            f"Give a sequence length of {longest} or less."
+        )
+
+
+def _token_ids(model: Any, name: str, batch_size: int, seq_len: int | None, device: torch.device | str) -> torch.Tensor:
+    config = _text_config(model.config)
+    length = seq_len or min(DEFAULT_TOKENS, _longest_text(model) or DEFAULT_TOKENS)
+    ids = token_ids(batch_size, length, config.vocab_size, device)
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < config.vocab_size:
+        ids[:, -1] = end  # heads that pool one token look for the end of the text
+    return ids
+
+
+def _longest_text(model: Any) -> int | None:
+    config = _text_config(model.config)
+    limits = [getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings")]
+    positions = next((n for n in limits if n is not None and n > 0), None)
+    return None if positions is None else positions - _padding_positions(model)
+
+
+def _padding_positions(model: nn.Module) -> int:
+    """RoBERTa and its kin count positions from behind the padding index: 514 rows hold 512 tokens."""
+    tables = (
+        layer
+        for name, layer in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(layer, nn.Embedding)
+    )
+    return max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
+
+
+def _sample_shape(model: Any, name: str, seq_len: int | None, image_size: int | None) -> tuple[int, ...]:
+    config = model.config
+    if name == "pixel_values":
+        return _image_shape(_vision_config(config), image_size)
+    mel_bins = getattr(config, "num_mel_bins", None)
+    if name == "input_features" and mel_bins and hasattr(config, "max_source_positions"):
+        return (mel_bins, 2 * config.max_source_positions)  # Whisper halves the frames in its second convolution
+    if name == "input_values" and mel_bins:
+        return (config.max_length, mel_bins)  # a spectrogram
+    if name == "input_values":
+        return (seq_len or DEFAULT_AUDIO_SAMPLES,)
+    raise InputSizeError(
+        f"Cannot make example inputs for {type(model).__name__}: its configuration does not say what shape "
+        f"{name} has. Pass example_inputs: a dict of what you train it with."
+    )
+
+
+def _image_shape(config: Any, image_size: int | None) -> tuple[int, ...]:
+    size = image_size or getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    frames = getattr(config, "num_frames", None)
+    image = (getattr(config, "num_channels", 3), height, width)
+    return image if frames is None else (frames, *image)
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config(decoder=True)
+
+
+def _vision_config(config: Any) -> Any:
+    return getattr(config, "vision_config", None) or getattr(config, "encoder", None) or config
+
+
+def _built(config: Any) -> nn.Module:
+    import transformers
+
+    for architecture in config.architectures or ():
+        if model_class := getattr(transformers, architecture, None):
+            model: nn.Module = model_class(config)
+            return model
+    headless: nn.Module = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    return headless
+
+
+def _config(name: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    fields = _config_fields(name)
+    model_type = str(fields.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        why = f"its model_type {model_type!r} is not in this version of transformers"
+        otherwise = "upgrade transformers, or build the model yourself and pass it to invact.plan."
+        raise unknown_name("transformers", name, why, otherwise)
+    return CONFIG_MAPPING[model_type].from_dict(fields)
+
+
+def _config_fields(name: str) -> dict[str, Any]:
+    if reads(Path(name)):
+        return directory_config(name, "config.json")
+    bundled = _bundled()
+    by_last_part = {known.rpartition("/")[2]: known for known in bundled}
+    known = by_last_part.get(name, name)
+    if known in bundled:
+        return directory_config(bundled[known].parent, bundled[known].name)
+    try:
+        return hub_config(name, "config.json")
+    except LookupError as why:
+        otherwise = "pass a directory with the model's config.json."
+        raise unknown_name("transformers", name, str(why), otherwise) from None
+
+
+@cache
+def _bundled() -> dict[str, Path]:
+    directory = Path(__file__).parent / "configs"
+    return {path.stem.replace("--", "/"): path for path in directory.glob("*.json")}
+
+
+register(
+    Library(
+        name="transformers",
+        package="transformers",
+        marks=("config", "main_input_name"),
+        load=load,
+        example_inputs=example_inputs,
+        names=names,
+        reads=reads,
+    )
+)

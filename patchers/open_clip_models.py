@@ -1,0 +1,94 @@
+"""OpenCLIP: image and text towers trained together, by names such as `ViT-B-32`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configurations import directory_config, hub_config
+from .meta import on_meta
+from .registry import InputSizeError, Library, input_dtype, register, token_ids, unknown_name, waves
+
+CONFIG_FILE = "open_clip_config.json"
+
+
+def names() -> list[str]:
+    """The architectures whose configuration comes with OpenCLIP."""
+    import open_clip
+
+    return list(open_clip.list_models())
+
+
+def reads(directory: Path) -> bool:
+    """Whether the directory holds the configuration that OpenCLIP writes for the hub."""
+    return "model_cfg" in directory_config(directory, CONFIG_FILE)
+
+
+def load(name: str, dtype: torch.dtype, image_size: int | None = None) -> nn.Module:
+    """Build a model from an OpenCLIP name, a hub name, or a directory with open_clip_config.json."""
+    if name in names():
+        return _built(name, dtype, image_size)
+    with TemporaryDirectory() as directory:
+        (Path(directory) / CONFIG_FILE).write_text(json.dumps(_written_config(name)), encoding="utf-8")
+        return _built(f"local-dir:{directory}", dtype, image_size, load_weights=False)
+
+
+def example_inputs(
+    model: Any,
+    batch_size: int,
+    seq_len: int | None = None,
+    image_size: int | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One batch of images and of texts, as many of each."""
+    tokens = int(model.context_length)
+    if seq_len is not None and seq_len != tokens:
+        raise InputSizeError(
+            f"This OpenCLIP model reads texts of exactly {tokens} tokens, not {seq_len}. Leave the sequence length out."
+        )
+    size = image_size or model.visual.image_size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    vocabulary = next(layer for layer in model.modules() if isinstance(layer, nn.Embedding)).num_embeddings
+    return (
+        waves((batch_size, 3, height, width), input_dtype(model), device),
+        token_ids(batch_size, tokens, vocabulary, device),
+    )
+
+
+def _built(name: str, dtype: torch.dtype, image_size: int | None, **arguments: Any) -> nn.Module:
+    import open_clip
+
+    with on_meta(dtype):
+        model: nn.Module = open_clip.create_model(
+            name, device="meta", pretrained_hf=False, force_image_size=image_size, **arguments
+        )
+    return model
+
+
+def _written_config(name: str) -> dict[str, Any]:
+    if reads(Path(name)):
+        return directory_config(name, CONFIG_FILE)
+    if "/" not in name:
+        raise unknown_name("open_clip", name, "OpenCLIP lists no such model", "see open_clip.list_models().")
+    try:
+        return hub_config(name, CONFIG_FILE)
+    except LookupError as why:
+        raise unknown_name("open_clip", name, str(why), f"pass a directory with its {CONFIG_FILE}.") from None
+
+
+register(
+    Library(
+        name="open_clip",
+        package="open_clip",
+        marks=("visual", "context_length"),
+        load=load,
+        example_inputs=example_inputs,
+        names=names,
+        reads=reads,
+    )
+)
