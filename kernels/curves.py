@@ -1,0 +1,165 @@
+"""The curves: what each activation is, where its minimum lies, and where the formula is from.
+
+A new curve is one entry here, and one in `fit.DEFINITIONS` from which ``python -m invact.kernels.fit`` makes its
+coefficients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .coefficients import FITS
+from .pieces import Fit, Piece
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One activation ``y = f(x)`` that falls to a single minimum and rises again.
+
+    Attributes:
+        name: the key in `CURVES`.
+        f: the stock operator; any floating dtype, any shape.
+        derivative: f' of x, accurate to the last digits of x's dtype; meant for float64.
+        fit: f' of (y, side), and where the minimum is.
+        source: where the formula is from.
+        slope_at_infinity: what stock autograd gives at ``x = +inf``; NaN where its formula meets ``inf * 0``.
+    """
+
+    name: str
+    f: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    fit: Fit
+    source: str
+    slope_at_infinity: float = math.nan
+
+    @property
+    def x_min(self) -> float:
+        """Where the minimum is. An x is on the right side unless it is less than this, NaN included."""
+        return self.fit.x_min
+
+    @property
+    def y_min(self) -> float:
+        """The minimum, to double precision; `y_min_low` holds the digits that follow."""
+        return self.fit.y_min
+
+    @property
+    def y_min_low(self) -> float:
+        return self.fit.y_min_low
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """In fp32 for 16-bit types, rounded once: stock PyTorch has no such operator to agree with."""
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
+
+
+def gelu_derivative(x: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return 0.5 * torch.erfc(x * -math.sqrt(0.5)) + x * density
+
+
+def sigmoid_product_derivative(x: Tensor, z: Tensor, dz: Tensor | float) -> Tensor:
+    """The derivative of ``x * sigmoid(z(x))``."""
+    return torch.sigmoid(z) * (1 + x * dz * torch.sigmoid(-z))
+
+
+def gelu_tanh_derivative(x: Tensor) -> Tensor:
+    scale = 2 * math.sqrt(2 / math.pi)  # (1 + tanh(z / 2)) / 2 is sigmoid(z)
+    bounded = x.clamp(-1e3, 1e3)  # f' is 0 or 1 out there, and the cube must not overflow
+    square = bounded * bounded
+    return sigmoid_product_derivative(
+        bounded, scale * bounded * (1 + 0.044715 * square), scale * (1 + 3 * 0.044715 * square)
+    )
+
+
+def quick_gelu_derivative(x: Tensor) -> Tensor:
+    return sigmoid_product_derivative(x, 1.702 * x, 1.702)
+
+
+def silu_derivative(x: Tensor) -> Tensor:
+    return sigmoid_product_derivative(x, x, 1.0)
+
+
+def mish_derivative(x: Tensor) -> Tensor:
+    power = torch.exp(x.clamp(max=80.0))  # tanh(softplus(x)) is n / (n + 2) with n = exp(x) (exp(x) + 2)
+    n = power * (power + 2)
+    return n / (n + 2) + 4 * (n + 1) / (n + 2) * (x * torch.sigmoid(x) / (n + 2))
+
+
+def hardswish_derivative(x: Tensor) -> Tensor:
+    inside = (2 * x + 3) / 6
+    return torch.where(x < -3, 0.0, torch.where(x > 3, 1.0, inside))
+
+
+# f = (r^2 - 3/8) where r = (x + 3/2) / sqrt(6), so f' = 2 r / sqrt(6): one term, exact. It falls to 0 at y = 0 and
+# stays there, and jumps from 3/2 to 1 at y = 3.
+HARDSWISH_SLOPE = 2 / math.sqrt(6)
+HARDSWISH_FIT = Fit(
+    x_min=-1.5,
+    y_min=-0.375,
+    y_min_low=0.0,
+    tail_start=0.0,
+    tail_offset=1.0,
+    near=Piece(-math.sqrt(0.375), 1.0, (HARDSWISH_SLOPE,)),
+    right=Piece(1.0, math.sqrt(3.375), (HARDSWISH_SLOPE,)),
+    tail=None,
+)
+
+CURVES: dict[str, Curve] = {
+    curve.name: curve
+    for curve in (
+        Curve(
+            name="gelu",
+            f=F.gelu,
+            derivative=gelu_derivative,
+            fit=FITS["gelu"],
+            source="Hendrycks & Gimpel, Gaussian Error Linear Units, arXiv 1606.08415: x Phi(x)",
+        ),
+        Curve(
+            name="gelu_tanh",
+            f=gelu_tanh,
+            derivative=gelu_tanh_derivative,
+            fit=FITS["gelu_tanh"],
+            source="arXiv 1606.08415: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))",
+        ),
+        Curve(
+            name="quick_gelu",
+            f=quick_gelu,
+            derivative=quick_gelu_derivative,
+            fit=FITS["quick_gelu"],
+            source="arXiv 1606.08415, as OpenAI's CLIP (2021) uses it: x sigmoid(1.702 x)",
+        ),
+        Curve(
+            name="silu",
+            f=F.silu,
+            derivative=silu_derivative,
+            fit=FITS["silu"],
+            source="arXiv 1606.08415; Elfwing et al., arXiv 1702.03118; Swish, arXiv 1710.05941: x sigmoid(x)",
+        ),
+        Curve(
+            name="mish",
+            f=F.mish,
+            derivative=mish_derivative,
+            fit=FITS["mish"],
+            source="Misra, Mish, arXiv 1908.08681: x tanh(softplus(x))",
+        ),
+        Curve(
+            name="hardswish",
+            f=F.hardswish,
+            derivative=hardswish_derivative,
+            fit=HARDSWISH_FIT,
+            source="Howard et al., Searching for MobileNetV3, arXiv 1905.02244: x relu6(x + 3) / 6",
+            slope_at_infinity=1.0,
+        ),
+    )
+}

@@ -1,0 +1,47 @@
+"""The shape of a fitted derivative: three polynomials on three stretches of one curve."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """A polynomial on ``[low, high]``, in ``u = (v - (low + high)/2) / ((high - low)/2)``.
+
+    ``coefficients`` start with the constant term.
+    """
+
+    low: float
+    high: float
+    coefficients: tuple[float, ...]
+
+    @property
+    def scale(self) -> float:
+        """``u = v * scale + shift``."""
+        return 2.0 / (self.high - self.low)
+
+    @property
+    def shift(self) -> float:
+        return -(self.high + self.low) / (self.high - self.low)
+
+
+class Fit(NamedTuple):
+    """How ``f'`` comes from ``y = f(x)`` and the side of the minimum that x was on.
+
+    Let ``r = sqrt(y - y_min)``, negative on the left of the minimum. Then ``f'`` is a smooth function of r *across*
+    the minimum, and ``f'/r`` is one too; far to the left, where y runs out to -0, ``f'/y`` is a smooth function of
+    ``s = sqrt(log(y_min / y))``. So
+
+    * ``near``:  ``f' = r * near(r)``   on the left up to ``y = tail_start``, on the right up to ``r = near.high``;
+    * ``right``: ``f' = r * right(r)``  from there to ``r = right.high``; beyond it f' is 1;
+    * ``tail``:  ``f' = y * tail(1 / (s + tail_offset))`` on the left from ``y = tail_start`` to 0; no tail: f' is 0.
+    """
+
+    x_min: float
+    y_min: float
+    y_min_low: float  # the minimum is y_min + y_min_low to twice double precision
+    tail_start: float
+    tail_offset: float
+    near: Piece
+    right: Piece
+    tail: Piece | None

@@ -1,0 +1,167 @@
+"""The pair of kernels in plain PyTorch: for every device, and for tracing under ``torch.compile``.
+
+All tensors are flat and contiguous. `side` holds one bit per element, eight to a byte, the first in the lowest bit: 1
+where x was on the right of the curve's minimum.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .curves import CURVES, Curve
+from .pieces import Piece
+
+CHUNK = 1 << 16  # elements worked on at a time on the CPU: a dozen fp32 temporaries of that size stay in its cache
+
+
+def sides(x: Tensor, curve: Curve) -> Tensor:
+    """The packed sides. This is all of forward that is not the stock operator."""
+    return packed(~(x < curve.x_min))
+
+
+def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
+    """``dy * f'(x)``, from y and the packed sides alone."""
+    if torch.compiler.is_compiling() or type(y) is not Tensor or y.device.type != "cpu":
+        return scaled(dy, y, unpacked(side, y.numel()), curve)
+    right = unpacked(side, y.numel())
+    dx = torch.empty_like(y)
+    for start in range(0, y.numel(), CHUNK):
+        piece = slice(start, start + CHUNK)
+        if y.dtype.itemsize == 2:
+            slopes = tabulated_slope(y[piece], right[piece], curve)
+            dx[piece] = dy[piece] * slopes
+        else:
+            dx[piece] = scaled(dy[piece], y[piece], right[piece], curve)
+    return dx
+
+
+def scaled(dy: Tensor, y: Tensor, right: Tensor, curve: Curve) -> Tensor:
+    """``dy * f'``, worked out in fp32 for 16-bit types and rounded once."""
+    return (widened(dy) * slope(widened(y), right, curve, y.dtype)).to(y.dtype)
+
+
+def second(y: Tensor, side: Tensor, curve: Curve) -> Tensor:
+    """``d f' / d y``, in fp32 for 16-bit types: times f' it is the curve's second derivative."""
+    return slope_rise(widened(y), unpacked(side, y.numel()), curve, y.dtype)
+
+
+def widened(values: Tensor) -> Tensor:
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
+def packed(bits: Tensor) -> Tensor:
+    """A flat bool tensor, eight elements to a byte; the last byte is filled up with zeros."""
+    filled = torch.nn.functional.pad(bits, (0, -bits.numel() % 8))
+    if torch.compiler.is_compiling():
+        return (filled.view(-1, 8).to(torch.uint8) << bit_numbers(bits.device)).sum(1, dtype=torch.uint8)
+    # Eight bools are the eight bytes of one integer; the product brings byte i's lowest bit to bit 56 + i.
+    return (filled.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
+
+
+def unpacked(side: Tensor, count: int) -> Tensor:
+    """The first `count` bits as a flat bool tensor."""
+    if torch.compiler.is_compiling():
+        return (side.unsqueeze(1) >> bit_numbers(side.device) & 1).bool().view(-1)[:count]
+    # Eight copies of the byte in one integer, of which the i-th keeps its bit i.
+    spread = side.to(torch.int64) * 0x0101010101010101 & -0x7FBFDFEFF7FBFDFF
+    return (spread.view(torch.uint8) != 0)[:count]
+
+
+def bit_numbers(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def half_ulp(curve: Curve, dtype: torch.dtype) -> float:
+    """How far rounding to the dtype moves a y near the curve's minimum, at most."""
+    _, exponent = math.frexp(curve.y_min)
+    return math.ldexp(torch.finfo(dtype).eps, exponent - 2)
+
+
+def minimum_in_two(curve: Curve, dtype: torch.dtype) -> tuple[float, float]:
+    """The minimum as the sum of a number of the dtype and a small rest."""
+    if dtype == torch.float64:
+        return curve.y_min, curve.y_min_low
+    high = torch.tensor(curve.y_min, dtype=torch.float32).item()
+    return high, curve.y_min - high
+
+
+def signed_root(y: Tensor, right: Tensor, curve: Curve, rounded_to: torch.dtype) -> Tensor:
+    """r of `pieces.Fit`: the mean of sqrt(y - y_min) over all y that round to this one, negative on the left.
+
+    Rounding y hides where x was, most of all next to the minimum; x is nearly linear in r there, so the mean of r is
+    what makes the error of f' smallest. It is never zero and never the root of a negative number.
+    """
+    high, low = minimum_in_two(curve, y.dtype)
+    half = half_ulp(curve, rounded_to)
+    height = (y - high) - low
+    root = 0.5 * ((height + half).clamp(min=0).sqrt() + (height - half).clamp(min=0).sqrt())
+    return torch.where(right, root, -root)
+
+
+def polynomial(piece: Piece, v: Tensor) -> Tensor:
+    u = v * piece.scale + piece.shift
+    total = torch.full_like(u, piece.coefficients[-1])
+    for coefficient in reversed(piece.coefficients[:-1]):
+        total = total * u + coefficient
+    return total
+
+
+def tail_variables(y: Tensor, curve: Curve, tail: Piece) -> tuple[Tensor, Tensor]:
+    """s of `pieces.Fit` and the variable of the tail's polynomial. At y = -0 they end at inf and at the piece's end."""
+    s = (-torch.log(y / curve.y_min)).clamp(min=0).sqrt()
+    return s, (1 / (s + curve.fit.tail_offset)).clamp(min=tail.low)
+
+
+def slope(y: Tensor, right: Tensor, curve: Curve, rounded_to: torch.dtype) -> Tensor:
+    """f' from y and the side, in y's precision, where y was rounded to a dtype that may be shorter."""
+    fit = curve.fit
+    r = signed_root(y, right, curve, rounded_to)
+    outer = torch.where(r > fit.right.high, 1.0, r * polynomial(fit.right, r))
+    values = torch.where(r > fit.near.high, outer, r * polynomial(fit.near, r))
+    far = 0.0 if fit.tail is None else y * polynomial(fit.tail, tail_variables(y, curve, fit.tail)[1])
+    values = torch.where(right | (y < fit.tail_start), values, far)
+    # y - y is 0, but NaN at infinity, where stock's formulas say NaN too
+    return values + (y - y) if math.isnan(curve.slope_at_infinity) else values
+
+
+def slope_rise(y: Tensor, right: Tensor, curve: Curve, rounded_to: torch.dtype) -> Tensor:
+    """The derivative of `slope` by y."""
+    fit = curve.fit
+    r = signed_root(y, right, curve, rounded_to)
+    outer = torch.where(r > fit.right.high, 0.0, product_rise(fit.right, r))
+    values = torch.where(r > fit.near.high, outer, product_rise(fit.near, r))
+    far: Tensor | float = 0.0
+    if fit.tail is not None:
+        s, w = tail_variables(y, curve, fit.tail)
+        far = polynomial(fit.tail, w) + polynomial(rise(fit.tail), w) * w * w / (2 * s)
+    return torch.where(right | (y < fit.tail_start), values, far)
+
+
+def product_rise(piece: Piece, r: Tensor) -> Tensor:
+    """The derivative of ``r * piece(r)`` by y, where r^2 is y and a constant."""
+    return (polynomial(piece, r) + r * polynomial(rise(piece), r)) / (2 * r)
+
+
+def rise(piece: Piece) -> Piece:
+    """The derivative of a piece, by its own variable."""
+    terms = tuple(k * piece.scale * term for k, term in enumerate(piece.coefficients))[1:]
+    return Piece(piece.low, piece.high, terms or (0.0,))
+
+
+def tabulated_slope(y: Tensor, right: Tensor, curve: Curve) -> Tensor:
+    """`slope` for 16-bit types: read off, in fp32."""
+    index = (y.view(torch.int16).int() & 0xFFFF) + (right.int() << 16)
+    return slope_table(curve.name, y.dtype).index_select(0, index)
+
+
+@functools.cache
+def slope_table(name: str, dtype: torch.dtype) -> Tensor:
+    """f' for every bit pattern of a 16-bit y, first with x on the left, then on the right."""
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    y = patterns.view(dtype).double().repeat(2)
+    right = torch.arange(2 << 16) >= 1 << 16
+    return slope(y, right, CURVES[name], dtype).float()
