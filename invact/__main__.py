@@ -1,0 +1,5 @@
+"""`python -m invact` is `invact`."""
+
+from invact.cli import main
+
+main()
