@@ -16,6 +16,7 @@ from invact.probing import (
     Inputs,
     Observation,
     Setting,
+    check_autocast,
     check_inputs,
     check_model,
     device_of,
@@ -58,6 +59,7 @@ def plan(
         [('1', 'invert')]
     """
     check_model(model)
+    check_autocast(autocast)
     if example_inputs is None:
         from invact import patchers
 
@@ -91,14 +93,13 @@ def plan_for(
     exclude: str | Sequence[str] | None = None,
 ) -> Report:
     """Walk, probe, decide; then probe again with the decision applied, so that both totals are counts."""
-    found = {path: module for path, module in model.named_modules() if recognise(module) is not None}
-    names = {path: str(recognise(module)) for path, module in found.items()}
-    already = {path for path, module in model.named_modules() if isinstance(module, Inverted)}
-    allowed = {path for path in found if _allowed(path, include, exclude)}
+    already = {path: module for path, module in model.named_modules() if isinstance(module, Inverted)}
+    names = {path: curve for path, module in model.named_modules() if (curve := _curve(module)) is not None}
+    allowed = {path for path in names if _allowed(path, include, exclude)}
 
-    decisive = observe(model, inputs, setting, watch=found, checkpointing=False)
+    decisive = observe(model, inputs, setting, watch=names, checkpointing=False)
     sites = _Decision(model, names, decisive, allowed).sites()
-    sites += [_already_inverted(model.get_submodule(path), path) for path in sorted(already)]
+    sites += [_already_inverted(path, module) for path, module in already.items()]
 
     before = decisive if not decisive.checkpoints else observe(model, inputs, setting)
     after = before
@@ -117,8 +118,12 @@ def plan_for(
         weight_cast_bytes=after.memory.weight_cast_bytes,
         kept_by_class=dict(kept.most_common()),
         setting=_in_words(setting),
-        notes=[*before.notes, *_notes(decisive, already)],
+        notes=[*before.notes, *_notes(decisive, len(already), nothing_allowed=bool(names) and not allowed)],
     )
+
+
+def _curve(module: nn.Module) -> str | None:
+    return None if isinstance(module, Inverted) else recognise(module)
 
 
 # --- the decision -------------------------------------------------------------------------------------
@@ -239,8 +244,7 @@ class _Decision:
         return "nobody else keeps its output: one tensor would only take the place of another"
 
 
-def _already_inverted(module: nn.Module, path: str) -> Site:
-    assert isinstance(module, Inverted)
+def _already_inverted(path: str, module: Inverted) -> Site:
     return Site(path, module.curve, type(module.original).__name__, KEEP, "already inverted by an earlier patch")
 
 
@@ -265,7 +269,7 @@ def _in_words(setting: Setting) -> str:
     return ", ".join(words)
 
 
-def _notes(decisive: Observation, already: set[str]) -> list[str]:
+def _notes(decisive: Observation, already: int, *, nothing_allowed: bool) -> list[str]:
     notes = []
     if decisive.checkpoints:
         notes.append(
@@ -273,5 +277,7 @@ def _notes(decisive: Observation, already: set[str]) -> list[str]:
             "the sites inside tells by how much their own peak falls while they are recomputed."
         )
     if already:
-        notes.append(f"{len(already)} sites are already inverted; `invact.unpatch(model)` gives them back.")
+        notes.append(f"{already} sites were inverted before; invact.unpatch(model) gives them back.")
+    if nothing_allowed:
+        notes.append("include and exclude leave no site: they are glob patterns over the paths of the sites.")
     return notes

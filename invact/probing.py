@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from invact.ledger import Entry, Key, Ledger, Memory, module_hooks, storage_sizes
@@ -80,6 +82,7 @@ def activation_memory(model: nn.Module, example_inputs: Inputs, *, autocast: tor
     """
     check_model(model)
     check_inputs(example_inputs)
+    check_autocast(autocast)
     return observe(model, example_inputs, Setting(device_of(model), autocast)).memory
 
 
@@ -88,7 +91,7 @@ def observe(
     inputs: Inputs,
     setting: Setting,
     *,
-    watch: Mapping[str, nn.Module] | None = None,
+    watch: Collection[str] = (),
     checkpointing: bool = True,
 ) -> Observation:
     """Runs `model` forward once in training mode and reports what autograd kept.
@@ -98,7 +101,7 @@ def observe(
     and random states are afterwards what they were.
 
     Args:
-        watch: paths and modules whose calls are to be recorded.
+        watch: paths of the modules whose calls are to be recorded.
         checkpointing: False runs checkpointed regions as if they were not.
 
     Raises:
@@ -106,30 +109,44 @@ def observe(
     """
     with _ONE_AT_A_TIME:
         try:
-            return _observe_fake(model, inputs, setting, watch or {}, checkpointing)
+            return _observe_fake(model, inputs, setting, watch, checkpointing)
         except Exception as fake_error:
             if any(p.is_meta for p in model.parameters()):
-                raise
-            found = _observe_real(model, inputs, setting, watch or {}, checkpointing)
-            why = f"{type(fake_error).__name__}: {str(fake_error).splitlines()[0] if str(fake_error) else ''}"
+                raise _with_inputs_named(fake_error, inputs) from None
+            try:
+                found = _observe_real(model, inputs, setting, watch, checkpointing)
+            except Exception as error:
+                raise _with_inputs_named(error, inputs) from None
             found.notes.append(
                 "counted in one real forward pass at the smallest batch, since the model does not run on fake "
-                f"tensors ({why[:160]})"
+                f"tensors ({type(fake_error).__name__}: {str(fake_error).strip()[:120]})"
             )
             return found
+
+
+def _with_inputs_named(error: Exception, inputs: Inputs) -> Exception:
+    """The model's own error, told with what the model was given (before Python 3.11, the error alone)."""
+    if hasattr(error, "add_note"):
+        given = tree_map_only(Tensor, lambda t: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}", inputs)
+        error.add_note(
+            f"invact ran the model's forward on example inputs {given} to see what it keeps for backward, and the "
+            "forward failed. The model is as it was. Pass example_inputs with which the model runs."
+        )
+    return error
 
 
 def _observe_fake(
     model: nn.Module,
     inputs: Inputs,
     setting: Setting,
-    watch: Mapping[str, nn.Module],
+    watch: Collection[str],
     checkpointing: bool,
 ) -> Observation:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         weights = {name: _fake(mode, tensor, setting.device) for name, tensor in _weights(model).items()}
         fake_inputs = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, setting.device), inputs)
-        with _Attention(setting) if setting.device.type == "cuda" else ExitStack():
+        attention = _Attention(setting) if setting.device.type == "cuda" else nullcontext()
+        with attention, _SameDtypes(), _fake_tensor_log_silent():
             return _observe(model, weights, fake_inputs, setting, watch, checkpointing)
 
 
@@ -137,7 +154,7 @@ def _observe_real(
     model: nn.Module,
     inputs: Inputs,
     setting: Setting,
-    watch: Mapping[str, nn.Module],
+    watch: Collection[str],
     checkpointing: bool,
 ) -> Observation:
     weights = {name: _own_copy_if_buffer(tensor) for name, tensor in _weights(model).items()}
@@ -153,7 +170,7 @@ def _observe(
     weights: dict[str, Tensor],
     inputs: Any,
     setting: Setting,
-    watch: Mapping[str, nn.Module],
+    watch: Collection[str],
     checkpointing: bool,
 ) -> Observation:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
@@ -201,9 +218,7 @@ class _OpenCall:
         )
 
 
-def _recorder(
-    watch: Mapping[str, nn.Module], calls: list[_OpenCall]
-) -> Callable[[str, nn.Module, tuple[Any, ...], Any], None]:
+def _recorder(watch: Collection[str], calls: list[_OpenCall]) -> Callable[[str, nn.Module, tuple[Any, ...], Any], None]:
     def record(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if path not in watch:
             return
@@ -244,6 +259,14 @@ def check_inputs(inputs: Any) -> None:
                 "example_inputs holds a complex tensor, and a pointwise activation of complex numbers is not "
                 "invertible by one bit. Pass inputs of a real floating dtype."
             )
+
+
+def check_autocast(autocast: Any) -> None:
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"autocast is {autocast!r}, but torch.autocast trains in one of two dtypes. "
+            "Pass torch.bfloat16, torch.float16 or None."
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -397,6 +420,34 @@ def _additive(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     if mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+class _SameDtypes(TorchDispatchMode):
+    """Matrix products of mixed dtypes fail, as they do on real tensors; on fake ones PyTorch lets them pass."""
+
+    _products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket in self._products:
+            # addmm(bias, a, b) has its factors last, convolution(x, weight, bias) first.
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            factors = tensors[:2] if func.overloadpacket is torch.ops.aten.convolution else tensors[-2:]
+            if len({factor.dtype for factor in factors}) > 1:
+                raise RuntimeError(f"the factors of {func} have different dtypes: {[f.dtype for f in factors]}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _fake_tensor_log_silent() -> Iterator[None]:
+    """PyTorch logs a failing operation with its traceback; the error itself is enough."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
 
 
 @contextmanager

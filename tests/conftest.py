@@ -1,0 +1,64 @@
+"""What the tests measure with: an independent count of what autograd keeps, and all gradients as one vector."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def kept_bytes(model, inputs):
+    """Bytes of the storages that one real forward keeps for backward, parameters and buffers left out.
+
+    Written apart from invact's ledger: storages told apart by their address, alive since they are held here.
+    """
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    held = []
+
+    def pack(tensor):
+        held.append(tensor.detach())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run(model, inputs)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    del output
+    return sum(nbytes for address, nbytes in storages.items() if address not in own)
+
+
+def run(model, inputs):
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def first_tensors(output):
+    """The floating tensors of whatever a model returns, without caches."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = [v for k, v in output.items() if k != "past_key_values"]
+    if isinstance(output, (tuple, list)):
+        return [t for item in output for t in first_tensors(item)]
+    return []
+
+
+def outputs_and_gradients(model, inputs, seed=0):
+    """The outputs as one vector, and the gradient of all parameters together for a fixed quadratic loss."""
+    torch.manual_seed(seed)
+    model.zero_grad(set_to_none=True)
+    outputs = first_tensors(run(model, inputs))
+    sum(t.square().mean() + t.sin().mean() for t in outputs).backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat([t.detach().flatten() for t in outputs]), torch.cat(gradients)
+
+
+@pytest.fixture
+def count_kept():
+    return kept_bytes
+
+
+@pytest.fixture
+def run_backward():
+    return outputs_and_gradients
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,137 @@
+"""Real models in small configurations: bytes as said, outputs and gradients as before, and all undone by unpatch."""
+
+import pytest
+import torch
+
+import invact
+
+
+def tokens(*shape):
+    return torch.randint(0, 100, shape)
+
+
+def bert():
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
+    )
+    return BertForMaskedLM(config), {"input_ids": tokens(4, 32)}, 3
+
+
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=4
+    )
+    return ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}, 2
+
+
+def clip():
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config=CLIPTextConfig(vocab_size=100, max_position_embeddings=16, **sizes).to_dict(),
+        vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **sizes).to_dict(),
+    )
+    return CLIPModel(config), {"input_ids": tokens(2, 16), "pixel_values": torch.randn(2, 3, 32, 32)}, 4
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100)
+    return GPT2LMHeadModel(config), {"input_ids": tokens(4, 32)}, 2
+
+
+def mistral():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+    )
+    return MistralForCausalLM(config), {"input_ids": tokens(2, 32)}, 2
+
+
+def timm_vit():
+    import timm
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=2, num_classes=10, drop_path_rate=0.1, proj_drop_rate=0.0
+    )
+    return model, (torch.randn(2, 3, 64, 64),), 2
+
+
+def timm_convnext():
+    import timm
+
+    model = timm.create_model("convnext_atto", depths=(1, 1, 2, 1), num_classes=10)
+    return model, (torch.randn(2, 3, 64, 64),), 5
+
+
+def timm_efficientnet():
+    import timm
+
+    model = timm.create_model("efficientnet_b0", num_classes=10)
+    return model, (torch.randn(2, 3, 64, 64),), 48
+
+
+def open_clip_vit():
+    import open_clip
+
+    model = open_clip.create_model("ViT-B-32")
+    del model.transformer.resblocks[2:], model.visual.transformer.resblocks[2:]
+    return model, (torch.randn(2, 3, 224, 224), tokens(2, 77)), 4
+
+
+MODELS = [bert, vit, clip, gpt2, mistral, timm_vit, timm_convnext, timm_efficientnet, open_clip_vit]
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def test_patching_a_real_model_saves_what_it_says_and_changes_no_result(make, count_kept, run_backward):
+    model, inputs, sites = make()
+    model.train()
+    kept_before = count_kept(model, inputs)
+    output_before, gradient_before = run_backward(model, inputs)
+
+    report = invact.patch(model, inputs)
+    assert len(report.inverted) == sites
+    assert report.saving > 0
+    assert report.bytes_before == pytest.approx(kept_before, rel=0.01)
+    assert report.bytes_after == pytest.approx(count_kept(model, inputs), rel=0.01)
+    assert sum(site.bytes_saved for site in report.sites) == report.bytes_before - report.bytes_after
+
+    output, gradient = run_backward(model, inputs)
+    torch.testing.assert_close(output, output_before, rtol=1e-5, atol=1e-5)
+    assert (gradient - gradient_before).norm() < 1e-4 * gradient_before.norm()
+
+    assert invact.unpatch(model) == sites
+    assert torch.equal(run_backward(model, inputs)[1], gradient_before)
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def test_a_patched_model_computes_bitwise_the_same_in_evaluation_mode_and_without_gradients(make, run_backward):
+    model, inputs, _ = make()
+    model.eval()
+    output, gradient = run_backward(model, inputs)
+    invact.patch(model, inputs)
+    assert not model.training
+    patched_output, patched_gradient = run_backward(model, inputs)
+    assert torch.equal(patched_output, output)
+    assert torch.equal(patched_gradient, gradient)
+
+
+def test_the_ways_to_patch_agree(run_backward):
+    """A model patched with the inputs that its library's patcher makes is patched at the same sites."""
+    for make in (bert, gpt2, timm_convnext, open_clip_vit):
+        model, inputs, _ = make()
+        given = invact.plan(model, inputs)
+        made = invact.plan(model)
+        assert [(s.path, s.action) for s in made.sites] == [(s.path, s.action) for s in given.sites]

@@ -1,0 +1,157 @@
+"""Patching is in place, all or nothing, and undone by unpatch; bad input gets one clear error."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import invact
+from invact.swapping import Inverted
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 16))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 16)
+
+
+def test_patch_replaces_in_place_and_keeps_names_parameters_and_state(model, x):
+    names, state = [n for n, _ in model.named_modules()], model.state_dict()
+    parameters = list(model.parameters())
+    invact.patch(model, (x,))
+    assert [type(m) for m in model] == [nn.Linear, Inverted, nn.Linear, Inverted, nn.Linear]
+    assert [n for n, _ in model.named_modules()] == names
+    assert list(model.state_dict()) == list(state)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+def test_patched_puts_the_model_back_also_after_an_error(model, x):
+    before = list(model)
+    with invact.patched(model, (x,)) as report:
+        assert len(report.inverted) == 2
+        assert isinstance(model[1], Inverted)
+    assert all(a is b for a, b in zip(model, before, strict=True))
+    with pytest.raises(KeyboardInterrupt), invact.patched(model, (x,)):
+        raise KeyboardInterrupt
+    assert all(a is b for a, b in zip(model, before, strict=True))
+
+
+def test_patching_again_changes_nothing_and_says_so(model, x):
+    invact.patch(model, (x,))
+    report = invact.patch(model, (x,))
+    assert {site.reason for site in report.sites} == {"already inverted by an earlier patch"}
+    assert report.bytes_after == report.bytes_before
+    assert "2 sites were inverted before" in report.notes[0]
+    with invact.patched(model, (x,)):
+        pass
+    assert invact.unpatch(model) == 2
+    assert invact.unpatch(model) == 0
+
+
+def test_a_failure_half_way_undoes_what_was_done(x):
+    class Stubborn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.act, self.out = nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)
+            self.locked = False
+
+        def __setattr__(self, name, value):
+            if name == "act" and isinstance(value, Inverted):
+                raise RuntimeError("this module takes no other activation")
+            super().__setattr__(name, value)
+
+        def forward(self, x):
+            return self.out(self.act(self.lin(x)))
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), Stubborn())
+    with pytest.raises(RuntimeError, match="takes no other activation"):
+        invact.patch(model, (x,))
+    assert isinstance(model[1], nn.GELU)
+    assert isinstance(model[3].act, nn.GELU)
+
+
+def test_hooks_of_the_activation_go_on_being_called_and_their_handles_remove_them(model, x):
+    seen = []
+    handle = model[1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    invact.patch(model, (x,))  # hooks run while planning too: some, such as weight norm's, are part of the model
+    seen.clear()
+    model(x)
+    assert seen == [(4, 64)]
+    handle.remove()
+    model(x)
+    assert len(seen) == 1
+
+
+def test_copies_and_pickles_of_a_patched_model_train_and_can_be_unpatched(model, x, run_backward):
+    expected = run_backward(model, (x,))[1]
+    invact.patch(model, (x,))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin[1] is not model[1]
+        gradient = run_backward(twin, (x,))[1]
+        assert (gradient - expected).norm() < 1e-5 * expected.norm()
+        assert invact.unpatch(twin) == 2
+        assert torch.equal(run_backward(twin, (x,))[1], expected)
+    assert isinstance(model[1], Inverted)
+
+
+def test_in_evaluation_mode_the_gradient_is_the_stock_one_bit_for_bit(model, x, run_backward):
+    model.eval()
+    expected = run_backward(model, (x,))
+    invact.patch(model, (x,))
+    assert all(torch.equal(a, b) for a, b in zip(run_backward(model, (x,)), expected, strict=True))
+    with torch.no_grad():
+        assert torch.equal(model.train()(x), expected[0].view(4, 16))
+
+
+def test_a_model_without_activations_gets_a_report_that_says_so(x):
+    report = invact.patch(nn.Linear(16, 16), (x,))
+    assert report.sites == []
+    assert report.saving == 0
+    assert "No pointwise activation" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        (lambda: (torch.randn(4, 17),), RuntimeError, "shapes cannot be multiplied"),
+        (lambda: (torch.ones(4, 16, dtype=torch.long),), RuntimeError, "dtype"),
+        (lambda: (torch.randn(4, 16, dtype=torch.complex64),), TypeError, "complex"),
+        (lambda: torch.randn(4, 16), TypeError, "tuple of positional arguments"),
+        (lambda: None, ValueError, "Pass example_inputs"),
+        (lambda: {"wrong": torch.randn(4, 16)}, TypeError, "wrong"),
+    ],
+    ids=["wrong shape", "integers", "complex", "no tuple", "no inputs", "wrong name"],
+)
+def test_bad_inputs_get_one_clear_error_and_leave_the_model_as_it_was(model, inputs, error, message):
+    before, state = list(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        invact.patch(model, inputs())
+    assert all(a is b for a, b in zip(model, before, strict=True))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+
+
+def test_what_is_no_model_and_what_is_no_dtype_are_refused(model, x):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, but got str"):
+        invact.patch("bert-base-uncased")
+    with pytest.raises(TypeError, match=r"Pass torch\.bfloat16"):
+        invact.plan(model, (x,), autocast="bf16")
+
+
+def test_an_activation_registered_under_several_parents_is_replaced_everywhere(x, run_backward):
+    act = nn.GELU()
+    block = lambda: nn.Sequential(nn.Linear(16, 16), act, nn.Linear(16, 16))  # noqa: E731
+    model = nn.Sequential(block(), block())
+    expected = run_backward(model, (x,))[1]
+    invact.patch(model, (x,))
+    assert isinstance(model[0][1], Inverted)
+    assert model[0][1] is model[1][1]
+    gradient = run_backward(model, (x,))[1]
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    assert invact.unpatch(model) == 1
+    assert model[0][1] is model[1][1] is act

@@ -1,0 +1,147 @@
+"""An activation is recognised by what it computes; a lookalike is not."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from invact.recognition import recognise
+
+
+class Lambda(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class FromAutogradFunction(nn.Module):
+    """As Bloom's: f is written as an autograd function of its own."""
+
+    class Swish(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * torch.sigmoid(x)
+
+    def forward(self, x):
+        return self.Swish.apply(x)
+
+
+class OnlyImages(nn.Module):
+    def forward(self, x):
+        _, _, height, width = x.shape
+        return nn.functional.gelu(x.reshape(-1, height * width)).view_as(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "curve"),
+    [
+        (nn.GELU(), "gelu"),
+        (nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (nn.SiLU(), "silu"),
+        (nn.SiLU(inplace=True), "silu"),
+        (nn.ReLU(), "relu"),
+        (nn.ReLU(inplace=True), "relu"),
+        (nn.Sigmoid(), "sigmoid"),
+        (nn.Tanh(), "tanh"),
+        (Lambda(lambda x: x * torch.sigmoid(1.702 * x)), "quick_gelu"),
+        (Lambda(lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))), "gelu"),
+        (Lambda(lambda x: nn.functional.gelu(x.float()).to(x.dtype)), "gelu"),
+        (FromAutogradFunction(), "silu"),
+        (OnlyImages(), "gelu"),
+    ],
+    ids=str,
+)
+def test_known_curves_are_found_in_whatever_class(module, curve):
+    assert recognise(module) == curve
+
+
+@pytest.mark.parametrize(
+    "name", ["gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish", "relu"]
+)
+def test_hugging_face_activations_are_found(name):
+    from transformers.activations import ACT2FN
+
+    expected = {"gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu", "swish": "silu"}
+    assert recognise(ACT2FN[name]) == expected.get(name, name)
+
+
+def test_timm_open_clip_and_bloom_activations_are_found():
+    from open_clip.transformer import QuickGELU
+    from timm.layers.activations import GELUTanh, Swish
+    from transformers.models.bloom.modeling_bloom import BloomGelu
+
+    assert recognise(QuickGELU()) == "quick_gelu"
+    assert recognise(GELUTanh()) == "gelu_tanh"
+    assert recognise(Swish(inplace=True)) == "silu"
+    assert recognise(BloomGelu()) == "gelu_tanh"
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self._calls = 0
+
+    def forward(self, x):
+        self._calls += 1
+        return nn.functional.gelu(x)
+
+
+class OnlyInEvaluation(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(nn.functional.gelu(x), 0.1, self.training)
+
+
+class WithBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, x):
+        return nn.functional.gelu(x + self.shift)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Identity(),
+        nn.Softmax(dim=-1),
+        nn.Dropout(0.0),
+        nn.LayerNorm(96, elementwise_affine=False),
+        nn.GLU(),
+        nn.Flatten(),
+        nn.Linear(4, 4),
+        nn.Sequential(nn.GELU()),
+        nn.LeakyReLU(1e-4),
+        Lambda(lambda x: nn.functional.gelu(x) + 1e-4 * x.mean()),
+        Lambda(lambda x: nn.functional.gelu(x) + 1e-4 * x.roll(1, -1)),
+        Lambda(lambda x: nn.functional.gelu(x).clamp(max=10)),
+        Lambda(lambda x: nn.functional.gelu(1.001 * x)),
+        Lambda(lambda x: nn.functional.gelu(x) + 1e-3 * torch.randn_like(x)),
+        Lambda(lambda x: (nn.functional.gelu(x), x)),
+        OnlyInEvaluation(),
+        Counts(),
+        WithBias(),
+    ],
+    ids=str,
+)
+def test_lookalikes_are_not(module):
+    assert recognise(module) is None
+
+
+def test_recognition_leaves_the_module_and_the_random_stream_alone():
+    module = Counts()
+    handle = module.register_forward_hook(lambda *args: pytest.fail("a hook was called"))
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    recognise(module)
+    recognise(nn.RReLU())
+    assert torch.equal(torch.rand(1), expected)
+    assert module._calls == 0
+    assert module.training
+    handle.remove()
