@@ -103,7 +103,7 @@ def patch(
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
 ) -> None:
     """Dry run: what patching the model would save in training on a GPU. Needs neither the GPU nor weights."""
-    with _library_chatter_on_stderr(), _sizes_explained(seq_len, image_size):
+    with _library_chatter_on_stderr():
         report = _report(
             model,
             library=library and library.value,
@@ -134,19 +134,26 @@ def _report(
     from invact import patchers
     from invact.planning import plan_for_device
 
+    precision = f"{dtype}, autocast {autocast}" if autocast else dtype
     try:
         model = patchers.load(name, _torch_dtype(dtype), library=library, image_size=image_size)
         inputs = patchers.example_inputs(model, batch_size, seq_len, image_size)
+        return plan_for_device(
+            model,
+            inputs,
+            autocast=_torch_dtype(autocast) if autocast else None,
+            attention=attention,
+            title=" · ".join([name, type(model).__name__, _size_in_words(inputs), precision]),
+        )
     except (patchers.ModelNameError, patchers.MissingLibraryError, patchers.InputSizeError) as error:
         _fail(str(error))
-    precision = f"{dtype}, autocast {autocast}" if autocast else dtype
-    return plan_for_device(
-        model,
-        inputs,
-        autocast=_torch_dtype(autocast) if autocast else None,
-        attention=attention,
-        title=" · ".join([name, type(model).__name__, _size_in_words(inputs), precision]),
-    )
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        # A size that only the model itself can reject is bad input; anything else is a fault, with its traceback.
+        if seq_len is None and image_size is None:
+            raise
+        sizes = {"--seq-len": seq_len, "--image-size": image_size}
+        given = " ".join(f"{option} {size}" for option, size in sizes.items() if size is not None)
+        _fail(f"{name} does not run with {given}: {error}. Leave it out for the model's own size.")
 
 
 def _torch_dtype(name: str) -> torch.dtype:
@@ -183,19 +190,6 @@ def _library_chatter_on_stderr() -> Iterator[None]:
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextlib.contextmanager
-def _sizes_explained(seq_len: int | None, image_size: int | None) -> Iterator[None]:
-    """A size that only the model itself can reject is bad input, not a fault: no traceback."""
-    try:
-        yield
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        if seq_len is None and image_size is None:
-            raise
-        sizes = {"--seq-len": seq_len, "--image-size": image_size}
-        given = " ".join(f"{option} {size}" for option, size in sizes.items() if size is not None)
-        _fail(f"The model does not run with {given}: {error}. Leave it out for the model's own size.")
 
 
 def _fail(message: str) -> NoReturn:

@@ -24,8 +24,8 @@ DEFAULT_AUDIO_SAMPLES = 160_000  # ten seconds at 16 kHz, the length of a usual 
 
 
 def names() -> list[str]:
-    """The hub names whose configuration comes with invact; each is also known by its last part."""
-    return sorted(_bundled())
+    """The models whose configuration comes with invact: hub names, and their last parts by themselves."""
+    return sorted({known for full in _bundled() for known in (full, full.rpartition("/")[2])})
 
 
 def reads(directory: Path) -> bool:
@@ -40,6 +40,26 @@ def load(name: str, dtype: torch.dtype, image_size: int | None = None) -> nn.Mod
         _vision_config(config).image_size = image_size
     with on_meta(dtype):
         return _built(config)
+
+
+def config_fields(name: str) -> dict[str, Any]:
+    """What a model's config.json says: of a directory, of the package, or of the hub.
+
+    Raises:
+        ModelNameError: there is none to be had.
+    """
+    if reads(Path(name)):
+        return directory_config(name, "config.json")
+    bundled = _bundled()
+    by_last_part = {known.rpartition("/")[2]: known for known in bundled}
+    known = by_last_part.get(name, name)
+    if known in bundled:
+        return directory_config(bundled[known].parent, bundled[known].name)
+    try:
+        return hub_config(name, "config.json")
+    except LookupError as why:
+        otherwise = "pass a directory with the model's config.json."
+        raise unknown_name("transformers", name, str(why), otherwise) from None
 
 
 def example_inputs(
@@ -170,28 +190,13 @@ def _built(config: Any) -> nn.Module:
 def _config(name: str) -> Any:
     from transformers import CONFIG_MAPPING
 
-    fields = _config_fields(name)
+    fields = config_fields(name)
     model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         why = f"its model_type {model_type!r} is not in this version of transformers"
         otherwise = "upgrade transformers, or build the model yourself and pass it to invact.plan."
         raise unknown_name("transformers", name, why, otherwise)
     return CONFIG_MAPPING[model_type].from_dict(fields)
-
-
-def _config_fields(name: str) -> dict[str, Any]:
-    if reads(Path(name)):
-        return directory_config(name, "config.json")
-    bundled = _bundled()
-    by_last_part = {known.rpartition("/")[2]: known for known in bundled}
-    known = by_last_part.get(name, name)
-    if known in bundled:
-        return directory_config(bundled[known].parent, bundled[known].name)
-    try:
-        return hub_config(name, "config.json")
-    except LookupError as why:
-        otherwise = "pass a directory with the model's config.json."
-        raise unknown_name("transformers", name, str(why), otherwise) from None
 
 
 @cache

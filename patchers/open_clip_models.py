@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import huggingface
 from .configurations import directory_config, hub_config
 from .meta import on_meta
 from .registry import InputSizeError, Library, input_dtype, register, token_ids, unknown_name, waves
@@ -31,11 +32,24 @@ def reads(directory: Path) -> bool:
 
 def load(name: str, dtype: torch.dtype, image_size: int | None = None) -> nn.Module:
     """Build a model from an OpenCLIP name, a hub name, or a directory with open_clip_config.json."""
-    if name in names():
-        return _built(name, dtype, image_size)
+    import open_clip
+
+    config = open_clip.get_model_config(name) if name in names() else _written_config(name)["model_cfg"]
     with TemporaryDirectory() as directory:
-        (Path(directory) / CONFIG_FILE).write_text(json.dumps(_written_config(name)), encoding="utf-8")
-        return _built(f"local-dir:{directory}", dtype, image_size, load_weights=False)
+        text_tower = config["text_cfg"]
+        if "hf_model_name" in text_tower:  # OpenCLIP would ask the hub, even for what needs no asking
+            _write(directory, "config.json", huggingface.config_fields(text_tower["hf_model_name"]))
+            text_tower["hf_model_name"] = directory
+        _write(directory, CONFIG_FILE, {"model_cfg": config})
+        with on_meta(dtype):
+            model: nn.Module = open_clip.create_model(
+                f"local-dir:{directory}",
+                device="meta",
+                load_weights=False,
+                pretrained_text=False,
+                force_image_size=image_size,
+            )
+    return model
 
 
 def example_inputs(
@@ -60,16 +74,6 @@ def example_inputs(
     )
 
 
-def _built(name: str, dtype: torch.dtype, image_size: int | None, **arguments: Any) -> nn.Module:
-    import open_clip
-
-    with on_meta(dtype):
-        model: nn.Module = open_clip.create_model(
-            name, device="meta", pretrained_hf=False, force_image_size=image_size, **arguments
-        )
-    return model
-
-
 def _written_config(name: str) -> dict[str, Any]:
     if reads(Path(name)):
         return directory_config(name, CONFIG_FILE)
@@ -79,6 +83,10 @@ def _written_config(name: str) -> dict[str, Any]:
         return hub_config(name, CONFIG_FILE)
     except LookupError as why:
         raise unknown_name("open_clip", name, str(why), f"pass a directory with its {CONFIG_FILE}.") from None
+
+
+def _write(directory: str, filename: str, config: dict[str, Any]) -> None:
+    (Path(directory) / filename).write_text(json.dumps(config), encoding="utf-8")
 
 
 register(

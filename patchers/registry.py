@@ -232,10 +232,11 @@ def load(
 
 
 def nearest_names(name: str, candidates: Iterable[str], count: int = 3, cutoff: float = 0.6) -> list[str]:
-    """The candidates most like a name, whatever their capitals; the best comes first."""
+    """The candidates that begin with a name, then those most like it; capitals do not matter."""
     by_lowercase = {candidate.lower(): candidate for candidate in candidates}
-    matches = difflib.get_close_matches(name.lower(), by_lowercase, n=count, cutoff=cutoff)
-    return [by_lowercase[match] for match in matches]
+    completed = sorted((c for c in by_lowercase if c.startswith(name.lower())), key=len)
+    alike = difflib.get_close_matches(name.lower(), by_lowercase, n=count, cutoff=cutoff)
+    return [by_lowercase[match] for match in dict.fromkeys([*completed, *alike])][:count]
 
 
 def unknown_name(library: str, name: str, why: str, otherwise: str) -> ModelNameError:
