@@ -233,7 +233,7 @@ class _Decision:
         others = self._others(path, keys)
         if not others:
             return "it keeps several tensors; inverted, its output alone"
-        return f"{others} keeps its output anyway; its input need not be kept"
+        return f"{others} keeps its output anyway, so its input can go"
 
     def _why_it_does_not_pay(self, path: str) -> str:
         own = {key for key, keepers in self.keepers.items() if path in keepers}

@@ -283,6 +283,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device) -> Tensor:
+    fake: Tensor
     if tensor.device == device:
         fake = mode.from_tensor(tensor)
     else:
@@ -400,6 +401,7 @@ def _fused_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     head_dim = value.shape[-1]
+    out: Tensor
     # The kernels read 16 bytes at a time, so PyTorch pads heads of other widths first.
     query, key, value = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (query, key, value))
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):

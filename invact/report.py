@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -97,7 +98,7 @@ class Report:
         return text.getvalue().rstrip()
 
     def _site_table(self) -> Table:
-        table = Table(header_style="bold", pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
         table.add_column("sites", justify="right")
         for name in ("example", "activation", "class", "action", "reason"):
             table.add_column(name, overflow="fold")

@@ -21,7 +21,7 @@ def plan_one(*layers, x=None, **options):
 def test_a_linear_next_keeps_the_output_so_the_input_need_not_be_kept():
     site, report = plan_one(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
     assert (site.path, site.activation, site.module_class, site.action) == ("1", "gelu", "GELU", "invert")
-    assert site.reason == "Linear keeps its output anyway; its input need not be kept"
+    assert site.reason == "Linear keeps its output anyway, so its input can go"
     assert site.bytes_saved == 4 * 64 * 4 - 4 * 64 // 8
     assert report.bytes_before - report.bytes_after == site.bytes_saved
 
@@ -129,7 +129,7 @@ def test_a_gated_product_keeps_the_output():
             return self.down(self.act(self.gate(x)) * self.up(x))
 
     site, _ = plan_one(SwiGLU())
-    assert (site.action, site.reason) == ("invert", "SwiGLU keeps its output anyway; its input need not be kept")
+    assert (site.action, site.reason) == ("invert", "SwiGLU keeps its output anyway, so its input can go")
 
 
 def test_under_autocast_the_cast_output_counts_as_the_output():

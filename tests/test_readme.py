@@ -1,0 +1,33 @@
+"""What the README says is what the tool says."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+ROWS = re.findall(r"^\| .+? \| `(.+?)` \| (.+?) \| (.+?) \| (.+?) \|$", README, flags=re.MULTILINE)
+ROWS = [row for row in ROWS if row[0] != "invact patch --model"]
+
+
+def test_the_table_was_found():
+    assert len(ROWS) >= 8
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_the_tables_figures_are_what_the_command_prints(row):
+    from invact.cli import app
+
+    command, before, after, saved = row
+    result = CliRunner().invoke(app, ["patch", "--model", *shlex.split(command)])
+    assert result.exit_code == 0, result.output
+    assert f"{before} before, {after} after: {saved} saved" in result.output
+
+
+def test_the_two_commands_are_there_for_ci_to_run():
+    commands = re.findall(r"^python3 -m venv .*$", README, flags=re.MULTILINE)
+    assert len(commands) == 2
+    assert "invact patch --model bert-base-uncased" in commands[0]
+    assert "pytest" in commands[1]
