@@ -1,6 +1,6 @@
 """One file per library: load a model by its name, make example inputs for it."""
 
-from . import huggingface, open_clip_models, timm_models  # each registers its library
+from . import huggingface, open_clip_models, timm_models
 from .registry import (
     ExampleInputs,
     InputSizeError,
@@ -14,6 +14,11 @@ from .registry import (
     register,
     resolve,
 )
+
+# A name without a prefix goes to the first of these that knows it: `convnext_base` is timm's and OpenCLIP's.
+register(huggingface.LIBRARY)
+register(timm_models.LIBRARY)
+register(open_clip_models.LIBRARY)
 
 __all__ = [
     "ExampleInputs",

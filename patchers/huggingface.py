@@ -17,7 +17,7 @@ from torch import nn
 
 from .configurations import directory_config, hub_config
 from .meta import on_meta
-from .registry import InputSizeError, Library, input_dtype, register, token_ids, unknown_name, waves
+from .registry import InputSizeError, Library, input_dtype, token_ids, unknown_name, waves
 
 DEFAULT_TOKENS = 512
 DEFAULT_AUDIO_SAMPLES = 160_000  # ten seconds at 16 kHz, the length of a usual training clip
@@ -205,14 +205,12 @@ def _bundled() -> dict[str, Path]:
     return {path.stem.replace("--", "/"): path for path in directory.glob("*.json")}
 
 
-register(
-    Library(
-        name="transformers",
-        package="transformers",
-        marks=("config", "main_input_name"),
-        load=load,
-        example_inputs=example_inputs,
-        names=names,
-        reads=reads,
-    )
+LIBRARY = Library(
+    name="transformers",
+    package="transformers",
+    marks=("config", "main_input_name"),
+    load=load,
+    example_inputs=example_inputs,
+    names=names,
+    reads=reads,
 )

@@ -13,7 +13,7 @@ from torch import nn
 from . import huggingface
 from .configurations import directory_config, hub_config
 from .meta import on_meta
-from .registry import InputSizeError, Library, input_dtype, register, token_ids, unknown_name, waves
+from .registry import InputSizeError, Library, input_dtype, token_ids, unknown_name, waves
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -89,14 +89,12 @@ def _write(directory: str, filename: str, config: dict[str, Any]) -> None:
     (Path(directory) / filename).write_text(json.dumps(config), encoding="utf-8")
 
 
-register(
-    Library(
-        name="open_clip",
-        package="open_clip",
-        marks=("visual", "context_length"),
-        load=load,
-        example_inputs=example_inputs,
-        names=names,
-        reads=reads,
-    )
+LIBRARY = Library(
+    name="open_clip",
+    package="open_clip",
+    marks=("visual", "context_length"),
+    load=load,
+    example_inputs=example_inputs,
+    names=names,
+    reads=reads,
 )

@@ -1,6 +1,6 @@
 """The libraries whose models `invact` loads by name and makes example inputs for.
 
-A new library is one file that ends in a `register(Library(...))`, named in `invact.patchers.__init__`.
+A new library is one file with a `Library` in it, and one line that registers it in `__init__.py`.
 Nothing here imports a library: a model's own class says where it comes from.
 """
 

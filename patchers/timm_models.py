@@ -10,7 +10,7 @@ from torch import nn
 
 from .configurations import directory_config, hub_config
 from .meta import on_meta
-from .registry import InputSizeError, Library, input_dtype, register, unknown_name, waves
+from .registry import InputSizeError, Library, input_dtype, unknown_name, waves
 
 
 def names() -> list[str]:
@@ -90,14 +90,12 @@ def _channels(model: Any) -> int:
     return published if first is None or first.in_channels >= 16 * published else first.in_channels
 
 
-register(
-    Library(
-        name="timm",
-        package="timm",
-        marks=("pretrained_cfg", "forward_features"),
-        load=load,
-        example_inputs=example_inputs,
-        names=names,
-        reads=reads,
-    )
+LIBRARY = Library(
+    name="timm",
+    package="timm",
+    marks=("pretrained_cfg", "forward_features"),
+    load=load,
+    example_inputs=example_inputs,
+    names=names,
+    reads=reads,
 )

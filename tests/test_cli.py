@@ -1,0 +1,91 @@
+"""The command line, end to end: real models by name, no network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import constants
+from typer.testing import CliRunner, Result
+
+import invact
+from invact.cli import app
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, invact.cli; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_module_runs_as_the_command_does():
+    output = subprocess.check_output([sys.executable, "-m", "invact", "--version"], text=True)
+    assert output == f"invact {invact.__version__}\n"
+
+
+def test_dry_run_prints_the_title_the_sites_and_what_is_saved():
+    result = run("patch", "--model", "bert-base-uncased", "--batch-size", 2, "--seq-len", 128)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("bert-base-uncased · BertForMaskedLM · 2 x 128 tokens · bf16\n")
+    assert "GELUActivation" in result.stdout
+    assert "% saved" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["gpt2", "open_clip/ViT-B-32", "timm/test_vit"])
+def test_json_is_the_only_thing_on_standard_output(name):
+    result = run("patch", "--model", name, "--batch-size", 2, "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["bytes_after"] < report["bytes_before"]
+
+
+def test_library_option_stands_for_the_prefix():
+    result = run("patch", "--library", "timm", "--model", "test_vit", "--json")
+    assert json.loads(result.stdout)["title"].startswith("test_vit · VisionTransformer")
+
+
+def test_autocast_keeps_the_parameters_in_fp32():
+    result = run("patch", "--model", "timm/test_vit", "--autocast", "bf16", "--json")
+    assert json.loads(result.stdout)["title"].endswith("fp32, autocast bf16")
+
+
+def test_math_attention_keeps_more_than_fused_attention():
+    fused, math = (
+        json.loads(run("patch", "--model", "timm/test_vit", "--attention", kind, "--json").stdout)
+        for kind in ("fused", "math")
+    )
+    assert math["bytes_before"] > fused["bytes_before"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "bert-base-uncasd"], "bert-base-uncased"),
+        (["--model", "./no/such/directory"], "not a directory with a model configuration"),
+        (["--model", "gpt2", "--seq-len", 5000], "at most 1024 tokens, not 5000"),
+        (["--model", "gpt2", "--image-size", 224], "reads no images"),
+        (["--model", "timm/test_vit", "--seq-len", 10], "no sequence length"),
+        (["--model", "timm/vit_tiny_patch16_224", "--image-size", 8], "does not run with --image-size 8"),
+        (["--model", "gpt2", "--batch-size", 0], "--batch-size"),
+        (["--model", "gpt2", "--dtype", "fp8"], "--dtype"),
+        (["--model", "gpt2", "--library", "jax"], "--library"),
+        ([], "--model"),
+    ],
+)
+def test_bad_input_exits_2_with_one_message_and_no_traceback(arguments, message):
+    result = run("patch", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.count("Error") == 1
+    assert "Traceback" not in result.stderr
