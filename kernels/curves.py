@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coefficients import FITS
-from .pieces import Fit, Piece
+from .coefficients import FITS, SHORT_FITS
+from .pieces import Fit
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Curve:
         f: the stock operator; any floating dtype, any shape.
         derivative: f' of x, accurate to the last digits of x's dtype; meant for float64.
         fit: f' of (y, side), and where the minimum is.
+        short_fit: the same with fewer terms, for outputs of 16 bits.
         source: where the formula is from.
         slope_at_infinity: what stock autograd gives at ``x = +inf``; NaN where its formula meets ``inf * 0``.
     """
@@ -35,8 +36,13 @@ class Curve:
     f: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
     fit: Fit
+    short_fit: Fit
     source: str
     slope_at_infinity: float = math.nan
+
+    def fit_for(self, dtype: torch.dtype) -> Fit:
+        """The fit for an output of this dtype."""
+        return self.short_fit if dtype.itemsize == 2 else self.fit
 
     @property
     def x_min(self) -> float:
@@ -101,20 +107,6 @@ def hardswish_derivative(x: Tensor) -> Tensor:
     return torch.where(x < -3, 0.0, torch.where(x > 3, 1.0, inside))
 
 
-# f = (r^2 - 3/8) where r = (x + 3/2) / sqrt(6), so f' = 2 r / sqrt(6): one term, exact. It falls to 0 at y = 0 and
-# stays there, and jumps from 3/2 to 1 at y = 3.
-HARDSWISH_SLOPE = 2 / math.sqrt(6)
-HARDSWISH_FIT = Fit(
-    x_min=-1.5,
-    y_min=-0.375,
-    y_min_low=0.0,
-    tail_start=0.0,
-    tail_offset=1.0,
-    near=Piece(-math.sqrt(0.375), 1.0, (HARDSWISH_SLOPE,)),
-    right=Piece(1.0, math.sqrt(3.375), (HARDSWISH_SLOPE,)),
-    tail=None,
-)
-
 CURVES: dict[str, Curve] = {
     curve.name: curve
     for curve in (
@@ -123,6 +115,7 @@ CURVES: dict[str, Curve] = {
             f=F.gelu,
             derivative=gelu_derivative,
             fit=FITS["gelu"],
+            short_fit=SHORT_FITS["gelu"],
             source="Hendrycks & Gimpel, Gaussian Error Linear Units, arXiv 1606.08415: x Phi(x)",
         ),
         Curve(
@@ -130,6 +123,7 @@ CURVES: dict[str, Curve] = {
             f=gelu_tanh,
             derivative=gelu_tanh_derivative,
             fit=FITS["gelu_tanh"],
+            short_fit=SHORT_FITS["gelu_tanh"],
             source="arXiv 1606.08415: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))",
         ),
         Curve(
@@ -137,6 +131,7 @@ CURVES: dict[str, Curve] = {
             f=quick_gelu,
             derivative=quick_gelu_derivative,
             fit=FITS["quick_gelu"],
+            short_fit=SHORT_FITS["quick_gelu"],
             source="arXiv 1606.08415, as OpenAI's CLIP (2021) uses it: x sigmoid(1.702 x)",
         ),
         Curve(
@@ -144,6 +139,7 @@ CURVES: dict[str, Curve] = {
             f=F.silu,
             derivative=silu_derivative,
             fit=FITS["silu"],
+            short_fit=SHORT_FITS["silu"],
             source="arXiv 1606.08415; Elfwing et al., arXiv 1702.03118; Swish, arXiv 1710.05941: x sigmoid(x)",
         ),
         Curve(
@@ -151,13 +147,15 @@ CURVES: dict[str, Curve] = {
             f=F.mish,
             derivative=mish_derivative,
             fit=FITS["mish"],
+            short_fit=SHORT_FITS["mish"],
             source="Misra, Mish, arXiv 1908.08681: x tanh(softplus(x))",
         ),
         Curve(
             name="hardswish",
             f=F.hardswish,
             derivative=hardswish_derivative,
-            fit=HARDSWISH_FIT,
+            fit=FITS["hardswish"],
+            short_fit=SHORT_FITS["hardswish"],
             source="Howard et al., Searching for MobileNetV3, arXiv 1905.02244: x relu6(x + 3) / 6",
             slope_at_infinity=1.0,
         ),

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import pytorch
 from .curves import Curve
 
+# Triton decides when it is imported whether it runs on CPU tensors
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-def pair_for(tensor: Tensor) -> ModuleType:
-    """The module whose `forward` and `backward` work on this tensor."""
-    return pytorch
+
+def triton_pair_for(tensor: Tensor) -> ModuleType | None:
+    """The Triton pair where it works on this tensor: a real one on a GPU, in eager mode, and not in fp64.
+
+    While `torch.compile` traces, the PyTorch pair lets inductor fuse; fake tensors and other subclasses have no memory
+    that a kernel could read.
+    """
+    if torch.compiler.is_compiling() or not TRITON_INSTALLED or tensor.dtype not in TRITON_DTYPES:
+        return None
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or not (tensor.is_cuda or (INTERPRETED and tensor.is_cpu)):
+        return None
+    from . import triton_pair  # imported when it is first needed: it takes a while, and many machines have no GPU
+
+    return triton_pair
 
 
 def storage_order(tensor: Tensor) -> tuple[int, ...]:
@@ -43,6 +61,10 @@ def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
         y, of x's shape and dtype, and `side`: uint8, one bit per element in the order of `storage_order(y)`, eight to a
         byte.
     """
+    if triton_pair := triton_pair_for(x):
+        order = storage_order(torch.empty_like(x))
+        y, side = triton_pair.forward(flat(x, order), curve)
+        return shaped(y, x, order), side
     y = curve.f(x)
     return y, pytorch.sides(flat(x, storage_order(y)), curve)
 
@@ -59,7 +81,8 @@ def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int
     Returns:
         dx, of y's shape and dtype, laid out as y was.
     """
-    dx = pair_for(y).backward(flat(dy, order), flat(y, order), side, curve)
+    pair = triton_pair_for(y) or pytorch
+    dx = pair.backward(flat(dy, order), flat(y, order), side, curve)
     return shaped(dx, y, order)
 
 

@@ -1,18 +1,18 @@
 """Fit the derivative of every two-sided curve as a function of its output: ``python -m invact.kernels.fit``.
 
 Everything follows from the definitions in `DEFINITIONS`: the minimum, the derivative and the polynomials are worked
-out with 80 digits. What a piece is, `pieces.Fit` says. Each polynomial is the Chebyshev expansion of its function, cut
+out with 40 digits. What a piece is, `pieces.Fit` says. Each polynomial is the Chebyshev expansion of its function, cut
 where the error in f' falls below `TOLERANCE`; the table printed gives the error reached, in exact arithmetic and
 with the polynomial worked out in fp32.
 
-    python -m invact.kernels.fit            # fit, print the errors, write coefficients.py
+    python -m invact.kernels.fit            # fit, print the errors, write coefficients.py and triton_polynomials.py
     python -m invact.kernels.fit --check    # fit, print the errors, compare with coefficients.py
-
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,13 +30,14 @@ except ModuleNotFoundError as missing:
         "and need nothing. Install it with: pip install 'invact[test]'"
     ) from missing
 
-mp.mp.dps = 80
+mp.mp.dps = 40
 
 Number = Any  # an mpmath number: mpmath has no types
 Function = Callable[[Number], Number]
 
-TOLERANCE = 3e-7  # absolute error of f'; the floor of fp32 is some 1e-6 (relative L2)
-TAIL_TOLERANCE = 1e-5  # relative error of f' where y runs out to -0
+TOLERANCE = 3e-7  # absolute error of f' for fp32 and fp64; the floor of fp32 is some 1e-6 (relative L2)
+SHORT_TOLERANCE = 2e-5  # for 16-bit outputs, whose floor is 4e-4 at the least: a GPU has no time for more terms
+TAIL_SHARE = 100  # where y runs out to -0, f' is also right to so many times the tolerance of itself
 NEAR_END = 1.0  # r where `near` hands over to `right`
 TAIL_END = mp.mpf("10.2")  # s of the smallest denormal fp32 number
 TERMS = 48  # of the Chebyshev expansions, before they are cut
@@ -48,12 +49,28 @@ DEFINITIONS: dict[str, Function] = {
     "gelu_tanh": lambda x: x / (1 + mp.exp(-2 * mp.sqrt(2 / mp.pi) * (x + mp.mpf("0.044715") * x**3))),
     "quick_gelu": lambda x: x / (1 + mp.exp(-mp.mpf("1.702") * x)),
     "silu": lambda x: x / (1 + mp.exp(-x)),
-    "mish": lambda x: x * mp.tanh(mp.log(1 + mp.exp(x))),
+    "mish": lambda x: x * mp.tanh(mp.log1p(mp.exp(x))),
 }
 
 # The c of 1 / (s + c): a curve that falls like a Gaussian is straightest with a large one, one that falls like an
 # exponential with a small one.
 TAIL_OFFSETS = {"gelu": 8.0, "gelu_tanh": 4.0, "quick_gelu": 1.0, "silu": 1.0, "mish": 1.0}
+
+# Hardswish is r^2 - 3/8 with r = (x + 3/2) / sqrt(6), so f' = 2 r / sqrt(6): one term, exact. On the left f' falls to 0
+# where y does and stays there; on the right it jumps from 3/2 to 1 at y = 3.
+HARDSWISH_SLOPE = 2 / math.sqrt(6)
+EXACT = {
+    "hardswish": Fit(
+        x_min=-1.5,
+        y_min=-0.375,
+        y_min_low=0.0,
+        tail_start=0.0,
+        tail_offset=1.0,
+        near=Piece(-math.sqrt(0.375), 1.0, (HARDSWISH_SLOPE,)),
+        right=Piece(1.0, math.sqrt(3.375), (HARDSWISH_SLOPE,)),
+        tail=None,
+    )
+}
 
 
 class Inverse:
@@ -82,14 +99,14 @@ class Inverse:
     def slope_over_output(self, x: Number) -> Number:
         return self.slope(x) / self.f(x)
 
-    def saturation(self) -> Number:
+    def saturation(self, tolerance: float) -> Number:
         """The x beyond which f' is 1 to within a third of the tolerance."""
-        return bisect(lambda x: -abs(self.slope(x) - 1), mp.mpf(4), mp.mpf(40), -mp.mpf(TOLERANCE) / 3)
+        return bisect(lambda x: -abs(self.slope(x) - 1), mp.mpf(3), mp.mpf(40), -mp.mpf(tolerance) / 3)
 
 
 def bisect(rising: Function, low: Number, high: Number, target: Number) -> Number:
     """The x between low and high where the rising function reaches the target."""
-    for _ in range(200):
+    for _ in range(130):
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < target else (low, middle)
     return (low + high) / 2
@@ -153,32 +170,30 @@ def shortest(expansion: list[Number], low: float, high: float, good: Callable[[P
     raise ArithmeticError(f"No polynomial of fewer than {TERMS} terms reaches the tolerance; split the piece.")
 
 
-def fitted(name: str) -> tuple[Fit, list[str]]:
+def fitted(name: str, tolerance: float) -> tuple[Fit, list[str]]:
     """The fit of one curve, and a line per piece that tells the error reached."""
     curve = Inverse(name)
     split = bisect(lambda x: -curve.f(x), mp.mpf(-20), curve.x_min, -curve.y_min / 2)
     handover = bisect(curve.root, curve.x_min, mp.mpf(10), mp.mpf(NEAR_END))
-    end = curve.saturation()
+    end = curve.saturation(tolerance)
     start = bisect(curve.tail_variable, mp.mpf(-130), split, 1 / (TAIL_END + curve.offset))
+    lines: list[str] = []
 
     def piece(label: str, rising: Function, value: Function, factor: Function, left: Number, right: Number) -> Piece:
         samples = Samples(rising, factor, curve.slope, left, right)
 
         def good(candidate: Piece) -> bool:
             error = samples.error(candidate)
-            relative = label != "tail" or bool((error <= TAIL_TOLERANCE * np.abs(samples.slope)).all())
-            return bool(error.max() <= TOLERANCE) and relative
+            relative = tolerance * TAIL_SHARE * np.abs(samples.slope)
+            return bool(error.max() <= tolerance and (label != "tail" or (error <= relative).all()))
 
-        found = shortest(
-            chebyshev_expansion(rising, value, left, right), float(rising(left)), float(rising(right)), good
-        )
-        lines.append(
-            f"{name:10}  {label:5}  x in [{float(left):8.3f}, {float(right):7.3f}]  {len(found.coefficients):2} terms"
-            f"  error {samples.error(found).max():.1e}  in fp32 {samples.error(found, np.float32).max():.1e}"
-        )
+        expansion = chebyshev_expansion(rising, value, left, right)
+        found = shortest(expansion, float(rising(left)), float(rising(right)), good)
+        exact, fp32 = (samples.error(found, dtype).max() for dtype in (np.float64, np.float32))
+        stretch = f"x in [{float(left):8.3f}, {float(right):7.3f}]  {len(found.coefficients):2} terms"
+        lines.append(f"{name:10}  {label:5}  {stretch}  error {exact:.1e}  in fp32 {fp32:.1e}")
         return found
 
-    lines: list[str] = []
     fit = Fit(
         x_min=float(curve.x_min),
         y_min=float(curve.y_min),
@@ -192,19 +207,20 @@ def fitted(name: str) -> tuple[Fit, list[str]]:
     return fit, lines
 
 
-def written(name: str, fit: Fit, lines: list[str]) -> str:
-    """One curve's entry in coefficients.py."""
-    comment = "".join(f"    # {line}\n" for line in lines)
-    fields = ""
-    for field, value in zip(fit._fields, fit, strict=True):
-        if isinstance(value, Piece):
-            terms = "".join(f"                {term!r},\n" for term in value.coefficients)
-            ends = f"            {value.low!r},\n            {value.high!r},\n"
-            value_text = f"Piece(\n{ends}            (\n{terms}            ),\n        )"
-        else:
-            value_text = repr(value)
-        fields += f"        {field}={value_text},\n"
-    return f'{comment}    "{name}": Fit(\n{fields}    ),\n'
+def written(fits: dict[str, Fit]) -> str:
+    """The entries of coefficients.py."""
+    source = ""
+    for name, fit in fits.items():
+        source += f'    "{name}": Fit(\n'
+        for field, value in zip(fit._fields, fit, strict=True):
+            if isinstance(value, Piece):
+                terms = "".join(f"                {term!r},\n" for term in value.coefficients)
+                ends = f"            {value.low!r},\n            {value.high!r},\n"
+                source += f"        {field}=Piece(\n{ends}            (\n{terms}            ),\n        ),\n"
+            else:
+                source += f"        {field}={value!r},\n"
+        source += "    ),\n"
+    return source
 
 
 def numbers(fit: Fit) -> list[float]:
@@ -224,33 +240,85 @@ def same(ours: Fit, theirs: Fit) -> bool:
     return len(ours_flat) == len(theirs_flat) and np.allclose(ours_flat, theirs_flat, rtol=1e-13, atol=1e-30)
 
 
-HEADER = '''"""The fitted derivatives. Written by ``python -m invact.kernels.fit``: change that, not this."""
+GENERATED = "Written by ``python -m invact.kernels.fit``: change that, not this."
 
-from .pieces import Fit, Piece
+GENERATED = "Written by ``python -m invact.kernels.fit``: change that, not this."
 
-FITS: dict[str, Fit] = {
+HEADER = f'''"""The fitted derivatives. {GENERATED}
+
+The error reached, per piece; the shorter of two is for 16-bit outputs:
+
 '''
+
+TRITON_HEADER = f'''"""The polynomials of `coefficients`, for Triton. {GENERATED}
+
+Triton 3.2 can index no tuple of constants, so every one is written out.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+'''
+
+
+def coefficients(fits: dict[str, Fit], short_fits: dict[str, Fit], lines: list[str]) -> str:
+    """The source of coefficients.py."""
+    table = "".join(f"    {line}\n" for line in lines)
+    imports = '"""\n\nfrom .pieces import Fit, Piece\n\n'
+    long = f"FITS: dict[str, Fit] = {{\n{written(fits)}}}\n\n"
+    short = f"SHORT_FITS: dict[str, Fit] = {{\n{written(short_fits)}}}\n"
+    return HEADER + table + imports + long + short
+
+
+def triton_polynomials(fits: dict[str, Fit], short_fits: dict[str, Fit]) -> str:
+    """The source of triton_polynomials.py: a function for each kind of piece, with a branch for each curve."""
+    source = TRITON_HEADER
+    for kind in ("near", "right", "tail"):
+        source += f"\n\n@triton.jit\ndef {kind}(v, CURVE: tl.constexpr, SHORT: tl.constexpr):\n"
+        keyword = "if"
+        for name, fit in fits.items():
+            for short, chosen in ((True, short_fits[name]), (False, fit)):
+                piece: Piece = getattr(chosen, kind) or Piece(0.0, 1.0, (0.0,))
+                condition = f'CURVE == "{name}" and SHORT' if short else f'CURVE == "{name}"'
+                source += f"    {keyword} {condition}:\n        u = v * {piece.scale!r} + {piece.shift!r}\n"
+                source += f"        p = tl.zeros_like(u) + {piece.coefficients[-1]!r}\n"
+                source += "".join(f"        p = p * u + {term!r}\n" for term in reversed(piece.coefficients[:-1]))
+                keyword = "elif"
+        source += "    return p\n"
+    return source
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m invact.kernels.fit", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with what is checked in; write nothing")
     check = parser.parse_args().check
-    entries, differing = [], []
+    fits, short_fits, table = dict(EXACT), dict(EXACT), []
     for name in DEFINITIONS:
-        fit, lines = fitted(name)
-        print(*lines, sep="\n", flush=True)
-        entries.append(written(name, fit, lines))
-        if check:
-            from .coefficients import FITS
+        fits[name], lines = fitted(name, TOLERANCE)
+        short_fits[name], short_lines = fitted(name, SHORT_TOLERANCE)
+        table += lines + short_lines
+        print(*lines, *short_lines, sep="\n", flush=True)
+    folder = Path(__file__).parent
+    if check:
+        return differences(fits, short_fits, folder)
+    (folder / "coefficients.py").write_text(coefficients(fits, short_fits, table))
+    (folder / "triton_polynomials.py").write_text(triton_polynomials(fits, short_fits))
+    return 0
 
-            if name not in FITS or not same(fit, FITS[name]):
-                differing.append(name)
-    if not check:
-        Path(__file__).with_name("coefficients.py").write_text(HEADER + "".join(entries) + "}\n")
+
+def differences(fits: dict[str, Fit], short_fits: dict[str, Fit], folder: Path) -> int:
+    """How many files differ from what is checked in; says which and what to do."""
+    from . import coefficients
+
+    differing = []
+    for ours, theirs in ((fits, coefficients.FITS), (short_fits, coefficients.SHORT_FITS)):
+        differing += [name for name, fit in ours.items() if name not in theirs or not same(fit, theirs[name])]
+    checked_in = (folder / "triton_polynomials.py").read_text()
+    if checked_in != triton_polynomials(coefficients.FITS, coefficients.SHORT_FITS):
+        differing.append("triton_polynomials.py")
     if differing:
-        print(f"coefficients.py differs for {', '.join(differing)}; run: python -m invact.kernels.fit", file=sys.stderr)
-    return 1 if differing else 0
+        print(f"{', '.join(differing)}: not what is checked in. Run: python -m invact.kernels.fit", file=sys.stderr)
+    return len(differing)
 
 
 if __name__ == "__main__":

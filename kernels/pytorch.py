@@ -20,7 +20,7 @@ CHUNK = 1 << 16  # elements worked on at a time on the CPU: a dozen fp32 tempora
 
 def sides(x: Tensor, curve: Curve) -> Tensor:
     """The packed sides. This is all of forward that is not the stock operator."""
-    return packed(~(x < curve.x_min))
+    return packed(~(x < left_end(curve, x.dtype)))
 
 
 def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
@@ -75,17 +75,29 @@ def bit_numbers(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
 
 
+def significant_bits(dtype: torch.dtype) -> int:
+    return 2 - math.frexp(torch.finfo(dtype).eps)[1]
+
+
+def left_end(curve: Curve, dtype: torch.dtype) -> float:
+    """The first number of the dtype that is not left of the minimum: comparing with x_min itself would round it."""
+    fraction, exponent = math.frexp(curve.x_min)
+    bits = significant_bits(dtype)
+    return math.ldexp(math.ceil(math.ldexp(fraction, bits)), exponent - bits)
+
+
 def half_ulp(curve: Curve, dtype: torch.dtype) -> float:
     """How far rounding to the dtype moves a y near the curve's minimum, at most."""
-    _, exponent = math.frexp(curve.y_min)
-    return math.ldexp(torch.finfo(dtype).eps, exponent - 2)
+    return math.ldexp(0.5, math.frexp(curve.y_min)[1] - significant_bits(dtype))
 
 
 def minimum_in_two(curve: Curve, dtype: torch.dtype) -> tuple[float, float]:
-    """The minimum as the sum of a number of the dtype and a small rest."""
+    """The minimum as the sum of a number of the dtype, fp32 or fp64, and a small rest."""
     if dtype == torch.float64:
         return curve.y_min, curve.y_min_low
-    high = torch.tensor(curve.y_min, dtype=torch.float32).item()
+    fraction, exponent = math.frexp(curve.y_min)
+    bits = significant_bits(dtype)
+    high = math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)
     return high, curve.y_min - high
 
 
@@ -118,7 +130,7 @@ def tail_variables(y: Tensor, curve: Curve, tail: Piece) -> tuple[Tensor, Tensor
 
 def slope(y: Tensor, right: Tensor, curve: Curve, rounded_to: torch.dtype) -> Tensor:
     """f' from y and the side, in y's precision, where y was rounded to a dtype that may be shorter."""
-    fit = curve.fit
+    fit = curve.fit_for(rounded_to)
     r = signed_root(y, right, curve, rounded_to)
     outer = torch.where(r > fit.right.high, 1.0, r * polynomial(fit.right, r))
     values = torch.where(r > fit.near.high, outer, r * polynomial(fit.near, r))
@@ -130,7 +142,7 @@ def slope(y: Tensor, right: Tensor, curve: Curve, rounded_to: torch.dtype) -> Te
 
 def slope_rise(y: Tensor, right: Tensor, curve: Curve, rounded_to: torch.dtype) -> Tensor:
     """The derivative of `slope` by y."""
-    fit = curve.fit
+    fit = curve.fit_for(rounded_to)
     r = signed_root(y, right, curve, rounded_to)
     outer = torch.where(r > fit.right.high, 0.0, product_rise(fit.right, r))
     values = torch.where(r > fit.near.high, outer, product_rise(fit.near, r))
