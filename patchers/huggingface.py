@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from .configurations import directory_config, hub_config
-from .meta import on_meta
-from .registry import InputSizeError, Library, input_dtype, token_ids, unknown_name, waves
+from .meta import built_on_meta
+from .registry import InputSizeError, Library, ModelNameError, input_dtype, token_ids, unknown_name, waves
 
 DEFAULT_TOKENS = 512
 DEFAULT_AUDIO_SAMPLES = 160_000  # ten seconds at 16 kHz, the length of a usual training clip
@@ -38,8 +38,7 @@ def load(name: str, dtype: torch.dtype, image_size: int | None = None) -> nn.Mod
     config = _config(name)
     if image_size is not None:
         _vision_config(config).image_size = image_size
-    with on_meta(dtype):
-        return _built(config)
+    return built_on_meta(lambda: _built(config), dtype)
 
 
 def config_fields(name: str) -> dict[str, Any]:
@@ -193,9 +192,10 @@ def _config(name: str) -> Any:
     fields = config_fields(name)
     model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
-        why = f"its model_type {model_type!r} is not in this version of transformers"
-        otherwise = "upgrade transformers, or build the model yourself and pass it to invact.plan."
-        raise unknown_name("transformers", name, why, otherwise)
+        raise ModelNameError(
+            f"{name} cannot be built: its model_type {model_type!r} is not in this version of transformers. "
+            f"Upgrade transformers, or build the model yourself and pass it to invact.plan."
+        )
     return CONFIG_MAPPING[model_type].from_dict(fields)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from . import huggingface
 from .configurations import directory_config, hub_config
-from .meta import on_meta
+from .meta import built_on_meta
 from .registry import InputSizeError, Library, input_dtype, token_ids, unknown_name, waves
 
 CONFIG_FILE = "open_clip_config.json"
@@ -41,15 +42,15 @@ def load(name: str, dtype: torch.dtype, image_size: int | None = None) -> nn.Mod
             _write(directory, "config.json", huggingface.config_fields(text_tower["hf_model_name"]))
             text_tower["hf_model_name"] = directory
         _write(directory, CONFIG_FILE, {"model_cfg": config})
-        with on_meta(dtype):
-            model: nn.Module = open_clip.create_model(
-                f"local-dir:{directory}",
-                device="meta",
-                load_weights=False,
-                pretrained_text=False,
-                force_image_size=image_size,
-            )
-    return model
+        create = partial(
+            open_clip.create_model,
+            f"local-dir:{directory}",
+            device="meta",  # else OpenCLIP moves the model to the CPU, which a meta tensor refuses
+            load_weights=False,
+            pretrained_text=False,
+            force_image_size=image_size,
+        )
+        return built_on_meta(create, dtype)
 
 
 def example_inputs(

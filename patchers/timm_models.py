@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .configurations import directory_config, hub_config
-from .meta import on_meta
+from .meta import built_on_meta
 from .registry import InputSizeError, Library, input_dtype, unknown_name, waves
 
 
@@ -33,9 +33,7 @@ def load(name: str, dtype: torch.dtype, image_size: int | None = None) -> nn.Mod
     published = timm.models.get_pretrained_cfg(architecture)
     if image_size is not None and published is not None and published.fixed_input_size:
         arguments["img_size"] = image_size  # models for any size do not take this argument
-    with on_meta(dtype):
-        model: nn.Module = timm.create_model(architecture, **arguments)
-    return model
+    return built_on_meta(lambda: timm.create_model(architecture, **arguments), dtype)
 
 
 def example_inputs(

@@ -144,6 +144,8 @@ def test_every_bundled_configuration_has_a_published_size():
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
 def test_bundled_configuration_has_the_published_number_of_parameters(name):
+    if patchers.huggingface.config_fields(name)["model_type"] not in transformers.CONFIG_MAPPING:
+        pytest.skip("needs a newer transformers")
     millions = sum(p.numel() for p in patchers.load(name).parameters()) / 1e6
     if name == "google/flan-t5-base" and millions < 223:
         pytest.skip("transformers 5 ties the output layer of T5 v1.1, which was published untied")
