@@ -116,6 +116,7 @@ class Ledger:
         self._weights = list(weights if weights is not None else [*model.parameters(), *model.buffers()])
         self._packed: list[tuple[weakref.ref[_Kept], str]] = []
         self._running: list[str] = []
+        self._labels = {path: type(module).__name__ for path, module in model.named_modules()}
         self._casts = _Casts()
         self._stack = ExitStack()
 
@@ -146,7 +147,6 @@ class Ledger:
     def memory(self) -> Memory:
         """The count as totals; call it while the forward's result is still alive."""
         weights = {key for tensor in self._weights for key in storage_sizes(tensor)}
-        classes = {path: type(module).__name__ for path, module in self._model.named_modules()}
         by_module: Counter[str] = Counter()
         by_class: Counter[str] = Counter()
         weight_casts = 0
@@ -155,8 +155,22 @@ class Ledger:
                 weight_casts += entry.nbytes
             else:
                 by_module[entry.path] += entry.nbytes
-                by_class[classes[entry.path]] += entry.nbytes
+                by_class[self._labels[entry.path]] += entry.nbytes
         return Memory(by_module.total(), dict(by_module), dict(by_class), weight_casts)
+
+    @contextmanager
+    def named(self, path: str, label: str) -> Iterator[None]:
+        """What is kept during the block is put down to `path`, as if it were a module of class `label`."""
+        self._labels[path] = label
+        self._running.append(path)
+        try:
+            yield
+        finally:
+            self._running.pop()
+
+    def label(self, path: str) -> str:
+        """The class name of the module at `path`, or what `named` called it."""
+        return self._labels[path]
 
     def _enter_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._running.append(path)

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from invact.planning import plan
+from invact.planning import decide
 from invact.probing import Inputs
 from invact.report import Report
-from invact.swapping import Swap, swap_in, swap_out, swaps_in
+from invact.swapping import Swaps, swaps_in
 
 
 def patch(
@@ -45,7 +45,7 @@ def unpatch(model: nn.Module) -> int:
         >>> unpatch(model)
         1
     """
-    return swap_out(swaps_in(model))
+    return swaps_in(model).undo()
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def patched(
     try:
         yield report
     finally:
-        swap_out(swaps)
+        swaps.undo()
 
 
 def _patch(
@@ -77,6 +77,6 @@ def _patch(
     autocast: torch.dtype | None,
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
-) -> tuple[Report, list[Swap]]:
-    report = plan(model, example_inputs, autocast=autocast, include=include, exclude=exclude)
-    return report, swap_in(model, {site.path: site.activation for site in report.inverted})
+) -> tuple[Report, Swaps]:
+    decided = decide(model, example_inputs, autocast=autocast, include=include, exclude=exclude)
+    return decided.report, decided.apply(model)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
+from invact.expressions import Written
 from invact.ledger import Entry, Key
 from invact.probing import (
     Call,
@@ -22,9 +23,10 @@ from invact.probing import (
     device_of,
     observe,
 )
-from invact.recognition import KEPT_BY_OUTPUT, recognise
+from invact.recognition import KEPT_BY_OUTPUT
 from invact.report import INVERT, KEEP, Report, Site
-from invact.swapping import Inverted, swap_in, swap_out
+from invact.swapping import Inverted, Swaps, swap_in
+from invact.walking import Found, walk
 
 
 def plan(
@@ -58,14 +60,7 @@ def plan(
         >>> [(site.path, site.action) for site in report.sites]
         [('1', 'invert')]
     """
-    check_model(model)
-    check_autocast(autocast)
-    if example_inputs is None:
-        from invact import patchers
-
-        example_inputs = patchers.example_inputs(model)
-    check_inputs(example_inputs)
-    return plan_for(model, example_inputs, Setting(device_of(model), autocast), include=include, exclude=exclude)
+    return decide(model, example_inputs, autocast=autocast, include=include, exclude=exclude).report
 
 
 def plan_for_device(
@@ -79,115 +74,147 @@ def plan_for_device(
 ) -> Report:
     """`plan` for training on `device`, whether or not it is there; the model may be on any, or on meta."""
     check_inputs(example_inputs)
-    report = plan_for(model, example_inputs, Setting(torch.device(device), autocast, attention))
+    report = _decide(model, example_inputs, Setting(torch.device(device), autocast, attention)).report
     report.title = title
     return report
 
 
-def plan_for(
+@dataclass(frozen=True)
+class Decided:
+    """A report, and what to swap to make it true."""
+
+    report: Report
+    modules: dict[str, str]  # the curve by path
+    written: dict[str, dict[Written, str]]  # the curves of expressions by the path of their module
+
+    def apply(self, model: nn.Module) -> Swaps:
+        """Replaces what the report calls "invert"; all of it or, after an error, nothing."""
+        return swap_in(model, self.modules, self.written)
+
+
+def decide(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    autocast: torch.dtype | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> Decided:
+    """The plan in a form that can be applied; arguments and errors as of `plan`."""
+    check_model(model)
+    check_autocast(autocast)
+    if example_inputs is None:
+        from invact import patchers
+
+        example_inputs = patchers.example_inputs(model)
+    check_inputs(example_inputs)
+    return _decide(model, example_inputs, Setting(device_of(model), autocast), include, exclude)
+
+
+def _decide(
     model: nn.Module,
     inputs: Inputs,
     setting: Setting,
-    *,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-) -> Report:
-    """Walk, probe, decide; then probe again with the decision applied, so that both totals are counts."""
-    already = {path: module for path, module in model.named_modules() if isinstance(module, Inverted)}
-    names = {path: curve for path, module in model.named_modules() if (curve := _curve(module)) is not None}
-    allowed = {path for path in names if _allowed(path, include, exclude)}
+) -> Decided:
+    """Walk, probe, choose; then probe again with the choice applied, so that both totals are counts."""
+    already = [(path, module) for path, module in model.named_modules() if isinstance(module, Inverted)]
+    found = walk(model)
+    allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
 
-    decisive = observe(model, inputs, setting, watch=names, checkpointing=False)
-    sites = _Decision(model, names, decisive, allowed).sites()
-    sites += [_already_inverted(path, module) for path, module in already.items()]
-
-    before = decisive if not decisive.checkpoints else observe(model, inputs, setting)
-    after = before
-    chosen = {site.path: site.activation for site in sites if site.action == INVERT}
+    decisive = observe(model, inputs, setting, watch=found, checkpointing=False)
+    sites = _Choice(found, decisive, allowed).sites()
+    chosen = {site.path for site in sites if site.action == INVERT}
+    decided = Decided(
+        report=Report(sites=[*sites, *(_already_inverted(path, module) for path, module in already)]),
+        modules={site.path: site.curve for site in found if site.path in chosen and site.written is None},
+        written=_written(site for site in found if site.path in chosen),
+    )
+    before = after = observe(model, inputs, setting) if decisive.checkpoints else decisive
     if chosen:
-        swaps = swap_in(model, chosen)
+        swaps = decided.apply(model)
         try:
             after = observe(model, inputs, setting)
         finally:
-            swap_out(swaps)
-    kept = Counter(after.memory.by_class)
-    return Report(
-        sites=sites,
-        bytes_before=before.memory.total_bytes,
-        bytes_after=after.memory.total_bytes,
-        weight_cast_bytes=after.memory.weight_cast_bytes,
-        kept_by_class=dict(kept.most_common()),
-        setting=_in_words(setting),
-        notes=[*before.notes, *_notes(decisive, len(already), nothing_allowed=bool(names) and not allowed)],
-    )
+            swaps.undo()
+    report = decided.report
+    report.bytes_before, report.bytes_after = before.memory.total_bytes, after.memory.total_bytes
+    report.weight_cast_bytes = after.memory.weight_cast_bytes
+    report.kept_by_class = dict(Counter(after.memory.by_class).most_common())
+    report.setting = _in_words(setting)
+    report.notes = [*before.notes, *_notes(decisive, len(already), nothing_allowed=bool(found) and not allowed)]
+    return decided
 
 
-def _curve(module: nn.Module) -> str | None:
-    return None if isinstance(module, Inverted) else recognise(module)
+def _written(chosen: Iterable[Found]) -> dict[str, dict[Written, str]]:
+    by_module: dict[str, dict[Written, str]] = {}
+    for site in chosen:
+        if site.written is not None:
+            by_module.setdefault(site.module_path, {})[site.written] = site.curve
+    return by_module
 
 
-# --- the decision -------------------------------------------------------------------------------------
+# --- the choice ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Decision:
+# Marks a site that keeps its output and no longer what it kept before.
+_INVERTED = " (inverted)"
+
+
+class _Choice:
     """Chooses the sites at which autograd keeps fewer bytes when they are inverted.
 
-    Attributes:
-        names: the curve at each path.
+    Args:
+        found: the sites of the model.
         observed: a pass with every checkpointed region run as ordinary code.
         allowed: the paths that `include` and `exclude` leave.
     """
 
-    model: nn.Module
-    names: Mapping[str, str]
-    observed: Observation
-    allowed: set[str]
-
-    def __post_init__(self) -> None:
-        self.sizes: dict[Key, int] = {}
+    def __init__(self, found: Sequence[Found], observed: Observation, allowed: set[str]) -> None:
+        self.found = found
+        self.allowed = allowed
+        self.labels = observed.labels
+        self.sizes: dict[Key, int] = {entry.key: entry.nbytes for entry in observed.entries}
         self.keepers: dict[Key, set[str]] = {}
-        for entry in self.observed.entries:
-            self.sizes[entry.key] = entry.nbytes
-            self.keepers.setdefault(entry.key, set()).add(entry.path)
-        self.calls: dict[str, list[Call]] = {path: [] for path in self.names}
-        for call in self.observed.calls:
-            self.calls[call.path].append(call)
         self.casts: dict[Key, list[Entry]] = {}
-        for entry in self.observed.entries:
+        for entry in observed.entries:
+            self.keepers.setdefault(entry.key, set()).add(entry.path)
             if entry.cast_of is not None:
                 self.casts.setdefault(entry.cast_of, []).append(entry)
+        self.calls: dict[str, list[Call]] = {}
+        for call in observed.calls:
+            self.calls.setdefault(call.path, []).append(call)
 
     def sites(self) -> list[Site]:
-        """One site per recognised module, in the model's order."""
-        return [self._site(path) for path in self.names]
+        """One site per place found, in the model's order; expressions only where they are computed."""
+        return [self._site(found) for found in self.found if found.written is None or found.path in self.calls]
 
-    def _site(self, path: str) -> Site:
-        name = self.names[path]
-        site = Site(path, name, type(self.model.get_submodule(path)).__name__, KEEP, "")
-        obstacle = self._obstacle(path)
+    def _site(self, found: Found) -> Site:
+        site = Site(found.path, found.curve, found.label, KEEP, "")
+        obstacle = self._obstacle(found)
         if obstacle is not None:
             return replace(site, reason=obstacle)
-        saved = self._bytes_saved(path)
+        saved = self._bytes_saved(found.path)
         if saved <= 0:
-            return replace(site, reason=self._why_it_does_not_pay(path))
-        reason = self._why_it_pays(path)
-        self._invert(path)
+            return replace(site, reason=self._why_it_does_not_pay(found.path))
+        reason = self._why_it_pays(found.path)
+        self._invert(found.path)
         return replace(site, action=INVERT, reason=reason, bytes_saved=saved)
 
-    def _obstacle(self, path: str) -> str | None:
+    def _obstacle(self, found: Found) -> str | None:
         """Why this site can not be inverted at all, or None."""
-        calls = self.calls[path]
-        if self.names[path] in KEPT_BY_OUTPUT:
+        calls = self.calls.get(found.path, [])
+        if found.curve in KEPT_BY_OUTPUT:
             return "stock PyTorch already keeps only its output"
-        if path == "":
+        if found.path == "":
             return "it is the model itself, so there is nothing to replace it in"
-        if path not in self.allowed:
+        if found.path not in self.allowed:
             return "left out by include or exclude"
         if not calls:
             return "not called in this forward pass"
         if not all(call.simple for call in calls):
-            return "called with more than one tensor"
+            return "called with something other than one tensor"
         if not any(call.needs_grad for call in calls):
             return "no gradient flows through it here"
         if any(call.changed_later for call in calls):
@@ -218,14 +245,14 @@ class _Decision:
             keepers.discard(path)
         for call in self.calls[path]:
             if call.needs_grad:
-                self.keepers.setdefault(self._output_key(call), set()).add(f"{path} (inverted)")
+                self.keepers.setdefault(self._output_key(call), set()).add(path + _INVERTED)
                 self.sizes.setdefault(call.y_key, call.y_nbytes)
         self.keepers = {key: keepers for key, keepers in self.keepers.items() if keepers}
 
     def _others(self, path: str, keys: set[Key]) -> str:
         """The classes of the modules besides `path` that keep any of `keys`."""
         paths = {keeper for key in keys for keeper in self.keepers.get(key, set())} - {path}
-        classes = {type(self.model.get_submodule(p.removesuffix(" (inverted)"))).__name__ for p in paths}
+        classes = {self.labels[keeper.removesuffix(_INVERTED)] for keeper in paths}
         return " and ".join(sorted(classes))
 
     def _why_it_pays(self, path: str) -> str:

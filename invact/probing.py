@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -20,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from invact.expressions import Runner, Written, install, uninstall
 from invact.ledger import Entry, Key, Ledger, Memory, module_hooks, storage_sizes
+from invact.walking import Found
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 
@@ -58,6 +60,7 @@ class Observation:
     entries: list[Entry]
     memory: Memory
     calls: list[Call]
+    labels: dict[str, str]  # class names, or expressions, by path
     checkpoints: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -91,7 +94,7 @@ def observe(
     inputs: Inputs,
     setting: Setting,
     *,
-    watch: Collection[str] = (),
+    watch: Sequence[Found] = (),
     checkpointing: bool = True,
 ) -> Observation:
     """Runs `model` forward once in training mode and reports what autograd kept.
@@ -101,7 +104,7 @@ def observe(
     and random states are afterwards what they were.
 
     Args:
-        watch: paths of the modules whose calls are to be recorded.
+        watch: the sites whose calls are to be recorded.
         checkpointing: False runs checkpointed regions as if they were not.
 
     Raises:
@@ -139,7 +142,7 @@ def _observe_fake(
     model: nn.Module,
     inputs: Inputs,
     setting: Setting,
-    watch: Collection[str],
+    watch: Sequence[Found],
     checkpointing: bool,
 ) -> Observation:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -154,7 +157,7 @@ def _observe_real(
     model: nn.Module,
     inputs: Inputs,
     setting: Setting,
-    watch: Collection[str],
+    watch: Sequence[Found],
     checkpointing: bool,
 ) -> Observation:
     weights = {name: _own_copy_if_buffer(tensor) for name, tensor in _weights(model).items()}
@@ -170,7 +173,7 @@ def _observe(
     weights: dict[str, Tensor],
     inputs: Any,
     setting: Setting,
-    watch: Collection[str],
+    watch: Sequence[Found],
     checkpointing: bool,
 ) -> Observation:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
@@ -184,10 +187,17 @@ def _observe(
         stack.enter_context(_autocast(setting))
         if not model.training:
             model.train()
-        stack.enter_context(module_hooks(model, None, _recorder(watch, calls)))
+        stack.enter_context(_recorded(model, watch, ledger, calls))
         with ledger:
             output = torch.func.functional_call(model, weights, args, kwargs)
-        found = Observation(ledger.entries(), ledger.memory(), [call.closed() for call in calls], checkpoints[0])
+        entries = ledger.entries()
+        found = Observation(
+            entries=entries,
+            memory=ledger.memory(),
+            calls=[call.closed() for call in calls],
+            labels={entry.path: ledger.label(entry.path) for entry in entries},
+            checkpoints=checkpoints[0],
+        )
         del output
     return found
 
@@ -218,18 +228,43 @@ class _OpenCall:
         )
 
 
-def _recorder(watch: Collection[str], calls: list[_OpenCall]) -> Callable[[str, nn.Module, tuple[Any, ...], Any], None]:
-    def record(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if path not in watch:
-            return
-        if not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
-            calls.append(_OpenCall(path, simple=False))
-            return
-        x, y = args[0], output
-        simple = x.shape == y.shape and x.device == y.device
-        calls.append(_OpenCall(path, simple, x.detach(), y, y._version))
+@contextmanager
+def _recorded(model: nn.Module, watch: Sequence[Found], ledger: Ledger, calls: list[_OpenCall]) -> Iterator[None]:
+    """Adds to `calls` every call of a watched site."""
+    modules = {site.path for site in watch if site.written is None}
 
-    return record
+    def after(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if path in modules:
+            calls.append(_opened(path, args, output))
+
+    def runner(site: Found) -> Runner:
+        def run(module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            with ledger.named(site.path, site.label):
+                y = original(x)
+            calls.append(_opened(site.path, (x,), y))
+            return y
+
+        return run
+
+    by_module: dict[str, dict[Written, Runner]] = {}
+    for site in watch:
+        if site.written is not None:
+            by_module.setdefault(site.module_path, {})[site.written] = runner(site)
+    for path, runners in by_module.items():
+        install(model.get_submodule(path), runners)
+    try:
+        with module_hooks(model, None, after):
+            yield
+    finally:
+        for path in by_module:
+            uninstall(model.get_submodule(path))
+
+
+def _opened(path: str, args: tuple[Any, ...], output: Any) -> _OpenCall:
+    if not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
+        return _OpenCall(path, simple=False)
+    x, y = args[0], output
+    return _OpenCall(path, x.shape == y.shape and x.device == y.device, x.detach(), y, y._version)
 
 
 def _is_plain(value: Any) -> bool:

@@ -20,9 +20,10 @@ class Site:
     """One place in a model where a pointwise activation is computed.
 
     Attributes:
-        path: dotted path of the module; a module registered at several places goes by the first.
+        path: dotted path of the module, by the first place where it is registered; for an expression in a method
+            "path.method:curve".
         activation: the curve's name, such as "gelu_tanh".
-        module_class: class name of the module found there.
+        module_class: class name of the module found there, or the expression as written, such as "F.gelu(…)".
         action: "invert" or "keep".
         reason: why, in plain words.
         bytes_saved: fewer bytes kept for backward when this site is inverted; 0 if it is kept.
@@ -51,8 +52,8 @@ class Report:
     """
 
     sites: list[Site]
-    bytes_before: int
-    bytes_after: int
+    bytes_before: int = 0
+    bytes_after: int = 0
     weight_cast_bytes: int = 0
     kept_by_class: dict[str, int] = field(default_factory=dict)
     setting: str = ""

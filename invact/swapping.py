@@ -1,14 +1,15 @@
-"""The module that stands where an activation stood, and how it is put there and taken out again."""
+"""What stands where an activation stood, and how it is put there and taken out again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from invact import functional
+from invact.expressions import Written, install, runners_in, uninstall
 from invact.kernels import CURVES
 
 _SHARED = (
@@ -42,7 +43,7 @@ class Inverted(nn.Module):
     original: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled() and x.requires_grad:
+        if self.training and _needs_gradient(x):
             return functional.invert(x, CURVES[self.curve])
         return self.original.forward(x)  # type: ignore[no-any-return]
 
@@ -51,43 +52,70 @@ class Inverted(nn.Module):
 
 
 @dataclass(frozen=True)
-class Swap:
-    """One name in one parent at which `original` was replaced."""
+class InvertedExpression:
+    """Runs in an expression's place; see `invact.expressions`. `Inverted` for what is no module."""
 
-    parent: nn.Module
-    name: str
-    original: nn.Module
+    curve: str
+
+    def __call__(self, module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if module.training and _needs_gradient(x):
+            return functional.invert(x, CURVES[self.curve])
+        return original(x)
 
 
-def swap_in(model: nn.Module, curves: Mapping[str, str]) -> list[Swap]:
-    """Replaces the module at each path by an `Inverted` one, wherever it is registered; all of them or none."""
+def _needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+@dataclass
+class Swaps:
+    """What `swap_in` replaced, so that exactly that can be put back."""
+
+    modules: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)  # parent, name, original
+    methods: list[nn.Module] = field(default_factory=list)
+
+    def undo(self) -> int:
+        """Puts everything back; returns the number of sites restored."""
+        restored = set()
+        for parent, name, original in self.modules:
+            inverted = parent._modules[name]
+            if isinstance(inverted, Inverted):
+                original.training = inverted.training
+                parent._modules[name] = original
+                restored.add(id(original))
+        return len(restored) + sum(uninstall(module) for module in self.methods)
+
+
+def swap_in(
+    model: nn.Module, curves: Mapping[str, str], written: Mapping[str, Mapping[Written, str]] | None = None
+) -> Swaps:
+    """Replaces modules and expressions by inverted ones; all of them or, after an error, none.
+
+    Args:
+        curves: the curve by the path of the module; replaced wherever that module is registered.
+        written: by the path of a module, the curves of the expressions in its methods.
+    """
     originals = {path: model.get_submodule(path) for path in curves}
     inverted = {id(original): Inverted(original, curves[path]) for path, original in originals.items()}
-    swaps = [Swap(parent, name, child) for parent, name, child in _places(model) if id(child) in inverted]
+    places = [(parent, name, child) for parent, name, child in _places(model) if id(child) in inverted]
+    swaps = Swaps(places)
     try:
-        for swap in swaps:
-            setattr(swap.parent, swap.name, inverted[id(swap.original)])
+        for parent, name, original in places:
+            setattr(parent, name, inverted[id(original)])
+        for path, chosen in (written or {}).items():
+            module = model.get_submodule(path)
+            swaps.methods.append(module)
+            install(module, {expression: InvertedExpression(curve) for expression, curve in chosen.items()})
     except BaseException:
-        swap_out(swaps)
+        swaps.undo()
         raise
     return swaps
 
 
-def swap_out(swaps: Iterable[Swap]) -> int:
-    """Puts the originals back; returns how many modules that were."""
-    restored = set()
-    for swap in swaps:
-        present = swap.parent._modules[swap.name]
-        if present is not None and present is not swap.original:
-            swap.original.training = present.training
-            swap.parent._modules[swap.name] = swap.original
-            restored.add(id(swap.original))
-    return len(restored)
-
-
-def swaps_in(model: nn.Module) -> list[Swap]:
-    """Every place of `model` where an `Inverted` module stands."""
-    return [Swap(parent, name, child.original) for parent, name, child in _places(model) if isinstance(child, Inverted)]
+def swaps_in(model: nn.Module) -> Swaps:
+    """Everything inverted in `model`."""
+    places = [(parent, name, child.original) for parent, name, child in _places(model) if isinstance(child, Inverted)]
+    return Swaps(places, [module for module in model.modules() if runners_in(module)])
 
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

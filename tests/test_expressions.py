@@ -1,0 +1,210 @@
+"""Activations written out in a method are found, inverted where it pays, and put back without a trace."""
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import invact
+from invact.expressions import written_in
+
+
+def author_swish(x):
+    return x * torch.sigmoid(x)
+
+
+class Block(nn.Module):
+    beta = 1.0
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(width, 64), nn.Linear(64, width), nn.LayerNorm(width)
+        self.function = F.gelu
+        self.slope = 1.702
+
+
+class CallsFunctional(Block):
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class CallsByLongName(Block):
+    def forward(self, x):
+        return self.down(torch.nn.functional.silu(self.up(x)))
+
+
+class CallsWithOptions(Block):
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class BuiltOfSigmoid(Block):
+    def forward(self, x):
+        x = self.up(x)
+        x = x * torch.sigmoid(x)
+        return self.down(x)
+
+
+class BuiltOfAttributes(Block):
+    def forward(self, x):
+        x = self.up(x)
+        return self.down(x * (self.slope * x).sigmoid())
+
+
+class CallsAttribute(Block):
+    def forward(self, x):
+        return self.down(self.function(self.up(x)))
+
+
+class CallsAuthorsFunction(Block):
+    def forward(self, x):
+        return self.down(author_swish(self.up(x)))
+
+
+class CallsInAnotherMethod(Block):
+    def forward(self, x):
+        return self.norm(self._feed(x))
+
+    def _feed(self, x):
+        return self.down(F.silu(self.up(x)))
+
+
+class Decorated(Block):
+    def twice(function):  # noqa: N805
+        @functools.wraps(function)
+        def wrapper(self, x):
+            return function(self, function(self, x))
+
+        return wrapper
+
+    twice = staticmethod(twice)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class WithSuper(CallsInAnotherMethod):
+    def forward(self, x):
+        return super().forward(x) + self.down(F.gelu(self.up(x)))
+
+
+FOUND = {
+    CallsFunctional: ["forward:gelu"],
+    CallsByLongName: ["forward:silu"],
+    CallsWithOptions: ["forward:gelu_tanh"],
+    BuiltOfSigmoid: ["forward:silu"],
+    BuiltOfAttributes: ["forward:quick_gelu"],
+    CallsAttribute: ["forward:gelu"],
+    CallsAuthorsFunction: ["forward:silu"],
+    CallsInAnotherMethod: ["_feed:silu"],
+    Decorated: ["forward:gelu"],
+    WithSuper: ["forward:gelu", "_feed:silu"],
+}
+
+
+@pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
+def test_expressions_are_found_inverted_and_put_back(kind, count_kept, run_backward):
+    model, x = kind(), torch.randn(4, 16)
+    kept, (output, gradient) = count_kept(model, (x,)), run_backward(model, (x,))
+    attributes = dict(model.__dict__)
+
+    report = invact.patch(model, (x,))
+    assert sorted(site.path for site in report.inverted) == sorted(FOUND[kind])
+    assert report.bytes_before == kept
+    assert report.bytes_after == count_kept(model, (x,)) < kept
+    after = run_backward(model, (x,))
+    torch.testing.assert_close(after[0], output, rtol=1e-5, atol=1e-5)
+    assert (after[1] - gradient).norm() < 1e-4 * gradient.norm()
+
+    model.eval()
+    assert all(torch.equal(a, b) for a, b in zip(run_backward(model, (x,)), (output, gradient), strict=True))
+    model.train()
+    assert invact.unpatch(model) == len(FOUND[kind])
+    assert model.__dict__ == attributes
+    assert torch.equal(run_backward(model, (x,))[1], gradient)
+
+
+def test_several_in_one_method_are_told_apart_and_chosen_by_path():
+    class Several(Block):
+        def forward(self, x):
+            x = self.down(F.gelu(self.up(x)))
+            x = self.down(F.gelu(self.up(x)).relu())
+            return self.down(F.gelu(self.up(F.silu(x))))
+
+    report = invact.plan(nn.Sequential(Several()), (torch.randn(4, 16),))
+    assert [(site.path, site.module_class) for site in report.sites] == [
+        ("0.forward:gelu", "F.gelu(…)"),
+        ("0.forward:relu", "….relu()"),
+        ("0.forward:gelu.2", "F.gelu(…)"),
+        ("0.forward:gelu.3", "F.gelu(…)"),
+        ("0.forward:silu", "F.silu(x)"),
+    ]
+    chosen = invact.plan(nn.Sequential(Several()), (torch.randn(4, 16),), include="*:gelu.3")
+    assert [site.path for site in chosen.inverted] == ["0.forward:gelu.3"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda self, x: self.down(F.gelu(self.up(x)) + F.softmax(x.sum(), 0)),
+        lambda self, x: F.dropout(self.up(x), 0.1, self.training),
+        lambda self, x: self.up(x) * torch.sigmoid(self.up(x)),
+        lambda self, x: self.up(x).exp(),
+    ],
+)
+def test_what_is_no_activation_of_one_value_is_not_taken_for_one(body):
+    class Lookalike(Block):
+        pass
+
+    Lookalike.forward = body
+    assert not [w for w in written_in(Lookalike()) if w.curve not in ("gelu", "sigmoid")]
+
+
+def test_other_instances_of_the_class_and_other_threads_are_not_touched():
+    patched, other = CallsFunctional(), CallsFunctional()
+    invact.patch(patched, (torch.randn(4, 16),))
+    assert "forward" not in other.__dict__
+    assert "forward" in patched.__dict__
+    assert CallsFunctional.forward is type(other).forward
+
+
+def test_a_deepcopy_trains_by_itself_and_a_pickle_comes_back_stock(run_backward):
+    model, x = CallsFunctional(), torch.randn(4, 16)
+    expected = run_backward(model, (x,))[1]
+    invact.patch(model, (x,))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.up.weight.zero_()
+    assert (run_backward(twin, (x,))[1] - expected).norm() < 1e-5 * expected.norm()
+    assert invact.unpatch(twin) == 1
+    assert torch.equal(run_backward(twin, (x,))[1], expected)
+    assert torch.equal(run_backward(pickle.loads(pickle.dumps(twin)), (x,))[1], expected)
+
+
+def test_whispers_functional_activations_are_found():
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=100, num_mel_bins=8, max_source_positions=16,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
+    )  # fmt: skip
+    inputs = {
+        "input_features": torch.randn(2, 8, 32),
+        "decoder_input_ids": torch.randint(0, 100, (2, 8)),
+    }
+    report = invact.plan(WhisperForConditionalGeneration(config), inputs)
+    assert {"model.encoder.forward:gelu", "model.encoder.forward:gelu.2"} <= {site.path for site in report.sites}
+
+
+def test_pytorchs_own_transformer_layer_calls_its_activation_as_an_attribute(run_backward):
+    model = nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, activation="gelu", batch_first=True)
+    x = torch.randn(2, 5, 16)
+    expected = run_backward(model, (x,))[1]
+    report = invact.patch(model, (x,))
+    assert [site.path for site in report.inverted] == ["_ff_block:gelu"]
+    assert (run_backward(model, (x,))[1] - expected).norm() < 1e-4 * expected.norm()
