@@ -104,7 +104,7 @@ def mish_derivative(x: Tensor) -> Tensor:
 
 def hardswish_derivative(x: Tensor) -> Tensor:
     inside = (2 * x + 3) / 6
-    return torch.where(x < -3, 0.0, torch.where(x > 3, 1.0, inside))
+    return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, inside))
 
 
 CURVES: dict[str, Curve] = {

@@ -105,12 +105,13 @@ def signed_root(y: Tensor, right: Tensor, curve: Curve, rounded_to: torch.dtype)
     """r of `pieces.Fit`: the mean of sqrt(y - y_min) over all y that round to this one, negative on the left.
 
     Rounding y hides where x was, most of all next to the minimum; x is nearly linear in r there, so the mean of r is
-    what makes the error of f' smallest. It is never zero and never the root of a negative number.
+    what makes the error of f' smallest. It is never zero and never the root of a negative number, although the stock
+    operator's own error may put y below the minimum by more than rounding does.
     """
     high, low = minimum_in_two(curve, y.dtype)
     half = half_ulp(curve, rounded_to)
     height = (y - high) - low
-    root = 0.5 * ((height + half).clamp(min=0).sqrt() + (height - half).clamp(min=0).sqrt())
+    root = 0.5 * ((height + half).clamp(min=half / 64).sqrt() + (height - half).clamp(min=0).sqrt())
     return torch.where(right, root, -root)
 
 

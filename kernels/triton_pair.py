@@ -137,7 +137,7 @@ def backward_kernel(
     right = ((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1) == 1
 
     height = (y - Y_MIN) - Y_MIN_LOW
-    root = 0.5 * (tl.sqrt(tl.maximum(height + HALF_ULP, 0.0)) + tl.sqrt(tl.maximum(height - HALF_ULP, 0.0)))
+    root = 0.5 * (tl.sqrt(tl.maximum(height + HALF_ULP, HALF_ULP / 64)) + tl.sqrt(tl.maximum(height - HALF_ULP, 0.0)))
     r = tl.where(right, root, -root)
     outer = tl.where(r > RIGHT_HIGH, 1.0, r * right_polynomial(r, CURVE, SHORT))
     slope = tl.where(r > NEAR_HIGH, outer, r * near_polynomial(r, CURVE, SHORT))

@@ -4,6 +4,7 @@ Triton 3.2 can index no tuple of constants, so every one is written out.
 """
 
 # mypy: ignore-errors
+# ruff: noqa: N803, SIM114
 import triton
 import triton.language as tl
 

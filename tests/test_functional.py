@@ -1,0 +1,221 @@
+"""The public operators: stock's forward bit for bit, stock's layouts, and one tensor and one bit kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from invact.kernels import CURVES, Curve
+from torch import Tensor
+
+import invact.nn
+from invact import functional
+
+EVERY_CURVE = pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
+
+Operator = Callable[[Tensor], Tensor]
+PAIRS: dict[str, tuple[Operator, Operator]] = {
+    "gelu": (functional.gelu, F.gelu),
+    "gelu_tanh": (lambda x: functional.gelu(x, approximate="tanh"), lambda x: F.gelu(x, approximate="tanh")),
+    "silu": (functional.silu, F.silu),
+    "mish": (functional.mish, F.mish),
+    "hardswish": (functional.hardswish, F.hardswish),
+}
+EVERY_PAIR = pytest.mark.parametrize(("ours", "stock"), PAIRS.values(), ids=PAIRS.keys())
+
+VIEWS: dict[str, Operator] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3),
+    "permuted": lambda x: x.permute(2, 0, 3, 1),
+    "sliced": lambda x: x[:, ::2, :, 1:],
+    "expanded": lambda x: x[:1].expand(6, -1, -1, -1),
+    "one_row": lambda x: x[0, 0, 0],
+    "scalar": lambda x: x[0, 0, 0, 0],
+    "empty": lambda x: x[:0],
+}
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 5, 4, 7, generator=torch.Generator().manual_seed(0))
+
+
+def kept(function: Operator, x: Tensor) -> list[Tensor]:
+    """What autograd keeps for the backward of one call."""
+    tensors: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensors.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        function(x)
+    return tensors
+
+
+@EVERY_PAIR
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_forward_is_stocks_bit_for_bit_and_gradients_lie_as_stocks_do(
+    images: Tensor, ours: Operator, stock: Operator, dtype: torch.dtype, view: Operator
+) -> None:
+    x, x_stock = (view(images.to(dtype)).detach().requires_grad_() for _ in range(2))
+    y, y_stock = ours(x), stock(x_stock)
+    assert torch.equal(y, y_stock)
+    assert y.stride() == y_stock.stride()
+
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y.backward(dy)
+    y_stock.backward(dy)
+    assert x.grad is not None
+    assert x_stock.grad is not None
+    assert x.grad.stride() == x_stock.grad.stride()
+    tolerance = 0.05 if dtype.itemsize == 2 else 1e-3
+    torch.testing.assert_close(x.grad, x_stock.grad, atol=tolerance, rtol=tolerance)
+
+
+@EVERY_CURVE
+def test_exactly_y_and_one_bit_per_element_are_kept(curve: Curve, images: Tensor) -> None:
+    x = images.requires_grad_()
+    y, side = kept(lambda x: functional.invert(x, curve), x)
+    assert torch.equal(y, curve.f(x))
+    assert side.dtype == torch.uint8
+    assert side.numel() == -(-x.numel() // 8)
+
+
+@EVERY_CURVE
+def test_nothing_is_kept_where_no_gradient_is_asked_for(curve: Curve, images: Tensor) -> None:
+    assert kept(lambda x: functional.invert(x, curve), images) == []
+    with torch.no_grad():
+        y = functional.invert(images.requires_grad_(), curve)
+    assert torch.equal(y, curve.f(images))
+    assert not y.requires_grad
+
+
+@EVERY_CURVE
+def test_first_and_second_derivatives_agree_with_finite_differences(curve: Curve) -> None:
+    x = torch.tensor([-6.0, -4.1, -2.5, -1.9, -1.0, -0.3, 0.2, 0.9, 1.4, 2.6, 4.0, 9.0], dtype=torch.float64)
+    x.requires_grad_()
+    torch.autograd.gradcheck(lambda x: functional.invert(x, curve), x)
+    torch.autograd.gradgradcheck(lambda x: functional.invert(x, curve), x, atol=1e-4)
+
+
+@EVERY_CURVE
+def test_a_third_derivative_says_that_it_is_not_supported(curve: Curve) -> None:
+    x = torch.tensor([0.5], requires_grad=True)
+    (first,) = torch.autograd.grad(functional.invert(x, curve), x, create_graph=True)
+    (second,) = torch.autograd.grad(first, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third derivative"):
+        torch.autograd.grad(second, x)
+
+
+@EVERY_CURVE
+def test_second_derivatives_stay_finite_at_the_minimum_and_in_the_tails(curve: Curve) -> None:
+    x = torch.tensor([curve.x_min, -1e30, -200.0, -90.0, -0.0, 1e30], requires_grad=True)
+    (first,) = torch.autograd.grad(functional.invert(x, curve).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert second.isfinite().all()
+
+
+@EVERY_CURVE
+def test_functional_transforms_give_the_right_gradients(curve: Curve) -> None:
+    x = torch.linspace(-2.9, 2.9, 35, dtype=torch.float64).view(5, 7)
+    expected = curve.derivative(x)
+
+    def total(x: Tensor) -> Tensor:
+        return functional.invert(x, curve).sum()
+
+    by_rows = torch.func.vmap(torch.func.grad(total), in_dims=1, out_dims=1)(x)
+    jacobian = torch.func.jacrev(lambda x: functional.invert(x, curve))(x)
+    for gradient in (torch.func.grad(total)(x), by_rows, jacobian.view(35, 35).diagonal().view(5, 7)):
+        torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_y_may_come_back_from_storage_with_other_strides(images: Tensor) -> None:
+    def gradient(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        y = functional.gelu(x)
+        y.backward(torch.ones_like(y))
+        assert x.grad is not None
+        return x.grad
+
+    x = images.to(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), lambda t: t):
+        stored = gradient(x)
+    assert torch.equal(stored, gradient(x))
+
+
+def test_changing_y_in_place_is_found_out(images: Tensor) -> None:
+    y = functional.gelu(images.requires_grad_())
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_activation_checkpointing_recomputes_it(images: Tensor) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    x, x_plain = images.clone().requires_grad_(), images.clone().requires_grad_()
+    checkpoint(functional.silu, x, use_reentrant=False).sum().backward()
+    functional.silu(x_plain).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, x_plain.grad)
+
+
+@EVERY_CURVE
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_a_tensor_that_is_not_floating_is_refused(curve: Curve, dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=r"floating type.*x\.float\(\)"):
+        functional.invert(torch.zeros(3, dtype=dtype), curve)
+
+
+def test_an_unknown_approximation_is_refused() -> None:
+    with pytest.raises(ValueError, match='"none" or approximate="tanh"'):
+        functional.gelu(torch.zeros(3), approximate="fast")
+
+
+@pytest.mark.parametrize(
+    ("curve", "dtype"),
+    [(CURVES["gelu"], torch.float32), (CURVES["gelu_tanh"], torch.bfloat16), (CURVES["hardswish"], torch.float32)],
+    ids=["gelu", "gelu_tanh", "hardswish"],
+)
+def test_torch_compile_gives_the_same_and_keeps_the_same(curve: Curve, dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    x, x_eager = (torch.linspace(-5, 5, 35).view(5, 7).to(dtype).requires_grad_() for _ in range(2))
+    compiled = torch.compile(lambda x: functional.invert(x, curve), fullgraph=True)
+    assert sum(t.nbytes for t in kept(compiled, x)) <= x.nbytes + 8
+
+    y, y_eager = compiled(x), functional.invert(x_eager, curve)
+    y.backward(torch.ones_like(y))
+    y_eager.backward(torch.ones_like(y))
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(y, y_eager, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(x.grad, x_eager.grad, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("module", "stock"),
+    [
+        (invact.nn.GELU(), torch.nn.GELU()),
+        (invact.nn.GELU(approximate="tanh"), torch.nn.GELU(approximate="tanh")),
+        (invact.nn.SiLU(inplace=True), torch.nn.SiLU()),
+        (invact.nn.Mish(inplace=True), torch.nn.Mish()),
+        (invact.nn.Hardswish(inplace=True), torch.nn.Hardswish()),
+    ],
+    ids=str,
+)
+def test_modules_are_drop_in_and_never_work_in_place(
+    module: torch.nn.Module, stock: torch.nn.Module, images: Tensor
+) -> None:
+    before = images.clone()
+    assert isinstance(module, type(stock))
+    assert torch.equal(module(images.clone().requires_grad_()), stock(images))
+    module(images)
+    assert torch.equal(images, before)
+
+
+def test_examples_in_the_docstrings_run() -> None:
+    import doctest
+
+    for module in (functional, invact.nn):
+        assert doctest.testmod(module).failed == 0
