@@ -57,7 +57,7 @@ DEFINITIONS: dict[str, Function] = {
 TAIL_OFFSETS = {"gelu": 8.0, "gelu_tanh": 4.0, "quick_gelu": 1.0, "silu": 1.0, "mish": 1.0}
 
 # Hardswish is r^2 - 3/8 with r = (x + 3/2) / sqrt(6), so f' = 2 r / sqrt(6): one term, exact. On the left f' falls to 0
-# where y does and stays there; on the right it jumps from 3/2 to 1 at y = 3.
+# where y does and stays there; on the right it jumps from 3/2 to 1 at y = 3, and the rounded root must not miss that.
 HARDSWISH_SLOPE = 2 / math.sqrt(6)
 EXACT = {
     "hardswish": Fit(
@@ -67,7 +67,7 @@ EXACT = {
         tail_start=0.0,
         tail_offset=1.0,
         near=Piece(-math.sqrt(0.375), 1.0, (HARDSWISH_SLOPE,)),
-        right=Piece(1.0, math.sqrt(3.375), (HARDSWISH_SLOPE,)),
+        right=Piece(1.0, math.sqrt(3.375) * (1 - 5e-7), (HARDSWISH_SLOPE,)),
         tail=None,
     )
 }

@@ -16,12 +16,14 @@ def every_value(dtype: torch.dtype) -> Tensor:
     """Every finite value of a 16-bit type, in rising order."""
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     values = patterns.view(dtype)
-    return values[values.isfinite()].sort().values
+    finite: Tensor = values[values.isfinite()]
+    return finite.sort().values
 
 
 def derivative_from_output(x: Tensor, curve: Curve) -> Tensor:
     y, side = forward(x, curve)
-    return backward(torch.ones_like(y), y, side, curve, storage_order(y))
+    dx: Tensor = backward(torch.ones_like(y), y, side, curve, storage_order(y))
+    return dx
 
 
 def weights(x: Tensor, deviation: float) -> Tensor:
@@ -39,7 +41,8 @@ def floor(x: Tensor, y: Tensor, curve: Curve, weight: Tensor) -> Tensor:
     _, group = key.unique(return_inverse=True)
     mass = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(0, group, weight)
     mean = torch.zeros_like(mass).index_add(0, group, weight * true) / mass
-    return torch.where(mass[group] > 0, mean[group], true).to(x.dtype).double()
+    best: Tensor = torch.where(mass[group] > 0, mean[group], true).to(x.dtype).double()
+    return best
 
 
 def norm(error: Tensor, weight: Tensor) -> float:
