@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .pieces import Fit, Piece
+from .pieces import Fit, Piece, scale_and_shift
 
 try:
     import mpmath as mp
@@ -139,7 +139,8 @@ def powers(expansion: list[Number]) -> tuple[float, ...]:
 def evaluate(piece: Piece, v: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The polynomial by Horner's rule, in the precision of v."""
     kind = v.dtype.type
-    u = v * kind(piece.scale) + kind(piece.shift)
+    scale, shift = scale_and_shift(piece)
+    u = v * kind(scale) + kind(shift)
     total: np.ndarray[Any, Any] = np.zeros_like(u)
     for coefficient in reversed(piece.coefficients):
         total = total * u + kind(coefficient)
@@ -281,7 +282,8 @@ def triton_polynomials(fits: dict[str, Fit], short_fits: dict[str, Fit]) -> str:
             for short, chosen in ((True, short_fits[name]), (False, fit)):
                 piece: Piece = getattr(chosen, kind) or Piece(0.0, 1.0, (0.0,))
                 condition = f'CURVE == "{name}" and SHORT' if short else f'CURVE == "{name}"'
-                source += f"    {keyword} {condition}:\n        u = v * {piece.scale!r} + {piece.shift!r}\n"
+                scale, shift = scale_and_shift(piece)
+                source += f"    {keyword} {condition}:\n        u = v * {scale!r} + {shift!r}\n"
                 source += f"        p = tl.zeros_like(u) + {piece.coefficients[-1]!r}\n"
                 source += "".join(f"        p = p * u + {term!r}\n" for term in reversed(piece.coefficients[:-1]))
                 keyword = "elif"

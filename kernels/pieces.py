@@ -15,14 +15,11 @@ class Piece(NamedTuple):
     high: float
     coefficients: tuple[float, ...]
 
-    @property
-    def scale(self) -> float:
-        """``u = v * scale + shift``."""
-        return 2.0 / (self.high - self.low)
 
-    @property
-    def shift(self) -> float:
-        return -(self.high + self.low) / (self.high - self.low)
+def scale_and_shift(piece: Piece) -> tuple[float, float]:
+    """``u = v * scale + shift``. A function: torch.compile in 2.6 cannot follow a NamedTuple's properties."""
+    width = piece.high - piece.low
+    return 2.0 / width, -(piece.high + piece.low) / width
 
 
 class Fit(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .curves import CURVES, Curve
-from .pieces import Piece
+from .pieces import Piece, scale_and_shift
 
 CHUNK = 1 << 16  # elements worked on at a time on the CPU: a dozen fp32 temporaries of that size stay in its cache
 
@@ -116,7 +116,8 @@ def signed_root(y: Tensor, right: Tensor, curve: Curve, rounded_to: torch.dtype)
 
 
 def polynomial(piece: Piece, v: Tensor) -> Tensor:
-    u = v * piece.scale + piece.shift
+    scale, shift = scale_and_shift(piece)
+    u = v * scale + shift
     total = torch.full_like(u, piece.coefficients[-1])
     for coefficient in reversed(piece.coefficients[:-1]):
         total = total * u + coefficient
@@ -161,7 +162,8 @@ def product_rise(piece: Piece, r: Tensor) -> Tensor:
 
 def rise(piece: Piece) -> Piece:
     """The derivative of a piece, by its own variable."""
-    terms = tuple(k * piece.scale * term for k, term in enumerate(piece.coefficients))[1:]
+    scale, _ = scale_and_shift(piece)
+    terms = tuple(k * scale * term for k, term in enumerate(piece.coefficients))[1:]
     return Piece(piece.low, piece.high, terms or (0.0,))
 
 
