@@ -51,22 +51,27 @@ class _Casts(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sources: dict[Key, tuple[StorageWeakRef, Key]] = {}
+        self._sources: dict[Key, tuple[StorageWeakRef, StorageWeakRef]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and out.dtype is not args[0].dtype:
-            for copied, source in zip(storage_sizes(out), storage_sizes(args[0]), strict=False):
-                # The weak reference tells whether the storage still lives or its identity was given anew.
-                self._sources[copied] = (StorageWeakRef(out.untyped_storage()), source)
+            for copied, source in zip(dense_parts(out), dense_parts(args[0]), strict=False):
+                copied_storage = copied.untyped_storage()
+                # Weak references tell whether a storage still lives or its identity was given to another.
+                references = StorageWeakRef(copied_storage), StorageWeakRef(source.untyped_storage())
+                self._sources[copied_storage._cdata] = references
         return out
 
     def source(self, key: Key) -> Key | None:
-        """The storage that `key` is a cast of, or None."""
-        reference, source = self._sources.get(key, (None, None))
-        return source if reference is not None and not reference.expired() else None
+        """The storage that `key` is a cast of, if both are alive, or None."""
+        references = self._sources.get(key)
+        if references is None or any(reference.expired() for reference in references):
+            return None
+        source: Key = references[1].cdata
+        return source
 
 
 @dataclass(frozen=True)

@@ -145,12 +145,19 @@ def _observe_fake(
     watch: Sequence[Found],
     checkpointing: bool,
 ) -> Observation:
+    device = _stand_in(setting.device)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        weights = {name: _fake(mode, tensor, setting.device) for name, tensor in _weights(model).items()}
-        fake_inputs = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, setting.device), inputs)
-        attention = _Attention(setting) if setting.device.type == "cuda" else nullcontext()
-        with attention, _SameDtypes(), _fake_tensor_log_silent():
-            return _observe(model, weights, fake_inputs, setting, watch, checkpointing)
+        weights = {name: _fake(mode, tensor, device) for name, tensor in _weights(model).items()}
+        fake_inputs = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device), inputs)
+        as_on_gpu = _AsOnGpu(setting) if setting.device.type == "cuda" else nullcontext()
+        with as_on_gpu, _SameDtypes(), _fake_tensor_log_silent():
+            found = _observe(model, weights, fake_inputs, setting, watch, checkpointing)
+    if device.type != setting.device.type and setting.autocast is not None:
+        found.notes.append(
+            "this PyTorch cannot imitate a GPU where there is none, so autocast followed the rules of the CPU, which "
+            "leave more operations in low precision; PyTorch 2.15 can"
+        )
+    return found
 
 
 def _observe_real(
@@ -374,7 +381,7 @@ def _autocast(setting: Setting) -> Iterator[None]:
     if setting.autocast is None:
         yield
         return
-    device = setting.device.type
+    device = _stand_in(setting.device).type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, True)
     torch.set_autocast_dtype(device, setting.autocast)
@@ -388,31 +395,50 @@ def _autocast(setting: Setting) -> Iterator[None]:
         torch.set_autocast_dtype(device, dtype)
 
 
-class _Attention(TorchFunctionMode):
-    """Makes attention on fake CUDA tensors keep what the kernels of a real GPU keep.
+def _stand_in(device: torch.device) -> torch.device:
+    """The device of the fake tensors that stand for those on `device`.
 
-    Without it PyTorch falls to the composite that keeps the N x N matrix, since it finds no GPU to ask.
+    Before PyTorch 2.15 (seen in 2.6, 2.9 and the CPU build of 2.13; those between were not tried) autograd on
+    fake CUDA tensors ends the process where there is no GPU: there fake CPU tensors take their place.
+    """
+    if device.type != "cuda" or torch.cuda.is_available():
+        return device
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return device if torch.version.cuda is not None and release >= (2, 15) else torch.device("cpu")
+
+
+class _AsOnGpu(TorchFunctionMode):
+    """Makes fake tensors keep what the kernels of a real GPU keep.
+
+    Without it PyTorch, which finds no GPU to ask, falls to an attention that keeps the N x N matrix; and on CPU
+    tensors dropout keeps its mask in the dtype of its input, not as one byte per element.
     """
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         self._fused = setting.attention == "fused"
+        self._on_cpu = _stand_in(setting.device).type == "cpu"
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._fused:
-            return func(*args, **kwargs)
-        if func is _STOCK_ATTENTION:
+        if self._on_cpu and func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if self._fused and func is _STOCK_ATTENTION:
             return _attention(*args, **kwargs)
-        if func is F.multi_head_attention_forward:  # inside it this mode is off, so its attention is put in by name
+        if self._fused and func is F.multi_head_attention_forward:
+            # Inside it this mode is off, so its attention is put in by name.
             F.scaled_dot_product_attention = _attention
             try:
                 return func(*args, **kwargs)
             finally:
                 F.scaled_dot_product_attention = _STOCK_ATTENTION
         return func(*args, **kwargs)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
 _STOCK_ATTENTION = F.scaled_dot_product_attention
