@@ -103,13 +103,20 @@ def written_in(module: nn.Module) -> list[Written]:
     """
     found = []
     for name, function in _methods(type(module)):
-        source = None if name in module.__dict__ else _source_of(function)
-        if source is None:
+        source = _source_of(function)
+        if source is None or not _runs(module, name, function):
             continue
         places = _places(source, module)
         if places and _can_be_rewritten(source, places):
             found += [Written(name, number, place.curve, place.text, place) for number, place in enumerate(places)]
     return found
+
+
+def _runs(module: nn.Module, name: str, function: types.FunctionType) -> bool:
+    """Whether `module` calls its class's method by that name, and not one that was given to it alone."""
+    own = module.__dict__.get(name)
+    # A pickle of a patched module comes back with its class's method, bound, as an attribute.
+    return own is None or (isinstance(own, types.MethodType) and own.__func__ is function)
 
 
 def install(module: nn.Module, runners: Mapping[Written, Runner]) -> None:
@@ -126,19 +133,30 @@ def install(module: nn.Module, runners: Mapping[Written, Runner]) -> None:
 def uninstall(module: nn.Module) -> int:
     """Gives `module` its class's methods back; how many expressions that restores."""
     count = len(runners_in(module))
-    for name in [name for name, value in module.__dict__.items() if _is_rewritten(value)]:
-        del module.__dict__[name]
+    methods = dict(_methods(type(module)))
+    for name, function in _rewritten_in(module).items():
+        if name in methods:
+            del module.__dict__[name]
+        else:  # a wrapper, such as accelerate's, has put it by and goes on calling it
+            runners = getattr(function, _RUNNERS)
+            runners.update(dict.fromkeys(runners, _as_written))
     return count
 
 
 def runners_in(module: nn.Module) -> list[Runner]:
     """The runners that `install` put into `module`."""
-    methods = [value.__func__ for value in module.__dict__.values() if _is_rewritten(value)]
-    return [runner for function in methods for runner in getattr(function, _RUNNERS).values()]
+    functions = {id(function): function for function in _rewritten_in(module).values()}.values()
+    runners = [runner for function in functions for runner in getattr(function, _RUNNERS).values()]
+    return [runner for runner in runners if runner is not _as_written]
 
 
-def _is_rewritten(value: Any) -> bool:
-    return isinstance(value, types.MethodType) and hasattr(value.__func__, _RUNNERS)
+def _rewritten_in(module: nn.Module) -> dict[str, Callable[..., Any]]:
+    methods = {name: value.__func__ for name, value in module.__dict__.items() if isinstance(value, types.MethodType)}
+    return {name: function for name, function in methods.items() if hasattr(function, _RUNNERS)}
+
+
+def _as_written(module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return original(x)
 
 
 # --- reading the source -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ raises TypeError.
 The gradient is f' as far as y and the bit tell it: exact away from the curve's minimum, and next to it, where rounding
 y hides where x was, its mean over the x that give the same y and the same bit.
 
-Nothing here works in place: `inplace` is taken where the stock function takes it, and x is left as it was.
+With ``inplace=True`` y takes the place of x, as in the stock function, and is kept there.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """``torch.nn.functional.silu``, inverted: x sigmoid(x). `inplace` is taken and ignored.
+    """``torch.nn.functional.silu``, inverted: x sigmoid(x).
 
     Formula: Elfwing et al., arXiv 1702.03118. Raises TypeError for a tensor that is not floating.
 
     >>> silu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.2689,  0.0000,  0.7311])
     """
-    return invert(input, CURVES["silu"])
+    return invert(input, CURVES["silu"], inplace)
 
 
 def quick_gelu(input: Tensor) -> Tensor:
@@ -70,28 +70,28 @@ def quick_gelu(input: Tensor) -> Tensor:
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
-    """``torch.nn.functional.mish``, inverted: x tanh(softplus(x)). `inplace` is taken and ignored.
+    """``torch.nn.functional.mish``, inverted: x tanh(softplus(x)).
 
     Formula: Misra, arXiv 1908.08681. Raises TypeError for a tensor that is not floating.
 
     >>> mish(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.3034,  0.0000,  0.8651])
     """
-    return invert(input, CURVES["mish"])
+    return invert(input, CURVES["mish"], inplace)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """``torch.nn.functional.hardswish``, inverted: x relu6(x + 3) / 6. `inplace` is taken and ignored.
+    """``torch.nn.functional.hardswish``, inverted: x relu6(x + 3) / 6.
 
     Formula: Howard et al., arXiv 1905.02244. Raises TypeError for a tensor that is not floating.
 
     >>> hardswish(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.3333,  0.0000,  0.6667])
     """
-    return invert(input, CURVES["hardswish"])
+    return invert(input, CURVES["hardswish"], inplace)
 
 
-def invert(x: Tensor, curve: Curve) -> Tensor:
+def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     """Any curve of `invact.kernels.CURVES`, keeping y and one bit per element for backward.
 
     >>> invert(torch.tensor([-1.0, 0.0, 1.0]), CURVES["silu"])
@@ -102,11 +102,15 @@ def invert(x: Tensor, curve: Curve) -> Tensor:
             f"{curve.name} was given a tensor of {x.dtype}: an activation and its gradient need a floating type. "
             "Convert it first, for example with x.float()."
         )
+    y: Tensor
     if not (torch.is_grad_enabled() and x.requires_grad):
-        stock: Tensor = curve.f(x)
-        return stock
-    y: Tensor = Inverted.apply(x, curve)[0]
-    return y
+        y = curve.f(x)
+    elif inplace and not torch.compiler.is_compiling():
+        y = InvertedInPlace.apply(x, curve)[0]
+    else:
+        y = Inverted.apply(x, curve)[0]
+    # After InvertedInPlace they are the same; while torch.compile traces, the copy makes x another name of y.
+    return x.copy_(y) if inplace and y is not x else y
 
 
 class Inverted(torch.autograd.Function):
@@ -134,6 +138,20 @@ class Inverted(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, curve: Curve) -> Any:
         # the curve sees each element alone: the whole batch is one tensor, with one string of bits for all
         return Inverted.apply(x, curve), (in_dims[0], None)
+
+
+class InvertedInPlace(Inverted):
+    """`Inverted` with y in the memory of x; what held x before holds y afterwards."""
+
+    @staticmethod
+    def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
+        y, side = dispatch.forward(x, curve)
+        return x.copy_(y), side
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Curve], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_dirty(inputs[0])
+        Inverted.setup_context(ctx, inputs, output)
 
 
 class Chained(torch.autograd.Function):

@@ -31,14 +31,14 @@ class GELU(torch.nn.GELU):
 
 
 class SiLU(torch.nn.SiLU):
-    """``torch.nn.SiLU``, inverted. `inplace` is taken and ignored: the input is never overwritten.
+    """``torch.nn.SiLU``, inverted.
 
     >>> SiLU()(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.2689,  0.0000,  0.7311])
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.silu(input)
+        return functional.silu(input, self.inplace)
 
 
 class QuickGELU(torch.nn.Module):
@@ -53,22 +53,22 @@ class QuickGELU(torch.nn.Module):
 
 
 class Mish(torch.nn.Mish):
-    """``torch.nn.Mish``, inverted. `inplace` is taken and ignored: the input is never overwritten.
+    """``torch.nn.Mish``, inverted.
 
     >>> Mish()(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.3034,  0.0000,  0.8651])
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.mish(input)
+        return functional.mish(input, self.inplace)
 
 
 class Hardswish(torch.nn.Hardswish):
-    """``torch.nn.Hardswish``, inverted. `inplace` is taken and ignored: the input is never overwritten.
+    """``torch.nn.Hardswish``, inverted.
 
     >>> Hardswish()(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.3333,  0.0000,  0.6667])
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.hardswish(input)
+        return functional.hardswish(input, self.inplace)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -25,7 +25,7 @@ from invact.probing import (
 )
 from invact.recognition import KEPT_BY_OUTPUT
 from invact.report import INVERT, KEEP, Report, Site
-from invact.swapping import Inverted, Swaps, swap_in
+from invact.swapping import Inversion, Inverted, Swaps, swap_in
 from invact.walking import Found, walk
 
 
@@ -84,12 +84,12 @@ class Decided:
     """A report, and what to swap to make it true."""
 
     report: Report
-    modules: dict[str, str]  # the curve by path
-    written: dict[str, dict[Written, str]]  # the curves of expressions by the path of their module
+    modules: dict[str, Inversion]  # by path
+    expressions: dict[str, dict[Written, Inversion]]  # by the path of the module in whose methods they stand
 
     def apply(self, model: nn.Module) -> Swaps:
         """Replaces what the report calls "invert"; all of it or, after an error, nothing."""
-        return swap_in(model, self.modules, self.written)
+        return swap_in(model, self.modules, self.expressions)
 
 
 def decide(
@@ -124,13 +124,17 @@ def _decide(
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
 
     decisive = observe(model, inputs, setting, watch=found, checkpointing=False)
-    sites = _Choice(found, decisive, allowed).sites()
+    choice = _Choice(found, decisive, allowed)
+    sites = choice.sites()
     chosen = {site.path for site in sites if site.action == INVERT}
-    decided = Decided(
-        report=Report(sites=[*sites, *(_already_inverted(path, module) for path, module in already)]),
-        modules={site.path: site.curve for site in found if site.path in chosen and site.written is None},
-        written=_written(site for site in found if site.path in chosen),
-    )
+    decided = Decided(Report(sites=[*sites, *(_already_inverted(path, module) for path, module in already)]), {}, {})
+    for site in found:
+        if site.path in chosen:
+            inversion = Inversion(site.curve, choice.in_place(site.path))
+            if site.written is None:
+                decided.modules[site.path] = inversion
+            else:
+                decided.expressions.setdefault(site.module_path, {})[site.written] = inversion
     before = after = observe(model, inputs, setting) if decisive.checkpoints else decisive
     if chosen:
         swaps = decided.apply(model)
@@ -145,14 +149,6 @@ def _decide(
     report.setting = _in_words(setting)
     report.notes = [*before.notes, *_notes(decisive, len(already), nothing_allowed=bool(found) and not allowed)]
     return decided
-
-
-def _written(chosen: Iterable[Found]) -> dict[str, dict[Written, str]]:
-    by_module: dict[str, dict[Written, str]] = {}
-    for site in chosen:
-        if site.written is not None:
-            by_module.setdefault(site.module_path, {})[site.written] = site.curve
-    return by_module
 
 
 # --- the choice ---------------------------------------------------------------------------------------
@@ -219,7 +215,13 @@ class _Choice:
             return "no gradient flows through it here"
         if any(call.changed_later for call in calls):
             return "its output is changed in place later"
+        if len({call.in_place for call in calls}) > 1:
+            return "it works in place in one call and not in another"
         return None
+
+    def in_place(self, path: str) -> bool:
+        """Whether the output takes the memory of the input."""
+        return any(call.in_place for call in self.calls[path])
 
     def _output_key(self, call: Call) -> Key:
         """The storage that is the output once inverted: the next layer's cast of it, if autocast made one."""
@@ -272,7 +274,9 @@ class _Choice:
 
 
 def _already_inverted(path: str, module: Inverted) -> Site:
-    return Site(path, module.curve, type(module.original).__name__, KEEP, "already inverted by an earlier patch")
+    return Site(
+        path, module.inversion.curve, type(module.original).__name__, KEEP, "already inverted by an earlier patch"
+    )
 
 
 # --- arguments and words ------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class Call:
     y_cast: bool  # the module's own output has another dtype than its input
     side_nbytes: int
     changed_later: bool
+    in_place: bool  # the output is the input, changed
 
 
 @dataclass
@@ -190,6 +191,7 @@ def _observe(
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(model))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
         stack.enter_context(_checkpoints_counted(checkpoints, run_them=checkpointing))
         stack.enter_context(_autocast(setting))
         if not model.training:
@@ -218,20 +220,22 @@ class _OpenCall:
     x: Tensor | None = None
     y: Tensor | None = None
     version: int = 0
+    in_place: bool = False
 
     def closed(self) -> Call:
         if self.x is None or self.y is None:
-            return Call(self.path, self.simple, False, 0, 0, False, 0, False)
-        ((key, _),) = storage_sizes(self.y).items()
+            return Call(self.path, self.simple, False, 0, 0, False, 0, False, False)
+        ((key, nbytes),) = storage_sizes(self.y).items()
         return Call(
             path=self.path,
             simple=self.simple,
             needs_grad=self.y.requires_grad,
             y_key=key,
-            y_nbytes=self.x.numel() * self.x.element_size(),
+            y_nbytes=nbytes if self.in_place else self.x.numel() * self.x.element_size(),
             y_cast=self.x.dtype is not self.y.dtype,
             side_nbytes=(self.x.numel() + 7) // 8,
             changed_later=self.y._version != self.version,
+            in_place=self.in_place,
         )
 
 
@@ -271,7 +275,7 @@ def _opened(path: str, args: tuple[Any, ...], output: Any) -> _OpenCall:
     if not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
         return _OpenCall(path, simple=False)
     x, y = args[0], output
-    return _OpenCall(path, x.shape == y.shape and x.device == y.device, x.detach(), y, y._version)
+    return _OpenCall(path, x.shape == y.shape and x.device == y.device, x.detach(), y, y._version, in_place=y is x)
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from invact import functional
 from invact.expressions import Written, install, runners_in, uninstall
 from invact.kernels import CURVES
 
-_SHARED = (
+_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -24,42 +26,72 @@ _SHARED = (
 )
 
 
+@dataclass(frozen=True)
+class Inversion:
+    """How a site is inverted: by which curve, and whether the output takes the memory of the input."""
+
+    curve: str
+    in_place: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.invert(x, CURVES[self.curve], self.in_place)
+
+
 class Inverted(nn.Module):
     """Stands where `original` stood, and keeps the output instead of the input for backward.
 
     In evaluation mode and without gradients it runs `original`, so that results there are exactly the same.
     It adds nothing to the state dict. Hooks of `original` go on being called, and their handles remove them.
+    A deepcopy is inverted as well; a pickle holds `original`, so that a saved model does not need invact.
     """
 
-    def __init__(self, original: nn.Module, curve: str) -> None:
-        super().__init__()
-        self.curve = curve
-        # Not as a submodule: the model's names, state dict and children stay what they were.
-        self.__dict__["original"] = original
-        self.training = original.training
-        for name in _SHARED:
-            self.__dict__[name] = original.__dict__[name]
-
     original: nn.Module
+    inversion: Inversion
+
+    def __init__(self, original: nn.Module, inversion: Inversion) -> None:
+        super().__init__()
+        # Not as a submodule: the model's names, state dict and children stay what they were.
+        self.__dict__.update(original=original, inversion=inversion, training=original.training)
+        _share_hooks(original, self)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and _needs_gradient(x):
-            return functional.invert(x, CURVES[self.curve])
+            return self.inversion(x)
         return self.original.forward(x)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"{self.curve}, was {self.original!r}"
+        return f"{self.inversion.curve}, was {self.original!r}"
+
+    def restored(self) -> nn.Module:
+        """`original`, with the mode and the hooks that it has been given meanwhile."""
+        self.original.training = self.training
+        _share_hooks(self, self.original)
+        return self.original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inverted:
+        return Inverted(copy.deepcopy(self.restored(), memo), self.inversion)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.restored(),)
+
+
+def _itself(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _share_hooks(source: nn.Module, target: nn.Module) -> None:
+    target.__dict__.update({name: source.__dict__[name] for name in _HOOKS})
 
 
 @dataclass(frozen=True)
 class InvertedExpression:
     """Runs in an expression's place; see `invact.expressions`. `Inverted` for what is no module."""
 
-    curve: str
+    inversion: Inversion
 
     def __call__(self, module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if module.training and _needs_gradient(x):
-            return functional.invert(x, CURVES[self.curve])
+            return self.inversion(x)
         return original(x)
 
 
@@ -80,32 +112,33 @@ class Swaps:
         for parent, name, original in self.modules:
             inverted = parent._modules[name]
             if isinstance(inverted, Inverted):
-                original.training = inverted.training
-                parent._modules[name] = original
+                parent._modules[name] = inverted.restored()
                 restored.add(id(original))
         return len(restored) + sum(uninstall(module) for module in self.methods)
 
 
 def swap_in(
-    model: nn.Module, curves: Mapping[str, str], written: Mapping[str, Mapping[Written, str]] | None = None
+    model: nn.Module,
+    modules: Mapping[str, Inversion],
+    expressions: Mapping[str, Mapping[Written, Inversion]],
 ) -> Swaps:
     """Replaces modules and expressions by inverted ones; all of them or, after an error, none.
 
     Args:
-        curves: the curve by the path of the module; replaced wherever that module is registered.
-        written: by the path of a module, the curves of the expressions in its methods.
+        modules: by the path of the module; replaced wherever that module is registered.
+        expressions: by the path of the module in whose methods they stand.
     """
-    originals = {path: model.get_submodule(path) for path in curves}
-    inverted = {id(original): Inverted(original, curves[path]) for path, original in originals.items()}
+    originals = {path: model.get_submodule(path) for path in modules}
+    inverted = {id(original): Inverted(original, modules[path]) for path, original in originals.items()}
     places = [(parent, name, child) for parent, name, child in _places(model) if id(child) in inverted]
     swaps = Swaps(places)
     try:
         for parent, name, original in places:
             setattr(parent, name, inverted[id(original)])
-        for path, chosen in (written or {}).items():
+        for path, chosen in expressions.items():
             module = model.get_submodule(path)
             swaps.methods.append(module)
-            install(module, {expression: InvertedExpression(curve) for expression, curve in chosen.items()})
+            install(module, {written: InvertedExpression(inversion) for written, inversion in chosen.items()})
     except BaseException:
         swaps.undo()
         raise

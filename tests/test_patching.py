@@ -88,16 +88,49 @@ def test_hooks_of_the_activation_go_on_being_called_and_their_handles_remove_the
     assert len(seen) == 1
 
 
-def test_copies_and_pickles_of_a_patched_model_train_and_can_be_unpatched(model, x, run_backward):
+def test_a_deepcopy_is_patched_and_a_pickle_is_stock(model, x, run_backward):
     expected = run_backward(model, (x,))[1]
     invact.patch(model, (x,))
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin[1] is not model[1]
-        gradient = run_backward(twin, (x,))[1]
-        assert (gradient - expected).norm() < 1e-5 * expected.norm()
-        assert invact.unpatch(twin) == 2
-        assert torch.equal(run_backward(twin, (x,))[1], expected)
+    twin = copy.deepcopy(model)
+    assert isinstance(twin[1], Inverted)
+    assert twin[1] is not model[1]
+    gradient = run_backward(twin, (x,))[1]
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    assert invact.unpatch(twin) == 2
+    assert torch.equal(run_backward(twin, (x,))[1], expected)
+
+    stock = pickle.loads(pickle.dumps(model))
+    assert type(stock[1]) is nn.GELU
+    assert torch.equal(run_backward(stock, (x,))[1], expected)
     assert isinstance(model[1], Inverted)
+
+
+def test_an_activation_in_place_stays_in_place(count_kept, run_backward):
+    class IgnoresResults(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.act, self.out = (
+                nn.Conv2d(3, 8, 3),
+                nn.BatchNorm2d(8),
+                nn.SiLU(True),
+                nn.Conv2d(8, 8, 3),
+            )
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            self.act(x)
+            x = self.norm(self.out(x))
+            nn.functional.silu(x, inplace=True)
+            return self.out(x)
+
+    model, images = IgnoresResults(), torch.randn(2, 3, 12, 12)
+    kept, (output, gradient) = count_kept(model, (images,)), run_backward(model, (images,))
+    report = invact.patch(model, (images,))
+    assert [site.path for site in report.inverted] == ["forward:silu", "act"]
+    assert (report.bytes_before, report.bytes_after) == (kept, count_kept(model, (images,)))
+    after = run_backward(model, (images,))
+    torch.testing.assert_close(after[0], output, rtol=1e-5, atol=1e-5)
+    assert (after[1] - gradient).norm() < 1e-4 * gradient.norm()
 
 
 def test_in_evaluation_mode_the_gradient_is_the_stock_one_bit_for_bit(model, x, run_backward):
