@@ -1,0 +1,224 @@
+"""InvActCallback in a real Lightning Trainer: the same run, less memory, and the stock module afterwards."""
+
+import csv
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from invact.swapping import Inverted
+
+pytest.importorskip("lightning")
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from invact.lightning import InvActCallback
+
+
+class Classifier(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(16, 64), torch.nn.GELU())
+        self.second = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 2))
+        self.losses = []
+        self.inverted_in_step = []
+        self.inverted_in_validation = []
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("loss", loss)
+        self.inverted_in_step.append(len(inverted(self)))
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.automatic_optimization:
+            self.losses.append(outputs["loss"].item())
+
+    def validation_step(self, batch, batch_idx):
+        self.inverted_in_validation.append(len(inverted(self)))
+        self.log("validation_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def inverted(module):
+    return [child for child in module.modules() if isinstance(child, Inverted)]
+
+
+def data(count=24):
+    x = torch.randn(count, 16, generator=torch.Generator().manual_seed(1))
+    pairs = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+    return torch.utils.data.DataLoader(pairs, batch_size=4, shuffle=True)
+
+
+def trained(folder, callbacks=(), module=None, checkpoint=None, **options):
+    module = module or Classifier()
+    options = {"max_steps": 6, "logger": False, "enable_checkpointing": False, **options}
+    trainer = Trainer(
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, data(), data(8) if options.get("limit_val_batches") else None, ckpt_path=checkpoint)
+    return module, trainer
+
+
+def test_the_module_is_patched_from_the_first_step_and_put_back_at_the_end(tmp_path):
+    callback = InvActCallback()
+    module, _ = trained(tmp_path, [callback])
+    assert module.inverted_in_step == [2] * 6
+    assert not inverted(module)
+    assert [site.path for site in callback.report.inverted] == ["first.2", "second.1"]
+    assert 0 < callback.report.saving < 1
+
+
+def test_neither_the_order_of_the_data_nor_the_random_numbers_change(tmp_path):
+    stock, _ = trained(tmp_path)
+    stock_state = torch.get_rng_state()
+    watched, _ = trained(tmp_path, [InvActCallback(exclude="*")])  # plans, inverts nothing
+    assert watched.losses == stock.losses  # bitwise, with dropout
+    assert torch.equal(torch.get_rng_state(), stock_state)
+
+
+def test_the_losses_are_those_of_the_stock_module(tmp_path):
+    stock, _ = trained(tmp_path)
+    patched, _ = trained(tmp_path, [InvActCallback()])
+    assert patched.losses == pytest.approx(stock.losses, abs=1e-5)
+
+
+def test_a_step_that_calls_its_networks_without_the_modules_forward_is_planned_too(tmp_path):
+    class Direct(Classifier):
+        forward = None
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.second(self.first(batch[0])), batch[1])
+
+    callback = InvActCallback()
+    trained(tmp_path, [callback], module=Direct())
+    assert len(callback.report.inverted) == 2
+
+
+def test_a_step_that_reads_values_is_planned_too_and_leaves_no_trace(tmp_path):
+    class Reading(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.read = [*getattr(self, "read", []), loss.item()]
+            return loss
+
+    callback = InvActCallback()
+    module, _ = trained(tmp_path, [callback], module=Reading())
+    assert len(callback.report.inverted) == 2
+    assert module.read == module.losses
+
+
+def test_include_and_exclude_are_those_of_patch(tmp_path):
+    for options in ({"include": "first.*"}, {"exclude": ["second.*"]}):
+        callback = InvActCallback(**options)
+        trained(tmp_path, [callback], max_steps=1)
+        assert [site.path for site in callback.report.inverted] == ["first.2"]
+
+
+def test_the_plan_is_made_under_the_precision_of_the_trainer(tmp_path):
+    callback = InvActCallback()
+    trained(tmp_path, [callback], max_steps=1, precision="bf16-mixed")
+    assert "bfloat16" in callback.report.setting
+
+
+def test_the_figures_reach_the_logger_once_and_the_trial_of_the_step_logs_nothing(tmp_path):
+    callback = InvActCallback()
+    logger = CSVLogger(tmp_path)
+    trained(tmp_path, [callback], logger=logger, log_every_n_steps=1)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    (figures,) = [row for row in rows if row["invact/saving"]]
+    assert float(figures["invact/saving"]) == pytest.approx(callback.report.saving)
+    assert float(figures["invact/sites"]) == 2
+    assert len([row for row in rows if row["loss"]]) == 6
+
+
+class StopRunError(Exception):
+    pass
+
+
+def test_a_failed_run_puts_the_module_back_before_the_caller_sees_the_error(tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, *args):
+            raise StopRunError
+
+    module = Classifier()
+    with pytest.raises(StopRunError):
+        trained(tmp_path, [InvActCallback(), Fails()], module=module)
+    assert module.inverted_in_step == [2]
+    assert not inverted(module)
+
+
+def test_resuming_from_a_checkpoint_gives_the_losses_of_an_uninterrupted_run(tmp_path):
+    _, trainer = trained(tmp_path, [InvActCallback()], max_steps=6)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed, _ = trained(tmp_path, [InvActCallback()], checkpoint=tmp_path / "last.ckpt", max_steps=12)
+    _, trainer = trained(tmp_path, max_steps=6)
+    trainer.save_checkpoint(tmp_path / "stock.ckpt")
+    stock_resumed, _ = trained(tmp_path, checkpoint=tmp_path / "stock.ckpt", max_steps=12)
+    assert resumed.inverted_in_step == [2] * 6
+    assert resumed.losses == pytest.approx(stock_resumed.losses, abs=1e-5)
+
+
+def test_the_sanity_check_before_training_runs_the_stock_module(tmp_path):
+    module, _ = trained(tmp_path, [InvActCallback()], limit_val_batches=1, num_sanity_val_steps=1)
+    assert module.inverted_in_validation[0] == 0
+    assert not inverted(module)
+
+
+def test_validation_alone_changes_nothing(tmp_path):
+    callback = InvActCallback()
+    module = Classifier()
+    Trainer(accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False).validate(module, data())
+    assert callback.report is None
+
+
+def test_a_module_that_steps_its_optimizers_itself_is_left_as_it_is_with_a_warning(tmp_path):
+    class Manual(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    callback = InvActCallback()
+    module = Manual()
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    with pytest.warns(UserWarning, match=r"invact\.patch on its networks"):
+        trainer.fit(module, data())
+    assert module.inverted_in_step == [0, 0]
+    assert trainer.global_step == 2
+
+
+def test_without_lightning_the_error_names_the_command_that_installs_it():
+    script = "import sys; sys.modules['lightning'] = None; import invact.lightning"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "pip install 'invact[lightning]'" in done.stderr
