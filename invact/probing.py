@@ -219,6 +219,7 @@ class _OpenCall:
     simple: bool
     x: Tensor | None = None
     y: Tensor | None = None
+    needs_grad: bool = False
     version: int = 0
     in_place: bool = False
 
@@ -229,7 +230,7 @@ class _OpenCall:
         return Call(
             path=self.path,
             simple=self.simple,
-            needs_grad=self.y.requires_grad,
+            needs_grad=self.needs_grad,
             y_key=key,
             y_nbytes=nbytes if self.in_place else self.x.numel() * self.x.element_size(),
             y_cast=self.x.dtype is not self.y.dtype,
@@ -275,7 +276,15 @@ def _opened(path: str, args: tuple[Any, ...], output: Any) -> _OpenCall:
     if not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
         return _OpenCall(path, simple=False)
     x, y = args[0], output
-    return _OpenCall(path, x.shape == y.shape and x.device == y.device, x.detach(), y, y._version, in_place=y is x)
+    return _OpenCall(
+        path,
+        simple=x.shape == y.shape and x.device == y.device,
+        x=x.detach(),
+        y=y.detach(),  # not y: its graph must be free to go if the model drops this branch
+        needs_grad=y.requires_grad,
+        version=y._version,
+        in_place=y is x,
+    )
 
 
 def _is_plain(value: Any) -> bool:

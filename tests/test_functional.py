@@ -206,14 +206,30 @@ def test_torch_compile_gives_the_same_and_keeps_the_same(curve: Curve, dtype: to
     ],
     ids=str,
 )
-def test_modules_are_drop_in_and_never_work_in_place(
+def test_modules_are_drop_in_and_work_in_place_where_asked(
     module: torch.nn.Module, stock: torch.nn.Module, images: Tensor
 ) -> None:
-    before = images.clone()
+    expected = stock(images)
     assert isinstance(module, type(stock))
-    assert torch.equal(module(images.clone().requires_grad_()), stock(images))
-    module(images)
-    assert torch.equal(images, before)
+    x = images.clone().requires_grad_() * 1.0
+    y = module(x)
+    assert torch.equal(y, expected)
+    in_place = getattr(module, "inplace", False)
+    assert (y is x) == in_place
+    x = images.clone()
+    assert torch.equal(module(x), expected)
+    assert torch.equal(x, expected if in_place else images)
+
+
+@pytest.mark.parametrize("function", [functional.silu, functional.mish, functional.hardswish])
+def test_in_place_the_gradient_is_the_one_out_of_place(function: Callable[..., Tensor], images: Tensor) -> None:
+    gradients = []
+    for inplace in (False, True):
+        x = images.clone().requires_grad_()
+        function(x * 1.0, inplace=inplace).square().sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 def test_examples_in_the_docstrings_run() -> None:

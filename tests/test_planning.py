@@ -163,6 +163,22 @@ def test_checkpointed_regions_are_planned_as_if_they_were_not_and_counted_as_the
         assert (after[1] - before[1]).norm() < 1e-4 * before[1].norm()
 
 
+def test_a_branch_that_the_model_drops_is_not_counted(count_kept):
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.act, self.out = nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)
+
+        def forward(self, x):
+            h = self.lin(x)
+            self.out(self.act(h))
+            return h * 0.5
+
+    report = invact.plan(Drops(), (torch.randn(4, 16),))
+    assert report.bytes_before == 4 * 16 * 4
+    assert report.sites[0].reason == "it keeps nothing here"
+
+
 def test_include_and_exclude_choose_sites_by_path():
     model = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(16, 16), nn.GELU())], nn.Linear(16, 16))
     x = (torch.randn(4, 16),)
