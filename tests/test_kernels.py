@@ -31,7 +31,8 @@ def weights(x: Tensor, deviation: float) -> Tensor:
     wide = x.double()
     middles = (wide[1:] + wide[:-1]) / 2
     cumulative = torch.special.ndtr(torch.cat([middles, torch.tensor([torch.inf]).double()]) / deviation)
-    return cumulative.diff(prepend=torch.zeros(1, dtype=torch.float64)).clamp(min=0)
+    probabilities: Tensor = cumulative.diff(prepend=torch.zeros(1, dtype=torch.float64)).clamp(min=0)
+    return probabilities
 
 
 def floor(x: Tensor, y: Tensor, curve: Curve, weight: Tensor) -> Tensor:
