@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from invact import functional, nn
+    from invact.callback import InvActCallback
     from invact.patching import patch, patched, unpatch
     from invact.planning import plan
     from invact.probing import activation_memory
@@ -33,6 +34,7 @@ __all__ = [
 
 # Loaded at first use: `invact --help` need not wait for torch.
 _HOME = {
+    "InvActCallback": "invact.callback",
     "Report": "invact.report",
     "Site": "invact.report",
     "activation_memory": "invact.probing",
