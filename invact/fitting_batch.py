@@ -1,0 +1,171 @@
+"""Which batch fits a GPU: parameters, gradients, optimiser states, and the ledger's count at two batch sizes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from invact.checkpointing import can_checkpoint, checkpointed
+from invact.planning import decide
+from invact.probing import Inputs, Observation, Setting, observe
+from invact.report import format_bytes
+
+STATES = {"adamw": 2, "momentum": 1, "sgd": 0}
+"""How many tensors an optimiser keeps of the size and dtype of every parameter."""
+
+# Two sizes give the line. Not 1: batch norm refuses a single sample.
+_BATCHES = (2, 4)
+
+_IN_WORDS = {
+    "baseline": "as it is",
+    "invact": "with invact",
+    "checkpointing": "with checkpointing",
+    "invact+checkpointing": "with both",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the peak of a training step, linear in the batch."""
+
+    constant: int
+    per_sample: int
+
+    def bytes_at(self, batch_size: int) -> int:
+        return self.constant + batch_size * self.per_sample
+
+    def largest_batch(self, memory: int) -> int:
+        """0 if not even one sample fits."""
+        return max(0, (memory - self.constant) // max(1, self.per_sample))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits in the memory of one GPU, predicted.
+
+    Attributes:
+        memory_bytes: of the GPU, all of it.
+        optimizer: a key of `STATES`.
+        needs: by way of training: "baseline", "invact", "checkpointing", "invact+checkpointing"; the last two
+            only for models that can be checkpointed.
+        target_batch: the batch that is to fit, or None.
+    """
+
+    memory_bytes: int
+    optimizer: str
+    needs: dict[str, Need]
+    target_batch: int | None = None
+
+    @property
+    def largest_batch(self) -> dict[str, int]:
+        return {way: need.largest_batch(self.memory_bytes) for way, need in self.needs.items()}
+
+    @property
+    def way_for_target(self) -> str | None:
+        """The first way that takes the target batch, in the order of what it costs; None if there is none."""
+        if self.target_batch is None:
+            return None
+        return next((way for way, batch in self.largest_batch.items() if batch >= self.target_batch), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "largest_batch": self.largest_batch, "way_for_target": self.way_for_target}
+
+    def __str__(self) -> str:
+        batches = ", ".join(f"{batch} {_IN_WORDS[way]}" for way, batch in self.largest_batch.items())
+        lines = [f"Largest batch in {format_bytes(self.memory_bytes)} with {self.optimizer}: {batches}."]
+        if self.target_batch is not None:
+            lines.append(self._target_in_words())
+        lines.append("Predicted from the count of what a step holds; not measured on a GPU yet.")
+        return "\n".join(lines)
+
+    def _target_in_words(self) -> str:
+        way, target = self.way_for_target, self.target_batch or 0
+        if way is None:
+            smallest = min(need.bytes_at(target) for need in self.needs.values())
+            return f"Batch {target}: nothing here makes it fit; it takes {format_bytes(smallest)} at least."
+        remedy = {
+            "baseline": "fits as it is, nothing needed",
+            "invact": "fits with invact alone",
+            "checkpointing": "needs checkpointing; invact alone is not enough",
+            "invact+checkpointing": "needs both invact and checkpointing",
+        }[way]
+        return f"Batch {target}: {remedy} ({format_bytes(self.needs[way].bytes_at(target))})."
+
+
+def needs(
+    model: nn.Module, inputs_of: Callable[[int], Inputs], setting: Setting, *, optimizer: str = "adamw"
+) -> dict[str, Need]:
+    """What a training step needs at its peak, by way of training.
+
+    Resident are parameters, gradients and optimiser states. The peak is taken at the start of backward: all that
+    the ledger counts is kept, and two tensors as large as the largest of it are in work, the gradient that comes
+    in and the one that goes out. Under checkpointing the largest region is kept besides, as it is recomputed.
+
+    Args:
+        model: in any state, on any device or on meta; afterwards as it was.
+        inputs_of: makes the model's inputs, best with labels, for a batch size.
+        optimizer: a key of `STATES`.
+    """
+    decided = decide(model, inputs_of(_BATCHES[0]), autocast=setting.autocast)
+    resident = _resident_bytes(model, optimizer)
+    found = {}
+    for suffix in ("", "checkpointing") if can_checkpoint(model) else ("",):
+        with checkpointed(model) if suffix else nullcontext():
+            found[suffix or "baseline"] = _need(model, inputs_of, setting, resident)
+            swaps = decided.apply(model)
+            try:
+                found[f"invact+{suffix}" if suffix else "invact"] = _need(model, inputs_of, setting, resident)
+            finally:
+                swaps.undo()
+    return found
+
+
+def _resident_bytes(model: nn.Module, optimizer: str) -> int:
+    parameters = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sum(nbytes for nbytes, requires_grad in parameters if requires_grad)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    return sum(nbytes for nbytes, _ in parameters) + buffers + trained * (1 + STATES[optimizer])
+
+
+def _need(model: nn.Module, inputs_of: Callable[[int], Inputs], setting: Setting, resident: int) -> Need:
+    small, large = _BATCHES
+    at_small, at_large = (_peak_bytes(model, inputs_of(batch), setting) for batch in _BATCHES)
+    per_sample = -(-(at_large - at_small) // (large - small))
+    return Need(resident + at_small - small * per_sample, per_sample)
+
+
+def _peak_bytes(model: nn.Module, inputs: Inputs, setting: Setting) -> int:
+    """Activations and gradients of activations at the peak; autocast's copies of weights among them."""
+    closed = observe(model, inputs, setting)
+    opened = observe(model, inputs, setting, checkpointing=False) if closed.checkpoints else closed
+    kept = closed.memory.total_bytes + closed.memory.weight_cast_bytes
+    region = max(_region_bytes(model, opened, closed).values(), default=0)
+    return kept + region + 2 * max((entry.nbytes for entry in opened.entries), default=0)
+
+
+def _region_bytes(model: nn.Module, opened: Observation, closed: Observation) -> Counter[str]:
+    """Bytes by checkpointed region: the outermost modules that keep nothing of theirs when checkpointed."""
+    keeping = set(closed.memory.by_module)
+    containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # their children are called one by one
+    called = {path for path, module in model.named_modules() if not isinstance(module, containers)}
+    regions: Counter[str] = Counter()
+    for path, nbytes in opened.memory.by_module.items():
+        if path not in keeping:
+            roots = (root for root in _ancestors(path) if root in called and not _any_within(keeping, root))
+            regions[next(roots, path)] += nbytes
+    return regions
+
+
+def _ancestors(path: str) -> Iterable[str]:
+    """The paths of the modules around `path`, outermost first, and itself."""
+    parts = path.split(".")
+    return (".".join(parts[: depth + 1]) for depth in range(len(parts)))
+
+
+def _any_within(paths: Iterable[str], root: str) -> bool:
+    return any(path == root or path.startswith(f"{root}.") for path in paths)
