@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,25 +16,44 @@ from torch import Tensor
 from .curves import CURVES, Curve
 from .pieces import Piece, scale_and_shift
 
-CHUNK = 1 << 17  # elements worked on at a time on the CPU: the temporaries stay in its cache
+# Elements worked on at a time on the CPU. The temporaries stay in its cache; and PyTorch does not split an operator of
+# this size between threads, which costs milliseconds each time where other processes want the cores too.
+CHUNK = 1 << 15
 
 
 def sides(x: Tensor, curve: Curve) -> Tensor:
     """The packed sides. This is all of forward that is not the stock operator."""
-    return packed(~(x < left_end(curve, x.dtype)))
+    end = left_end(curve, x.dtype)
+    if not on_real_cpu(x):
+        return packed(~(x < end))
+    side = torch.empty(-(-x.numel() // 8), dtype=torch.uint8)
+    for elements, bytes_ in chunks(x.numel()):
+        side[bytes_] = packed(~(x[elements] < end))
+    return side
 
 
 def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
     """``dy * f'(x)``, from y and the packed sides alone."""
-    right = unpacked(side, y.numel())
-    if torch.compiler.is_compiling() or type(y) is not Tensor or y.device.type != "cpu" or y.dtype == torch.float64:
-        return scaled(dy, y, right, curve)
+    if not on_real_cpu(y) or y.dtype == torch.float64:
+        return scaled(dy, y, unpacked(side, y.numel()), curve)
     look_up = short_slope if y.dtype.itemsize == 2 else fp32_slope if curve.fit.tail else exact_slope
     dx = torch.empty_like(y)
-    for start in range(0, y.numel(), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        torch.mul(dy[chunk], look_up(y[chunk], right[chunk], curve), out=dx[chunk])
+    for elements, bytes_ in chunks(y.numel()):
+        part = y[elements]
+        right = unpacked(side[bytes_], part.numel())
+        torch.mul(dy[elements], look_up(part, right, curve), out=dx[elements])
     return dx
+
+
+def on_real_cpu(tensor: Tensor) -> bool:
+    """Whether operators run one by one on memory of the CPU: not traced, not fake, not some subclass's own."""
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def chunks(count: int) -> Iterator[tuple[slice, slice]]:
+    """Pieces of a flat tensor, and of its packed sides."""
+    for start in range(0, count, CHUNK):
+        yield slice(start, start + CHUNK), slice(start // 8, (start + CHUNK) // 8)
 
 
 def scaled(dy: Tensor, y: Tensor, right: Tensor, curve: Curve) -> Tensor:
@@ -166,8 +186,8 @@ def rise(piece: Piece) -> Piece:
 
 def short_slope(y: Tensor, right: Tensor, curve: Curve) -> Tensor:
     """`slope` for 16-bit y on the CPU: read off a table of all there are, in fp32."""
-    index = y.view(torch.int16).long().add_(right.long() << 16).add_(1 << 15)
-    return short_table(curve.name, y.dtype).take(index)
+    index = y.view(torch.int16).int().add_(right.int() << 16).add_(1 << 15)
+    return short_table(curve.name, y.dtype).index_select(0, index)
 
 
 @functools.cache
@@ -198,9 +218,9 @@ def fp32_slope(y: Tensor, right: Tensor, curve: Curve) -> Tensor:
     half = half_ulp(curve, torch.float32)
     raised = (y - high).sub_(low - 2 * half).clamp_(min=half)
     bits = raised.div_(torch.where(right, 1.0, y)).view(torch.int32)
-    index = (bits >> SKIPPED_BITS).long().add_(values.numel() // 2)
+    index = (bits >> SKIPPED_BITS).add_(values.numel() // 2)
     between = bits.bitwise_and_((1 << SKIPPED_BITS) - 1).float()
-    return values.take(index).addcmul_(steps.take(index), between)
+    return values.index_select(0, index).addcmul_(steps.index_select(0, index), between)
 
 
 @functools.cache
