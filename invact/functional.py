@@ -106,7 +106,7 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         y = curve.f(x)
     elif inplace and not torch.compiler.is_compiling():
-        y = InvertedInPlace.apply(x, curve)[0]
+        y = InvertedInPlace.apply(x, curve)
     else:
         y = Inverted.apply(x, curve)[0]
     # After InvertedInPlace they are the same; while torch.compile traces, the copy makes x another name of y.
@@ -140,18 +140,25 @@ class Inverted(torch.autograd.Function):
         return Inverted.apply(x, curve), (in_dims[0], None)
 
 
-class InvertedInPlace(Inverted):
-    """`Inverted` with y in the memory of x; what held x before holds y afterwards."""
+class InvertedInPlace(torch.autograd.Function):
+    """`Inverted` with y in the memory of x; what held x before holds y afterwards.
+
+    It gives y alone, since PyTorch lets a function of several results change no view in place.
+    """
 
     @staticmethod
-    def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, curve: Curve) -> Tensor:
         y, side = dispatch.forward(x, curve)
-        return x.copy_(y), side
+        x.copy_(y)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x, side)
+        ctx.curve, ctx.order = curve, dispatch.storage_order(y)
+        return x
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Curve], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_dirty(inputs[0])
-        Inverted.setup_context(ctx, inputs, output)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        y, side = ctx.saved_tensors
+        return InvertedGradient.apply(dy, y, side, ctx.curve, ctx.order), None
 
 
 class Chained(torch.autograd.Function):

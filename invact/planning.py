@@ -130,7 +130,7 @@ def _decide(
     decided = Decided(Report(sites=[*sites, *(_already_inverted(path, module) for path, module in already)]), {}, {})
     for site in found:
         if site.path in chosen:
-            inversion = Inversion(site.curve, choice.in_place(site.path))
+            inversion = Inversion(site.curve, choice.in_place(site.path), choice.fused.get(site.path, frozenset()))
             if site.written is None:
                 decided.modules[site.path] = inversion
             else:
@@ -178,6 +178,8 @@ class _Choice:
             self.keepers.setdefault(entry.key, set()).add(entry.path)
             if entry.cast_of is not None:
                 self.casts.setdefault(entry.cast_of, []).append(entry)
+        self.dropouts = observed.dropouts
+        self.fused: dict[str, frozenset[str]] = {}  # by path, the dropouts that a site is fused with
         self.calls: dict[str, list[Call]] = {}
         for call in observed.calls:
             self.calls.setdefault(call.path, []).append(call)
@@ -192,11 +194,18 @@ class _Choice:
         if obstacle is not None:
             return replace(site, reason=obstacle)
         saved = self._bytes_saved(found.path)
-        if saved <= 0:
-            return replace(site, reason=self._why_it_does_not_pay(found.path))
-        reason = self._why_it_pays(found.path)
-        self._invert(found.path)
-        return replace(site, action=INVERT, reason=reason, bytes_saved=saved)
+        if saved > 0:
+            reason = self._why_it_pays(found.path)
+            self._invert(found.path)
+            return replace(site, action=INVERT, reason=reason, bytes_saved=saved)
+        dropouts = self._dropouts_behind(found.path)
+        saved = self._bytes_saved_fused(found.path, dropouts) if dropouts else 0
+        if saved > 0:
+            self.fused[found.path] = dropouts
+            self._fuse(found.path, dropouts)
+            reason = "only a dropout takes its output: fused with it, its input and the mask can go"
+            return replace(site, action=INVERT, reason=reason, bytes_saved=saved)
+        return replace(site, reason=self._why_it_does_not_pay(found.path))
 
     def _obstacle(self, found: Found) -> str | None:
         """Why this site can not be inverted at all, or None."""
@@ -249,6 +258,33 @@ class _Choice:
             if call.needs_grad:
                 self.keepers.setdefault(self._output_key(call), set()).add(path + _INVERTED)
                 self.sizes.setdefault(call.y_key, call.y_nbytes)
+        self.keepers = {key: keepers for key, keepers in self.keepers.items() if keepers}
+
+    def _dropouts_behind(self, path: str) -> frozenset[str]:
+        """The dropouts that take every output of this site, nothing else, and alone; none if that is not so."""
+        calls = [call for call in self.calls[path] if call.needs_grad]
+        dropped = [call.dropped for call in calls if call.dropped is not None]
+        taken = Counter(drop.path for drop in dropped)
+        if len(dropped) < len(calls) or any(self.dropouts[drop] != count for drop, count in taken.items()):
+            return frozenset()
+        return frozenset(taken)
+
+    def _bytes_saved_fused(self, path: str, dropouts: frozenset[str]) -> int:
+        """Bytes no longer kept, less the dropped outputs that nobody else keeps and the bits of sides and masks."""
+        together = {path, *dropouts}
+        freed = sum(self.sizes[key] for key, keepers in self.keepers.items() if keepers <= together)
+        calls = [call for call in self.calls[path] if call.needs_grad]
+        outputs = {call.dropped.z_key: call.dropped.z_nbytes for call in calls if call.dropped is not None}
+        added = sum(nbytes for key, nbytes in outputs.items() if not self.keepers.get(key, set()) - together)
+        return freed - added - 2 * sum(call.side_nbytes for call in calls)
+
+    def _fuse(self, path: str, dropouts: frozenset[str]) -> None:
+        for keepers in self.keepers.values():
+            keepers -= {path, *dropouts}
+        for call in self.calls[path]:
+            if call.dropped is not None:
+                self.keepers.setdefault(call.dropped.z_key, set()).add(path + _INVERTED)
+                self.sizes.setdefault(call.dropped.z_key, call.dropped.z_nbytes)
         self.keepers = {key: keepers for key, keepers in self.keepers.items() if keepers}
 
     def _others(self, path: str, keys: set[Key]) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,15 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """The call of an nn.Dropout that takes the output of a watched call, and takes it alone."""
+
+    path: str
+    z_key: Key
+    z_nbytes: int
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of a watched module during the forward pass."""
 
@@ -52,6 +62,7 @@ class Call:
     side_nbytes: int
     changed_later: bool
     in_place: bool  # the output is the input, changed
+    dropped: Dropped | None  # where the output goes, if that is to one dropout and nowhere else
 
 
 @dataclass
@@ -62,6 +73,7 @@ class Observation:
     memory: Memory
     calls: list[Call]
     labels: dict[str, str]  # class names, or expressions, by path
+    dropouts: Counter[str]  # how often each nn.Dropout was called that drops anything
     checkpoints: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -186,6 +198,7 @@ def _observe(
 ) -> Observation:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     calls: list[_OpenCall] = []
+    dropouts: Counter[str] = Counter()
     checkpoints = [0]
     ledger = Ledger(model, weights.values())
     with ExitStack() as stack:
@@ -196,14 +209,16 @@ def _observe(
         stack.enter_context(_autocast(setting))
         if not model.training:
             model.train()
-        stack.enter_context(_recorded(model, watch, ledger, calls))
+        stack.enter_context(_recorded(model, watch, ledger, calls, dropouts))
         with ledger:
             output = torch.func.functional_call(model, weights, args, kwargs)
         entries = ledger.entries()
+        consumers = _consumers(output) if any(call.dropped for call in calls) else Counter()
         found = Observation(
             entries=entries,
             memory=ledger.memory(),
-            calls=[call.closed() for call in calls],
+            calls=[call.closed(consumers) for call in calls],
+            dropouts=dropouts,
             labels={entry.path: ledger.label(entry.path) for entry in entries},
             checkpoints=checkpoints[0],
         )
@@ -222,10 +237,12 @@ class _OpenCall:
     needs_grad: bool = False
     version: int = 0
     in_place: bool = False
+    dropped: Dropped | None = None
 
-    def closed(self) -> Call:
+    def closed(self, consumers: Counter[int]) -> Call:
+        """The call as it turned out; `consumers` counts the operations that a gradient reaches it from."""
         if self.x is None or self.y is None:
-            return Call(self.path, self.simple, False, 0, 0, False, 0, False, False)
+            return Call(self.path, self.simple, False, 0, 0, False, 0, False, False, None)
         ((key, nbytes),) = storage_sizes(self.y).items()
         return Call(
             path=self.path,
@@ -237,17 +254,26 @@ class _OpenCall:
             side_nbytes=(self.x.numel() + 7) // 8,
             changed_later=self.y._version != self.version,
             in_place=self.in_place,
+            dropped=self.dropped if consumers[id(self)] == 1 else None,
         )
 
 
 @contextmanager
-def _recorded(model: nn.Module, watch: Sequence[Found], ledger: Ledger, calls: list[_OpenCall]) -> Iterator[None]:
-    """Adds to `calls` every call of a watched site."""
+def _recorded(
+    model: nn.Module, watch: Sequence[Found], ledger: Ledger, calls: list[_OpenCall], dropouts: Counter[str]
+) -> Iterator[None]:
+    """Adds to `calls` every call of a watched site, and notes which of their outputs go to a dropout."""
     modules = {site.path for site in watch if site.written is None}
 
     def after(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if path in modules:
             calls.append(_opened(path, args, output))
+        elif _drops(module):
+            dropouts[path] += 1
+            call = getattr(args[0], _CALL, None) if args else None
+            if call is not None and output is not args[0]:
+                ((key, nbytes),) = storage_sizes(output).items()
+                call.dropped = Dropped(path, key, nbytes)
 
     def runner(site: Found) -> Runner:
         def run(module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -276,7 +302,7 @@ def _opened(path: str, args: tuple[Any, ...], output: Any) -> _OpenCall:
     if not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
         return _OpenCall(path, simple=False)
     x, y = args[0], output
-    return _OpenCall(
+    call = _OpenCall(
         path,
         simple=x.shape == y.shape and x.device == y.device,
         x=x.detach(),
@@ -285,6 +311,35 @@ def _opened(path: str, args: tuple[Any, ...], output: Any) -> _OpenCall:
         version=y._version,
         in_place=y is x,
     )
+    if y.grad_fn is not None and not call.in_place:
+        setattr(y, _CALL, call)
+        y.grad_fn.metadata[_CALL] = id(call)
+    return call
+
+
+_CALL = "_invact_call"
+
+
+def _drops(module: nn.Module) -> bool:
+    return type(module) is nn.Dropout and module.training and 0 < module.p < 1 and not module.inplace
+
+
+def _consumers(output: Any) -> Counter[int]:
+    """How many operations of the graph behind `output` take the result of each recorded call, by its identity."""
+    count: Counter[int] = Counter()
+    waiting = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is None:
+                continue
+            marks = cast(dict[str, int], node.metadata)  # declared as a method, but a dict
+            if _CALL in marks:
+                count[marks[_CALL]] += 1
+            if node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return count
 
 
 def _is_plain(value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invact import functional
+from invact import dropout, functional
 from invact.expressions import Written, install, runners_in, uninstall
 from invact.kernels import CURVES
 
@@ -28,31 +28,66 @@ _HOOKS = (
 
 @dataclass(frozen=True)
 class Inversion:
-    """How a site is inverted: by which curve, and whether the output takes the memory of the input."""
+    """How a site is inverted.
+
+    Attributes:
+        curve: the curve's name.
+        in_place: the output takes the memory of the input.
+        dropouts: the paths of the nn.Dropout modules that alone take the output, and are fused with it.
+    """
 
     curve: str
     in_place: bool = False
+    dropouts: frozenset[str] = frozenset()
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.dropouts:
+            return dropout.announced(x, self.curve)
         return functional.invert(x, CURVES[self.curve], self.in_place)
 
 
-class Inverted(nn.Module):
-    """Stands where `original` stood, and keeps the output instead of the input for backward.
+class StandIn(nn.Module):
+    """Stands where `original` stood.
 
-    In evaluation mode and without gradients it runs `original`, so that results there are exactly the same.
     It adds nothing to the state dict. Hooks of `original` go on being called, and their handles remove them.
-    A deepcopy is inverted as well; a pickle holds `original`, so that a saved model does not need invact.
+    A deepcopy stands in as well; a pickle holds `original`, so that a saved model does not need invact.
     """
 
     original: nn.Module
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        # Not as a submodule: the model's names, state dict and children stay what they were.
+        self.__dict__.update(original=original, training=original.training)
+        _share_hooks(original, self)
+
+    def restored(self) -> nn.Module:
+        """`original`, with the mode and the hooks that it has been given meanwhile."""
+        self.original.training = self.training
+        _share_hooks(self, self.original)
+        return self.original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
+        twin = type(self).__new__(type(self))
+        StandIn.__init__(twin, copy.deepcopy(self.restored(), memo))
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in twin.__dict__})
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.restored(),)
+
+
+class Inverted(StandIn):
+    """An activation that keeps its output instead of its input for backward.
+
+    In evaluation mode and without gradients it runs `original`, so that results there are exactly the same.
+    """
+
     inversion: Inversion
 
     def __init__(self, original: nn.Module, inversion: Inversion) -> None:
-        super().__init__()
-        # Not as a submodule: the model's names, state dict and children stay what they were.
-        self.__dict__.update(original=original, inversion=inversion, training=original.training)
-        _share_hooks(original, self)
+        super().__init__(original)
+        self.__dict__["inversion"] = inversion
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and _needs_gradient(x):
@@ -62,17 +97,17 @@ class Inverted(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.inversion.curve}, was {self.original!r}"
 
-    def restored(self) -> nn.Module:
-        """`original`, with the mode and the hooks that it has been given meanwhile."""
-        self.original.training = self.training
-        _share_hooks(self, self.original)
-        return self.original
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Inverted:
-        return Inverted(copy.deepcopy(self.restored(), memo), self.inversion)
+class FusedDropout(StandIn):
+    """The dropout that alone takes the output of an inverted activation; see `invact.dropout`."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self.restored(),)
+    original: nn.Dropout
+
+    def forward(self, y: Tensor) -> Tensor:
+        return dropout.dropped(y, self.original.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"was {self.original!r}"
 
 
 def _itself(module: nn.Module) -> nn.Module:
@@ -111,9 +146,10 @@ class Swaps:
         restored = set()
         for parent, name, original in self.modules:
             inverted = parent._modules[name]
-            if isinstance(inverted, Inverted):
+            if isinstance(inverted, StandIn):
                 parent._modules[name] = inverted.restored()
-                restored.add(id(original))
+                if isinstance(inverted, Inverted):
+                    restored.add(id(original))
         return len(restored) + sum(uninstall(module) for module in self.methods)
 
 
@@ -128,13 +164,19 @@ def swap_in(
         modules: by the path of the module; replaced wherever that module is registered.
         expressions: by the path of the module in whose methods they stand.
     """
-    originals = {path: model.get_submodule(path) for path in modules}
-    inverted = {id(original): Inverted(original, modules[path]) for path, original in originals.items()}
-    places = [(parent, name, child) for parent, name, child in _places(model) if id(child) in inverted]
+    stand_ins: dict[int, StandIn] = {}
+    for path, inversion in modules.items():
+        original = model.get_submodule(path)
+        stand_ins[id(original)] = Inverted(original, inversion)
+    inversions = [*modules.values(), *(i for chosen in expressions.values() for i in chosen.values())]
+    for path in {path for inversion in inversions for path in inversion.dropouts}:
+        original = model.get_submodule(path)
+        stand_ins[id(original)] = FusedDropout(original)
+    places = [(parent, name, child) for parent, name, child in _places(model) if id(child) in stand_ins]
     swaps = Swaps(places)
     try:
         for parent, name, original in places:
-            setattr(parent, name, inverted[id(original)])
+            setattr(parent, name, stand_ins[id(original)])
         for path, chosen in expressions.items():
             module = model.get_submodule(path)
             swaps.methods.append(module)
@@ -147,7 +189,7 @@ def swap_in(
 
 def swaps_in(model: nn.Module) -> Swaps:
     """Everything inverted in `model`."""
-    places = [(parent, name, child.original) for parent, name, child in _places(model) if isinstance(child, Inverted)]
+    places = [(parent, name, child.original) for parent, name, child in _places(model) if isinstance(child, StandIn)]
     return Swaps(places, [module for module in model.modules() if runners_in(module)])
 
 

@@ -232,6 +232,20 @@ def test_in_place_the_gradient_is_the_one_out_of_place(function: Callable[..., T
     assert torch.equal(*gradients)
 
 
+def test_in_place_on_a_view_changes_what_it_is_a_view_of() -> None:
+    gradients = []
+    for function in (F.silu, functional.silu):
+        x = torch.linspace(-3, 3, 32).requires_grad_()
+        whole = (x * 1.0).view(4, 8)
+        part = whole[:, :3]
+        assert function(part, inplace=True) is part
+        assert torch.equal(part, F.silu(x.view(4, 8)[:, :3]))
+        whole.square().sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_examples_in_the_docstrings_run() -> None:
     import doctest
 
