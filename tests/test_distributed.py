@@ -1,0 +1,267 @@
+"""Two processes over gloo: patched and sharded models get the gradients that one process gets without us."""
+
+import copy
+import datetime
+import multiprocessing.connection
+import traceback
+import uuid
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+
+import invact
+
+pytestmark = pytest.mark.distributed
+
+RANKS, WIDTH, HIDDEN, ROWS = 2, 16, 64, 8
+
+
+class Feed(nn.Module):
+    """One activation that is a module and one that is an expression, both between linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)
+        self.norm, self.up2, self.down2 = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x):
+        x = x + self.down(self.act(self.up(x)))
+        return x + self.down2(F.silu(self.up2(self.norm(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList(Feed() for _ in range(2))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def model_and_batches():
+    """The same on every rank: a model, and one batch per rank."""
+    torch.manual_seed(0)
+    return Stack(), torch.randn(RANKS, ROWS, WIDTH)
+
+
+def loss_of(output):
+    return output.float().square().mean() + output.float().sin().mean()
+
+
+def gradients_of_one_process(model, batches):
+    """The mean over the batches, as data parallel training computes it."""
+    stock = copy.deepcopy(model)
+    (sum(loss_of(stock(batch)) for batch in batches) / len(batches)).backward()
+    return {name: p.grad for name, p in stock.named_parameters()}
+
+
+def assert_gradients(model, expected, tolerance=1e-5):
+    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    found = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in found.items()}
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        assert (grad.float() - expected[name]).norm() <= tolerance * expected[name].norm() + 1e-7, name
+
+
+def assert_inverted(report, sites=4):
+    assert [site.action for site in report.sites] == ["invert"] * sites, str(report)
+
+
+# --- the processes ------------------------------------------------------------------------------------
+
+
+def rank_loop(rank, meeting_point, pipe):
+    """Runs one piece of work after another; the imports are what takes time."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=RANKS, timeout=timeout)
+    while True:
+        work, options = pipe.recv()
+        try:
+            work(rank, **options)
+            dist.barrier()
+        except Exception:
+            pipe.send(f"rank {rank}:\n{traceback.format_exc()}")
+            return
+        pipe.send(None)
+
+
+class TwoProcesses:
+    def __init__(self, folder):
+        self._folder = folder
+        self._processes, self._pipes = [], []
+
+    def run(self, work, **options):
+        """Runs `work(rank, **options)` in both processes; what is raised in one fails here."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((work, options))
+        ready = multiprocessing.connection.wait(self._pipes, timeout=120)
+        answers = [pipe.recv() for pipe in ready] or ["no answer within two minutes"]
+        if not any(answers):
+            answers += [pipe.recv() for pipe in self._pipes if pipe not in ready]
+        if any(answers):
+            self.stop()  # the other rank may wait for the one that failed
+            pytest.fail(next(filter(None, answers)), pytrace=False)
+
+    def _start(self):
+        context = mp.get_context("spawn")
+        meeting_point = self._folder / uuid.uuid4().hex
+        for rank in range(RANKS):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=rank_loop, args=(rank, meeting_point, theirs), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def stop(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    processes = TwoProcesses(tmp_path_factory.mktemp("meeting_points"))
+    yield processes.run
+    processes.stop()
+
+
+# --- data parallel ------------------------------------------------------------------------------------
+
+
+def data_parallel(rank, patch_first, compress):
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    model, batches = model_and_batches()
+    expected = gradients_of_one_process(model, batches)
+    if patch_first:
+        assert_inverted(invact.patch(model, (batches[rank],)))
+    parallel = DistributedDataParallel(model)
+    if compress:
+        parallel.register_comm_hook(None, fp16_compress_hook)
+    if not patch_first:
+        assert_inverted(invact.patch(parallel, (batches[rank],)))
+    for _ in range(2):  # DDP settles its buckets after the first step
+        parallel.zero_grad()
+        loss_of(parallel(batches[rank])).backward()
+        assert_gradients(parallel, expected, tolerance=2e-3 if compress else 1e-5)
+    with parallel.no_sync():
+        loss_of(parallel(batches[rank])).backward()
+    assert invact.unpatch(parallel) == 4
+
+
+@pytest.mark.parametrize("compress", [False, True], ids=["plain", "fp16 compression"])
+@pytest.mark.parametrize("patch_first", [True, False], ids=["patched, then wrapped", "wrapped, then patched"])
+def test_data_parallel_training_gets_the_gradients_of_one_process(two_processes, patch_first, compress):
+    two_processes(data_parallel, patch_first=patch_first, compress=compress)
+
+
+# --- fully sharded ------------------------------------------------------------------------------------
+
+
+def fully_sharded(rank, patch_first, checkpointed, mixed):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, batches = model_and_batches()
+    expected = gradients_of_one_process(model, batches)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = policy if mixed else MixedPrecisionPolicy()
+    if checkpointed:
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Feed))
+    if patch_first:
+        assert_inverted(invact.patch(model, (batches[rank],)))
+    for module in model.modules():
+        if isinstance(module, Feed):
+            fully_shard(module, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    if not patch_first:
+        assert_inverted(invact.patch(model, (batches[rank],)))
+    for _ in range(2):
+        model.zero_grad()
+        loss_of(model(batches[rank])).backward()
+        assert_gradients(model, expected, tolerance=3e-2 if mixed else 1e-5)
+    assert invact.unpatch(model) == 4
+    model.zero_grad()
+    loss_of(model(batches[rank])).backward()
+    assert_gradients(model, expected, tolerance=3e-2 if mixed else 1e-5)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("patch_first", [True, False], ids=["patched, then sharded", "sharded, then patched"])
+def test_fully_sharded_training_gets_the_gradients_of_one_process(two_processes, patch_first, checkpointed, mixed):
+    two_processes(fully_sharded, patch_first=patch_first, checkpointed=checkpointed, mixed=mixed)
+
+
+# --- tensor parallel ----------------------------------------------------------------------------------
+
+
+def tensor_parallel(rank, patch_first, local):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model, batches = model_and_batches()
+    expected = gradients_of_one_process(model, batches[:1])
+    if patch_first:
+        assert_inverted(invact.patch(model, (batches[0],)))
+    mesh = init_device_mesh("cpu", (RANKS,))
+    column = partial(ColwiseParallel, use_local_output=local)
+    plan = {"up": column(), "up2": column(), "down": RowwiseParallel(), "down2": RowwiseParallel()}
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    if not patch_first:
+        report = invact.patch(model, (batches[0],))
+        assert_inverted(report)
+        # each rank keeps its half of every hidden layer
+        one_call = ROWS * HIDDEN // RANKS
+        assert [site.bytes_saved for site in report.sites] == [4 * one_call - one_call // 8] * 4
+    loss_of(model(batches[0])).backward()
+    assert_gradients(model, expected)
+    assert invact.unpatch(model) == 4
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["local tensors", "DTensors"])
+@pytest.mark.parametrize("patch_first", [True, False], ids=["patched, then split", "split, then patched"])
+def test_tensor_parallel_training_gets_the_gradients_of_one_process(two_processes, patch_first, local):
+    two_processes(tensor_parallel, patch_first=patch_first, local=local)
+
+
+def tensor_parallel_in_transformers(rank, folder):
+    from transformers import LlamaForCausalLM
+
+    ids = {"input_ids": torch.arange(16).view(2, 8)}
+    stock = LlamaForCausalLM.from_pretrained(folder).train()
+    loss_of(stock(**ids).logits).backward()
+    expected = {name: p.grad for name, p in stock.named_parameters()}
+    model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto").train()
+    report = invact.patch(model, ids)
+    assert_inverted(report, sites=2)
+    loss_of(model(**ids).logits).backward()
+    assert_gradients(model, expected, tolerance=1e-4)
+
+
+def test_tensor_parallel_as_transformers_does_it_gets_the_gradients_of_one_process(two_processes, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=32, use_cache=False, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    two_processes(tensor_parallel_in_transformers, folder=str(tmp_path))
