@@ -12,6 +12,7 @@ from torch import nn
 
 from invact.expressions import Written
 from invact.ledger import Entry, Key
+from invact.patchers import example_inputs as make_inputs
 from invact.probing import (
     Call,
     Inputs,
@@ -104,9 +105,7 @@ def decide(
     check_model(model)
     check_autocast(autocast)
     if example_inputs is None:
-        from invact import patchers
-
-        example_inputs = patchers.example_inputs(model)
+        example_inputs = make_inputs(model)
     check_inputs(example_inputs)
     return _decide(model, example_inputs, Setting(device_of(model), autocast), include, exclude)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from invact.expressions import Runner, Written, install, uninstall
 from invact.ledger import Entry, Key, Ledger, Memory, module_hooks, storage_sizes
+from invact.patchers import as_on_real_tensors
 from invact.walking import Found
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -159,7 +161,7 @@ def _observe_fake(
     checkpointing: bool,
 ) -> Observation:
     device = _stand_in(setting.device)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with as_on_real_tensors(inputs), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         weights = {name: _fake(mode, tensor, device) for name, tensor in _weights(model).items()}
         fake_inputs = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device), inputs)
         as_on_gpu = _AsOnGpu(setting) if setting.device.type == "cuda" else nullcontext()
@@ -354,6 +356,19 @@ def check_model(model: Any) -> None:
         raise TypeError(
             f"invact needs a torch.nn.Module, but got {type(model).__name__}. "
             "Pass the model itself, for example `trainer.model`."
+        )
+    check_not_sharded(model)
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
+    if any(isinstance(module, kinds) for module in model.modules()):
+        raise ValueError(
+            "This model is already sharded by FSDP, whose own hooks can not run in a trial forward pass. "
+            "Patch it first and shard it afterwards: the inverted activations stay."
         )
 
 

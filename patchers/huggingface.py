@@ -8,12 +8,16 @@ each in `configs/`: only the fields that define the architecture.
 from __future__ import annotations
 
 import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .configurations import directory_config, hub_config
 from .meta import built_on_meta
@@ -205,6 +209,42 @@ def _bundled() -> dict[str, Path]:
     return {path.stem.replace("--", "/"): path for path in directory.glob("*.json")}
 
 
+@contextmanager
+def masks_dropped_as_if_real(inputs: Any) -> Iterator[None]:
+    """Lets transformers drop a fake attention mask that masks nothing, as it drops a real one.
+
+    It asks the mask for its values, which it does not do with a fake one; the layers would then keep a mask
+    that they do not keep in training, and a GPU would not use flash attention.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    masks = [value for name, value in inputs.items() if "mask" in name] if isinstance(inputs, dict) else []
+    pads = any(isinstance(mask, torch.Tensor) and not _masks_nothing(mask) for mask in masks)
+    names = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
+    stock = {name: getattr(masking, name) for name in names if hasattr(masking, name)}
+
+    def without_mask(decide: Callable[..., bool]) -> Callable[..., bool]:
+        def ignores(padding_mask: Any, *args: Any, **kwargs: Any) -> bool:
+            fake = isinstance(padding_mask, FakeTensor)
+            return decide(None if fake and not pads else padding_mask, *args, **kwargs)
+
+        return ignores
+
+    for name, decide in stock.items():
+        setattr(masking, name, without_mask(decide))
+    try:
+        yield
+    finally:
+        for name, decide in stock.items():
+            setattr(masking, name, decide)
+
+
+def _masks_nothing(mask: torch.Tensor) -> bool:
+    """Whether every position may be attended to; taken for granted where the values are not to be had."""
+    if mask.is_meta or isinstance(mask, FakeTensor):
+        return True
+    return bool(mask.all())
+
+
 LIBRARY = Library(
     name="transformers",
     package="transformers",
@@ -213,4 +253,5 @@ LIBRARY = Library(
     example_inputs=example_inputs,
     names=names,
     reads=reads,
+    as_on_real_tensors=masks_dropped_as_if_real,
 )

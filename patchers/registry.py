@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +66,8 @@ class Library:
         example_inputs: see `MakeInputs`.
         names: the model names known without a network.
         reads: whether a directory holds a configuration of this library.
+        as_on_real_tensors: a block in which the library treats fake tensors that stand for these inputs as it
+            treats real ones.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Library:
     example_inputs: MakeInputs
     names: Callable[[], list[str]]
     reads: Callable[[Path], bool]
+    as_on_real_tensors: Callable[[Any], AbstractContextManager[None]] = nullcontext
 
     def owns(self, model: nn.Module) -> bool:
         """Whether the model's class, or one that it derives from, is one of this library's models."""
@@ -157,6 +162,16 @@ def example_inputs(
         if size is not None and size < 1:
             raise InputSizeError(f"The {what} is {size}, but nothing can run on that. Give 1 or more.")
     return library.example_inputs(model, batch_size, seq_len, image_size, device)
+
+
+@contextmanager
+def as_on_real_tensors(inputs: Any) -> Iterator[None]:
+    """A block in which the libraries in use treat fake tensors as the real `inputs` that they stand for."""
+    with ExitStack() as stack:
+        for library in libraries.values():
+            if library.package in sys.modules:
+                stack.enter_context(library.as_on_real_tensors(inputs))
+        yield
 
 
 def resolve(name: str, library: str | None = None) -> tuple[Library, str]:

@@ -135,3 +135,12 @@ def test_the_ways_to_patch_agree(run_backward):
         given = invact.plan(model, inputs)
         made = invact.plan(model)
         assert [(s.path, s.action) for s in made.sites] == [(s.path, s.action) for s in given.sites]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["masks nothing", "masks padding"])
+def test_an_attention_mask_counts_as_it_does_on_real_tensors(padded, count_kept):
+    model, inputs, _ = bert()
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, 20:] = 1 - padded
+    inputs["attention_mask"] = mask
+    assert invact.plan(model, inputs).bytes_before == pytest.approx(count_kept(model.train(), inputs), rel=0.001)

@@ -188,3 +188,15 @@ def test_an_activation_registered_under_several_parents_is_replaced_everywhere(x
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
     assert invact.unpatch(model) == 1
     assert model[0][1] is model[1][1] is act
+
+
+def test_a_model_that_fsdp_has_sharded_is_refused_with_the_order_that_works(model, x):
+    import torch.distributed.fsdp
+
+    class Sharded(torch.distributed.fsdp.FSDPModule, nn.Sequential):
+        pass
+
+    sharded = nn.Sequential.__new__(Sharded)
+    nn.Sequential.__init__(sharded, *model)
+    with pytest.raises(ValueError, match="Patch it first and shard it afterwards"):
+        invact.patch(sharded, (x,))
