@@ -1,6 +1,7 @@
 """InvActCallback in a real transformers.Trainer: the same run, less memory, and the stock model afterwards."""
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -291,6 +292,7 @@ def test_a_compiled_model_is_patched_too(tmp_path):
     assert not inverted(run.model)
 
 
+@pytest.mark.slow
 def test_a_smaller_batch_tried_after_running_out_of_memory_is_planned_anew(tmp_path):
     class OutOfMemoryAtFirst(Trainer):
         failed = False
@@ -318,10 +320,14 @@ def test_a_run_that_never_calls_the_models_forward_says_that_nothing_was_patched
     assert "invact patched nothing" in caplog.text
 
 
-def test_without_transformers_the_error_names_the_command_that_installs_it():
-    script = "import sys; sys.modules['transformers'] = None; import invact.callback"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "pip install 'invact[transformers]'" in done.stderr
+def test_it_is_found_in_the_package_itself():
+    assert invact.InvActCallback is InvActCallback
+
+
+def test_without_transformers_the_error_names_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'invact\[transformers\]'"):
+        runpy.run_module("invact.callback")
 
 
 TWO_PROCESSES = """

@@ -1,6 +1,8 @@
 """InvActCallback in a real Lightning Trainer: the same run, less memory, and the stock module afterwards."""
 
 import csv
+import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -218,7 +220,31 @@ def test_a_module_that_steps_its_optimizers_itself_is_left_as_it_is_with_a_warni
     assert trainer.global_step == 2
 
 
-def test_without_lightning_the_error_names_the_command_that_installs_it():
-    script = "import sys; sys.modules['lightning'] = None; import invact.lightning"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "pip install 'invact[lightning]'" in done.stderr
+def test_without_lightning_the_error_names_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(ImportError, match=r"pip install 'invact\[lightning\]'"):
+        runpy.run_module("invact.lightning")
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_lightning import *
+
+module, trainer = trained(sys.argv[1], [InvActCallback()], devices=2, strategy="ddp", max_steps=3)
+weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+print("RESULT", trainer.global_rank, trainer.world_size, *module.inverted_in_step, len(inverted(module)),
+      float(weights.double().sum()))
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes_train_one_patched_module(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES.format(tests=os.path.dirname(__file__)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, script, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    assert [result[:-1] for result in results] == [[str(rank), "2", "2", "2", "2", "0"] for rank in range(2)]
+    assert results[0][-1] == results[1][-1]
