@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,53 +111,92 @@ def needs(
         optimizer: a key of `STATES`.
     """
     decided = decide(model, inputs_of(_BATCHES[0]), autocast=setting.autocast)
-    resident = _resident_bytes(model, optimizer)
-    found = {}
-    for suffix in ("", "checkpointing") if can_checkpoint(model) else ("",):
-        with checkpointed(model) if suffix else nullcontext():
-            found[suffix or "baseline"] = _need(model, inputs_of, setting, resident)
-            swaps = decided.apply(model)
-            try:
-                found[f"invact+{suffix}" if suffix else "invact"] = _need(model, inputs_of, setting, resident)
-            finally:
-                swaps.undo()
+    resident = resident_bytes(model, optimizer)
+    found = _needs_as_it_is(model, inputs_of, setting, resident)
+    swaps = decided.apply(model)
+    try:
+        patched = _needs_as_it_is(model, inputs_of, setting, resident)
+    finally:
+        swaps.undo()
+    found |= {_with_invact(way): need for way, need in patched.items()}
+    return {way: found[way] for way in _IN_WORDS if way in found}
+
+
+def _with_invact(way: str) -> str:
+    return "invact" if way == "baseline" else f"invact+{way}"
+
+
+def _needs_as_it_is(
+    model: nn.Module, inputs_of: Callable[[int], Inputs], setting: Setting, resident: int
+) -> dict[str, Need]:
+    """Without checkpointing and, if the model can, with it."""
+    plain = [observe(model, inputs_of(batch), setting) for batch in _BATCHES]
+    found = {"baseline": _line([_peak_bytes(model, each, each) for each in plain], resident)}
+    if can_checkpoint(model):
+        with checkpointed(model):
+            # Opened anew: some models keep less, such as no cache, when they are checkpointed.
+            opened, closed = (
+                [observe(model, inputs_of(batch), setting, checkpointing=run) for batch in _BATCHES]
+                for run in (False, True)
+            )
+        peaks = [_peak_bytes(model, *pair) for pair in zip(opened, closed, strict=True)]
+        found["checkpointing"] = _line(peaks, resident)
     return found
 
 
-def _resident_bytes(model: nn.Module, optimizer: str) -> int:
+def _line(peaks: list[int], resident: int) -> Need:
+    """Through the peaks at the two batch sizes."""
+    (small, large), (at_small, at_large) = _BATCHES, peaks
+    per_sample = -(-(at_large - at_small) // (large - small))
+    return Need(resident + at_small - small * per_sample, per_sample)
+
+
+def resident_bytes(model: nn.Module, optimizer: str) -> int:
+    """Parameters, buffers, gradients and optimiser states; frozen parameters have only themselves."""
     parameters = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(nbytes for nbytes, requires_grad in parameters if requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     return sum(nbytes for nbytes, _ in parameters) + buffers + trained * (1 + STATES[optimizer])
 
 
-def _need(model: nn.Module, inputs_of: Callable[[int], Inputs], setting: Setting, resident: int) -> Need:
-    small, large = _BATCHES
-    at_small, at_large = (_peak_bytes(model, inputs_of(batch), setting) for batch in _BATCHES)
-    per_sample = -(-(at_large - at_small) // (large - small))
-    return Need(resident + at_small - small * per_sample, per_sample)
+def _peak_bytes(model: nn.Module, opened: Observation, closed: Observation) -> int:
+    """Activations and gradients of activations at the peak; autocast's copies of weights among them.
 
-
-def _peak_bytes(model: nn.Module, inputs: Inputs, setting: Setting) -> int:
-    """Activations and gradients of activations at the peak; autocast's copies of weights among them."""
-    closed = observe(model, inputs, setting)
-    opened = observe(model, inputs, setting, checkpointing=False) if closed.checkpoints else closed
+    Args:
+        opened: with checkpointed regions run as ordinary code.
+        closed: as it is trained; for a model without checkpointing, the same observation.
+    """
     kept = closed.memory.total_bytes + closed.memory.weight_cast_bytes
     region = max(_region_bytes(model, opened, closed).values(), default=0)
     return kept + region + 2 * max((entry.nbytes for entry in opened.entries), default=0)
 
 
 def _region_bytes(model: nn.Module, opened: Observation, closed: Observation) -> Counter[str]:
-    """Bytes by checkpointed region: the outermost modules that keep nothing of theirs when checkpointed."""
+    """Bytes by checkpointed region: the outermost modules in which nothing is kept when they are checkpointed.
+
+    The input of a region is put down to the region itself or, by libraries that call it from outside, to the
+    module around it. The number of regions tells which; if neither, they are taken too large, not too small.
+    """
+    inside = _bytes_by_root(model, opened, closed, keeping_its_input=True)
+    outside = _bytes_by_root(model, opened, closed, keeping_its_input=False)
+    return outside if len(outside) == closed.checkpoints else inside
+
+
+def _bytes_by_root(
+    model: nn.Module, opened: Observation, closed: Observation, *, keeping_its_input: bool
+) -> Counter[str]:
     keeping = set(closed.memory.by_module)
     containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # their children are called one by one
     called = {path for path, module in model.named_modules() if not isinstance(module, containers)}
-    regions: Counter[str] = Counter()
+    if not keeping_its_input:
+        called -= keeping
+    bytes_by_root: Counter[str] = Counter()
     for path, nbytes in opened.memory.by_module.items():
-        if path not in keeping:
-            roots = (root for root in _ancestors(path) if root in called and not _any_within(keeping, root))
-            regions[next(roots, path)] += nbytes
-    return regions
+        freed = nbytes - closed.memory.by_module.get(path, 0)
+        if freed > 0:
+            roots = (root for root in _ancestors(path) if root in called and not _any_below(keeping, root))
+            bytes_by_root[next(roots, path)] += freed
+    return bytes_by_root
 
 
 def _ancestors(path: str) -> Iterable[str]:
@@ -167,5 +205,5 @@ def _ancestors(path: str) -> Iterable[str]:
     return (".".join(parts[: depth + 1]) for depth in range(len(parts)))
 
 
-def _any_within(paths: Iterable[str], root: str) -> bool:
-    return any(path == root or path.startswith(f"{root}.") for path in paths)
+def _any_below(paths: Iterable[str], root: str) -> bool:
+    return any(path.startswith(f"{root}.") for path in paths)

@@ -15,6 +15,7 @@ from invact.report import Report, format_bytes
 from invact.trial_result import Trial, installed_versions
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -124,7 +125,7 @@ def memory_chart(layers: Sequence[Layer]) -> Chart:
             axes.barh([row + offset for row in range(len(layers))], widths, 0.36, start, color=colour, alpha=alpha)
             start = [begin + width for begin, width in zip(start, widths, strict=True)]
     axes.set_yticks(range(len(layers)), [layer.name for layer in layers])
-    axes.invert_yaxis()
+    axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xlabel(f"{unit} kept for backward")
     labels = [name or "others" for name in colours if name or len(totals) > len(classes)]
     _legend(figure, [Patch(color=colour) for colour in colours.values()][: len(labels)], labels)
@@ -146,6 +147,8 @@ def _kept_by(kept: dict[str, int], name: str | None, classes: Sequence[str]) -> 
 
 def loss_chart(trial: Trial) -> Chart:
     """The losses of every way over each other, and the range of the baseline's over the seeds."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _drawing(height=3.4)
     for position, run in enumerate(trial.runs):
         # Wider below, thinner on top: curves that coincide are all seen.
@@ -160,7 +163,7 @@ def loss_chart(trial: Trial) -> Chart:
         axes.fill_between(steps, lowest, highest, color=_REST_COLOUR, alpha=0.3, label="baseline, all seeds", lw=0)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, *axes.get_legend_handles_labels())
     finals = ", ".join(f"{run.name} {run.losses[-1]:.4f}" for run in trial.runs)
     return Chart(
@@ -186,7 +189,7 @@ def _drawing(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, handles: Sequence[object], labels: Sequence[str]) -> None:
+def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, labelcolor=_INK)
 
 

@@ -20,6 +20,7 @@ from invact.ledger import Key, Ledger, storage_sizes
 from invact.patching import patch
 from invact.planning import decide
 from invact.probing import Inputs, Setting
+from invact.trial_data import DataError
 from invact.trial_result import BASELINE, Run, Trial
 from invact.trial_task import Batch, NotTrainableError, Task
 
@@ -51,10 +52,13 @@ def train_in_ways(
         on_step: called with the name of the way after every step.
 
     Raises:
+        DataError: there are fewer samples than a batch has.
         NotTrainableError: there is no loss, it is no finite number, or no parameter takes a gradient.
         KeyboardInterrupt: before every way had taken a step; later it ends the trial, which is returned.
     """
     setting = setting or Setting(torch.device("cpu"))
+    if batch_size > task.samples:
+        raise DataError(f"{task.title} has {task.samples} samples, fewer than a batch of {batch_size}.")
     if not can_checkpoint(task.build()):
         ways = [way for way in ways if "checkpointing" not in way]
     seeds_done: list[list[_Trainee]] = []
@@ -277,7 +281,8 @@ def _run(trainees: list[_Trainee], baselines: list[_Trainee]) -> Run:
 
 def _largest_difference(curves: Sequence[Sequence[float]]) -> float:
     """Between the curves at the same step."""
-    return max(max(losses) - min(losses) for losses in zip(*curves, strict=False))
+    by_step: list[tuple[float, ...]] = list(zip(*curves, strict=False))
+    return max(max(losses) - min(losses) for losses in by_step)
 
 
 def _in_words(setting: Setting, steps: int, batch_size: int, seeds: int) -> str:

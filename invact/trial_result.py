@@ -84,11 +84,11 @@ class Trial:
         )
 
     def _losses_in_words(self, run: Run) -> str:
-        differs = f"its losses differ from the baseline's by at most {run.largest_difference:.1e}"
+        differs = f"its losses differ from the baseline's by at most {run.largest_difference:.2g}"
         if self.spread is None:
             return f"{differs} (train several seeds to judge that by)"
         compared = "less" if run.largest_difference <= self.spread else "MORE"
-        return f"{differs}, {compared} than the {self.spread:.1e} between seeds"
+        return f"{differs}, {compared} than the {self.spread:.2g} between seeds"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain dicts, lists, strings and numbers."""
@@ -125,7 +125,7 @@ class Trial:
             "peak": lambda run: format_bytes(run.peak_bytes or 0),
             "s/step": lambda run: f"{run.seconds_per_step:.4f}",
             "last loss": lambda run: f"{run.losses[-1]:.4f}",
-            "largest difference": lambda run: f"{run.largest_difference:.1e}",
+            "largest difference": lambda run: f"{run.largest_difference:.2g}",
             "largest batch": lambda run: "-" if run.largest_batch is None else str(run.largest_batch),
         }
         if stock.peak_bytes is None:

@@ -85,7 +85,8 @@ def make_task(name: str | None = None, data: str | None = None, seq_len: int | N
 def _with_weights(name: str) -> nn.Module:
     owner, own_name = patchers.resolve(name)
     with _CPUForMeta():
-        return owner.load(own_name, torch.float32).train()
+        model: nn.Module = owner.load(own_name, torch.float32).train()
+    return model
 
 
 class _CPUForMeta(TorchFunctionMode):
@@ -206,7 +207,7 @@ def _image_task(
     library = patchers.library_of(model)
     of_transformers = library is not None and library.name == "transformers"
     takes_labels = of_transformers and "labels" in inspect.signature(model.forward).parameters
-    classes = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", 1)
+    classes: int = model.config.num_labels if of_transformers else getattr(model, "num_classes", 1)
 
     def batch(seed: int, step: int, batch_size: int) -> Batch:
         picked, _ = _picked(len(images.pixels), seed, step, batch_size)

@@ -1,0 +1,125 @@
+"""The page, in a real browser: it opens with nothing on the console and nothing asked of any network."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from invact.cli import app
+from invact.layers import Layer, layer_name
+from invact.page import memory_chart, plan_page, trial_page
+from invact.report import Report, Site
+from invact.trial import train_in_ways
+from invact.trial_task import make_task
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+QUIET = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+ALONE = "--disable-component-update --disable-sync --enable-logging=stderr --v=0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that spin while they wait take ten times as long where others use the same cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    trial = train_in_ways(make_task(), steps=3, batch_size=2, seeds=[0, 1], ways=["baseline", "invact"])
+    return trial_page(trial, "invact trial --steps 3").html()
+
+
+@pytest.fixture(scope="module")
+def opened(html: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The page's document as the browser has it, in its title what was fetched for it; and the browser's log."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed: apt-get install chromium")
+    folder = tmp_path_factory.mktemp("page")
+    fetched = "performance.getEntriesByType('resource').map(entry => entry.name).join() || 'nothing'"
+    script = f"<script>addEventListener('load', () => document.title = 'fetched: ' + ({fetched}))</script>"
+    (folder / "page.html").write_text(html.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    profile, address = f"--user-data-dir={folder / 'profile'}", (folder / "page.html").as_uri()
+    browser = subprocess.run(
+        [CHROMIUM, *QUIET.split(), *ALONE.split(), profile, "--dump-dom", address],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return browser.stdout, browser.stderr
+
+
+def test_the_browser_shows_verdict_charts_tables_and_command(opened):
+    document, _ = opened
+    assert document.count("<svg") == 2
+    assert document.count("<table") == 2
+    assert "fewer bytes for backward" in document
+    assert "invact trial --steps 3" in document
+
+
+def test_the_browser_has_nothing_to_say(opened):
+    _, log = opened
+    assert "CONSOLE" not in log
+
+
+def test_the_browser_asks_for_nothing(opened):
+    assert "<title>fetched: nothing</title>" in opened[0]
+
+
+def test_nothing_on_the_page_points_outside(html: str):
+    assert re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']*""", html) == []
+    assert not re.search(r"@import|url\((?!#)", html)
+
+
+def test_charts_have_alternative_texts_and_ids_of_their_own(html: str):
+    alternatives = re.findall(r'role="img" aria-label="([^"]+)"', html)
+    assert len(alternatives) == 2
+    assert "Most is saved in bert.encoder.layer.0" in alternatives[0]
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_dark_and_print_have_their_styles(html: str):
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert 'name="viewport"' in html
+
+
+def test_what_a_model_is_called_can_not_write_into_the_page():
+    site = Site("<b>path</b>", "gelu", "<img src=x>", "keep", "a < b")
+    report = Report([site], title="<script>alert(1)</script>")
+    layers = [Layer("<i>layer</i>", {"<u>Linear</u>": 10}, {"<u>Linear</u>": 10})]
+    html = plan_page(report, layers, "invact patch --model '<script>'").html()
+    assert not re.search(r"<(script|img|b>|i>|u>)", html)
+
+
+def test_layers_are_told_by_their_first_number():
+    assert layer_name("layers.2.blocks.5.mlp") == "layers.2"
+
+
+def test_the_chart_says_where_most_is_saved():
+    layers = [Layer("one", {"GELU": 30}, {"GELU": 20}), Layer("two", {"GELU": 90, "Linear": 5}, {"Linear": 5})]
+    chart = memory_chart(layers)
+    assert "125 B before, 25 B after. Most is saved in two: 95 B before, 5 B after" in chart.alternative
+
+
+def test_dry_run_writes_the_page_without_training(tmp_path: Path):
+    page = tmp_path / "page.html"
+    arguments = ["--model", "timm/test_vit", "--batch-size", "2", "--html", str(page), "--json"]
+    result = CliRunner().invoke(app, ["patch", *arguments])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["bytes_after"] > 0
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<svg") == 1
+    assert "blocks.0" in html
+    assert "The ways of training" not in html

@@ -1,0 +1,159 @@
+"""What fits a GPU: predictions held against counts on real tensors, and the words they are told in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+from invact import patchers
+from invact.checkpointing import checkpointed
+from invact.cli import _memory_bytes, app
+from invact.fitting_batch import Fit, Need, _region_bytes, needs, resident_bytes
+from invact.probing import Setting, device_of, observe
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=64, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    return GPT2LMHeadModel(config).train()
+
+
+def inputs_of(batch_size: int) -> dict[str, torch.Tensor]:
+    ids = torch.arange(batch_size * 32).view(batch_size, 32) % 64
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.fixture(scope="module")
+def predicted(model) -> dict[str, Need]:
+    return needs(model, inputs_of, Setting(device_of(model)))
+
+
+def resident(model, copies: int) -> int:
+    return copies * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def test_a_batch_never_probed_needs_what_a_real_forward_keeps_and_two_gradients(model, predicted, count_kept):
+    widest = 16 * 32 * 4 * 64 * 4  # bytes of the MLP's hidden layer in fp32: the largest tensor kept
+    expected = resident(model, 4) + count_kept(model, inputs_of(16)) + 2 * widest
+    assert predicted["baseline"].bytes_at(16) == pytest.approx(expected, rel=1e-3)
+
+
+def test_checkpointing_needs_one_block_besides_what_it_keeps(model, predicted, count_kept):
+    hidden = torch.randn(16, 32, 64, requires_grad=True)
+    block = count_kept(model.transformer.h[0], (hidden,))
+    with checkpointed(model):
+        between = count_kept(model, inputs_of(16))
+    widest = 16 * 32 * 4 * 64 * 4
+    expected = resident(model, 4) + between + block + 2 * widest
+    assert predicted["checkpointing"].bytes_at(16) == pytest.approx(expected, rel=0.02)
+
+
+def test_every_way_needs_less_than_the_one_before(predicted):
+    per_sample = [predicted[way].per_sample for way in ("baseline", "invact", "checkpointing", "invact+checkpointing")]
+    assert per_sample == sorted(per_sample, reverse=True)
+
+
+def test_the_model_is_left_as_it_was(model, predicted):
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert "Inverted" not in repr(model)
+
+
+@pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 2), ("momentum", 3), ("adamw", 4)])
+def test_optimizers_keep_their_states(model, optimizer, copies):
+    assert resident_bytes(model, optimizer) == resident(model, copies)
+
+
+def test_a_frozen_parameter_has_neither_gradient_nor_states(model):
+    embedding = model.transformer.wte.weight
+    embedding.requires_grad_(False)
+    try:
+        assert resident_bytes(model, "adamw") == resident(model, 4) - 3 * embedding.nbytes
+    finally:
+        embedding.requires_grad_(True)
+
+
+def test_autocast_copies_of_weights_do_not_grow_with_the_batch(model):
+    fixed = needs(model, inputs_of, Setting(device_of(model), torch.bfloat16))["baseline"].constant
+    assert 0 < fixed - resident(model, 4) <= resident(model, 1) // 2
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/swin_tiny_patch4_window7_224"])
+def test_regions_are_as_many_as_the_checkpoints(name):
+    model = patchers.load(name)
+    inputs, setting = patchers.example_inputs(model, 2), Setting(torch.device("cuda"))
+    with checkpointed(model):
+        closed, opened = (observe(model, inputs, setting, checkpointing=on) for on in (True, False))
+    assert len(_region_bytes(model, opened, closed)) == closed.checkpoints > 0
+
+
+WAYS = {
+    "baseline": Need(100, 10),
+    "invact": Need(100, 8),
+    "checkpointing": Need(100, 4),
+    "invact+checkpointing": Need(100, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "way", "words"),
+    [
+        (90, "baseline", "nothing needed"),
+        (100, "invact", "invact alone"),
+        (200, "checkpointing", "needs checkpointing"),
+        (300, "invact+checkpointing", "needs both"),
+        (301, None, "nothing here makes it fit"),
+    ],
+)
+def test_the_cheapest_way_that_fits_is_named(target, way, words):
+    fit = Fit(1000, "adamw", WAYS, target)
+    assert fit.way_for_target == way
+    assert words in str(fit)
+    assert "not measured on a GPU yet" in str(fit)
+
+
+def test_nothing_fits_where_the_weights_do_not():
+    assert Need(100, 10).largest_batch(99) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("24GiB", 24 * GIB), ("80 GB", 80 * 10**9), ("1.5gib", 3 * GIB // 2), ("512MiB", GIB // 2)]
+)
+def test_memory_is_read_with_its_unit(text, nbytes):
+    assert _memory_bytes(text) == nbytes
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["patch", "--model", "timm/test_vit", "--batch-size", "2", *arguments])
+
+
+def test_dry_run_says_what_fits_in_words_and_in_json():
+    result = run("--gpu-memory", "1GiB", "--target-batch", "8", "--json")
+    assert result.exit_code == 0, result.output
+    fit = json.loads(result.stdout)["fit"]
+    batches = fit["largest_batch"]
+    assert 8 < batches["baseline"] < batches["invact"] < batches["invact+checkpointing"]
+    assert fit["way_for_target"] == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target-batch", "8"], "Add --gpu-memory"),
+        (["--gpu-memory", "24 parsecs"], "is no amount of memory"),
+        (["--gpu-memory", "1GiB", "--optimizer", "lion"], "--optimizer"),
+    ],
+)
+def test_bad_input_exits_2_with_one_message(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,309 @@
+"""`invact trial`: the same training in several ways, on real models and real data."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from invact.kernels import CURVES
+from typer.testing import CliRunner, Result
+
+from invact.cli import app
+from invact.functional import invert
+from invact.probing import Setting
+from invact.trial import COMPILED_WAYS, WAYS, train_in_ways
+from invact.trial_result import Trial
+from invact.trial_task import Batch, Task, make_task
+
+TINY_GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 2}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["trial", *(str(argument) for argument in arguments)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that spin while they wait take ten times as long where others use the same cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small() -> Trial:
+    return train_in_ways(make_task(), steps=3, batch_size=4, seeds=[0, 1], memory_bytes=2**30)
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    (tmp_path / "gpt2").mkdir()
+    config = {**TINY_GPT2, "vocab_size": 300, "n_positions": 64, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "gpt2"
+
+
+def save_images(folder: Path, count: int) -> None:
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.effect_noise((20, 30), 40 + number).save(folder / f"{number}.png")
+
+
+def test_ways_are_trained_side_by_side_and_the_baseline_comes_first(small: Trial):
+    assert [run.name for run in small.runs] == list(WAYS)
+    assert all(len(losses) == 3 for run in small.runs for losses in run.losses_by_seed)
+
+
+def test_invact_keeps_at_most_nine_tenths_and_checkpointing_with_it_no_more_than_alone(small: Trial):
+    kept = {run.name: run.activation_bytes for run in small.runs}
+    assert kept["invact"] <= 0.9 * kept["baseline"]
+    assert kept["invact+checkpointing"] <= min(kept["invact"], kept["checkpointing"])
+
+
+def test_kept_bytes_are_those_of_an_independent_count(small: Trial, count_kept):
+    task = make_task()
+    assert small.runs[0].activation_bytes == count_kept(task.build(), task.batch(0, 0, 4).inputs)
+
+
+def test_losses_lie_within_the_spread_between_seeds(small: Trial):
+    assert small.spread is not None
+    assert all(run.largest_difference < 1e-5 < small.spread for run in small.runs)
+
+
+def test_batches_grow_from_way_to_way(small: Trial):
+    batches = {run.name: run.largest_batch or 0 for run in small.runs}
+    assert 0 < batches["baseline"] < batches["invact"] < batches["checkpointing"] <= batches["invact+checkpointing"]
+
+
+def test_a_seed_trains_the_same_again(small: Trial):
+    again = train_in_ways(make_task(), steps=2, batch_size=4, seeds=[1], ways=["baseline", "invact"])
+    assert again.runs[0].losses == pytest.approx(small.runs[0].losses_by_seed[1][:2], abs=1e-5)
+    assert again.spread is None
+    assert "several seeds" in again.verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_trained_under_and_planned_for(dtype: torch.dtype):
+    setting = Setting(torch.device("cpu"), dtype)
+    result = train_in_ways(make_task(), steps=2, batch_size=2, ways=["baseline", "invact"], setting=setting)
+    assert result.runs[1].activation_bytes < 0.9 * result.runs[0].activation_bytes
+    assert str(dtype).removeprefix("torch.") in result.setting
+
+
+def test_json_is_the_only_thing_on_standard_output(gpt2: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 30)
+    result = run("--model", gpt2, "--data", tmp_path / "text.txt", "--steps", 1, "--seeds", 1, "--json")
+    assert result.exit_code == 0, result.output
+    runs = json.loads(result.stdout)["runs"]
+    assert [run["name"] for run in runs] == list(WAYS)
+    assert all(run["peak_bytes"] is None for run in runs)
+    assert {"activation_bytes", "seconds_per_step", "losses"} <= runs[0].keys()
+    assert "Traceback" not in result.stderr
+
+
+def test_digits_train_a_vision_transformer():
+    result = run("--model", "timm/test_vit", "--data", "digits", "--steps", 1, "--seeds", 1, "--batch-size", 2)
+    assert result.exit_code == 0, result.output
+    assert "digits, 160x160 pixels" in result.stdout
+    assert "train several seeds" in " ".join(result.stdout.split())
+
+
+def test_a_folder_of_images_has_its_folders_for_classes(tmp_path: Path):
+    save_images(tmp_path / "cats", 2)
+    save_images(tmp_path / "dogs", 3)
+    batch = make_task("timm/test_vit", str(tmp_path)).batch(0, 0, 5)
+    assert batch.inputs[0].shape == (5, 3, 160, 160)
+    assert sorted(batch.targets.tolist()) == [0, 0, 1, 1, 1]
+
+
+def test_contrastive_models_learn_images_and_the_names_of_their_classes():
+    task = make_task("open_clip/ViT-B-32")
+    batch = task.batch(0, 0, 2)
+    features = torch.nn.functional.normalize(torch.eye(2, 8))
+    assert [tensor.shape[0] for tensor in batch.inputs] == [2, 2]
+    assert task.loss(lambda pixels, tokens: (features, features, torch.tensor(100.0)), batch) < 1e-6
+
+
+def test_an_interrupted_trial_reports_the_steps_that_every_way_has_taken():
+    taken: list[str] = []
+
+    def interrupt(way: str) -> None:
+        taken.append(way)
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+
+    ways = ["baseline", "invact"]
+    result = train_in_ways(make_task(), steps=9, batch_size=2, seeds=[0, 1], ways=ways, on_step=interrupt)
+    assert result.interrupted
+    assert [len(run.losses) for run in result.runs] == [2, 2]
+    assert "interrupted after 2 of 18 steps" in result.notes[-1]
+
+
+def test_an_interruption_before_the_first_round_is_passed_on():
+    def interrupt(way: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_ways(make_task(), steps=2, batch_size=2, ways=["baseline", "invact"], on_step=interrupt)
+
+
+def test_a_model_without_a_switch_is_trained_without_checkpointing():
+    layers = torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 2)
+    task = Task(
+        "a plain model",
+        samples=4,
+        build=lambda: torch.nn.Sequential(*layers),
+        batch=lambda seed, step, size: Batch((torch.ones(size, 8),)),
+        loss=lambda forward, batch: forward(*batch.inputs).square().mean(),
+    )
+    result = train_in_ways(task, steps=1, batch_size=4)
+    assert [run.name for run in result.runs] == ["baseline", "invact"]
+    assert "can not be checkpointed" in result.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "no/such/file.txt"], "There is no no/such/file.txt"),
+        (["--data", "digits"], "reads text, and digits has images"),
+        (["--model", "timm/test_vit", "--data", __file__], "reads images"),
+        (["--model", "timm/test_vit", "--data", "{empty}"], "No image was found in the folder"),
+        (["--batch-size", 100_000], "samples, fewer than a batch of 100000"),
+        (["--model", "whisper-tiny"], "reads audio"),
+        (["--model", "electra-base-discriminator"], "not trainable"),
+        (["--model", "bert-base-uncasd"], "bert-base-uncased"),
+        (["--html", "no/such/folder/page.html"], "can not be written"),
+        (["--gpu-memory", "much"], "no amount of memory"),
+        (["--steps", 0], "--steps"),
+    ],
+)
+def test_bad_input_exits_2_with_one_sentence_and_no_traceback(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run(*(str(argument).replace("{empty}", str(tmp_path)) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert message in " ".join(result.stderr.replace("│", "").split())
+    assert "Traceback" not in result.stderr
+
+
+def test_a_loss_that_is_no_number_stops_the_trial_with_a_sentence():
+    task = make_task()
+    broken = type(task)(task.title, task.samples, task.build, task.batch, lambda f, b: task.loss(f, b) * float("nan"))
+    with pytest.raises(ValueError, match="loss of baseline is nan at step 0"):
+        train_in_ways(broken, steps=1, batch_size=2)
+
+
+@pytest.mark.slow
+def test_control_c_prints_what_there_is_and_a_terminal_gets_a_progress_bar():
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "-m", "invact", "trial", "--steps", "100000", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_end, text=True)
+    seen = ""
+    deadline = time.monotonic() + 300
+    while "20/1200000" not in seen and time.monotonic() < deadline:
+        seen += os.read(terminal, 4096).decode(errors="replace")
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert json.loads(printed)["interrupted"] is True
+    assert "━" in seen
+
+
+@pytest.mark.slow
+def test_compiled_ways_keep_their_saving():
+    ways = ["baseline", "invact", *COMPILED_WAYS]
+    result = train_in_ways(make_task(), steps=2, batch_size=4, ways=ways)
+    kept = {run.name: run.activation_bytes for run in result.runs}
+    assert kept["invact+compile"] < kept["compile"] <= kept["baseline"]
+    assert all(run.largest_difference < 1e-3 for run in result.runs)
+
+
+# --- learning: issue 5, "what it must show", 2 --------------------------------------------------------
+
+
+class OneBitDerivative(torch.autograd.Function):
+    """GELU whose derivative is one of two levels: its mean on either side of zero, weighted by a normal x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x > 0)
+        return torch.nn.functional.gelu(x, approximate="tanh")
+
+    @staticmethod
+    def backward(ctx, grad):
+        (right,) = ctx.saved_tensors
+        return grad * torch.where(right, ONE_BIT_LEVELS[1], ONE_BIT_LEVELS[0])
+
+
+def _levels() -> tuple[float, float]:
+    x = torch.linspace(-8, 8, 100_001, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(torch.nn.functional.gelu(x, approximate="tanh").sum(), x)
+    weight = torch.exp(-x.detach().square() / 2)
+    return tuple(float((slope * weight)[side].sum() / weight[side].sum()) for side in (x <= 0, x > 0))
+
+
+ONE_BIT_LEVELS = _levels()
+
+
+class Coarse(torch.nn.Module):
+    def forward(self, x):
+        return OneBitDerivative.apply(x)
+
+
+class Exact(torch.nn.Module):
+    def forward(self, x):
+        return invert(x, CURVES["gelu_tanh"])
+
+
+def final_loss(task, activation, seed: int, steps: int) -> float:
+    """The mean of the last fifty steps: single batches differ by more than the ways do."""
+    torch.manual_seed(seed)
+    model = task.build()
+    for block in model.transformer.h:
+        if activation is not None:
+            block.mlp.act = activation()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = task.loss(model, task.batch(seed, step, 16))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-50:]) / 50
+
+
+@pytest.mark.slow
+def test_500_steps_of_gpt2_end_where_the_baseline_ends_and_one_bit_of_derivative_does_not(gpt2: Path):
+    """Measured 2026-11-23, CPU, torch 2.15, seeds 0, 1, 2:
+
+    baseline 2.3121 2.3484 2.2144, invact 2.3121 2.3481 2.2144, one bit 2.1386 2.1892 2.0980
+
+    So one bit of derivative is another training, hundreds of times further off than the inverted activation. Here
+    it ends lower; the literature, which fine-tunes large models, has it end worse. Neither is what was asked for.
+    """
+    task = make_task(str(gpt2))
+    ends = {
+        name: [final_loss(task, activation, seed, 500) for seed in range(3)]
+        for name, activation in {"baseline": None, "invact": Exact, "one bit": Coarse}.items()
+    }
+    print(ends)
+    spread = max(ends["baseline"]) - min(ends["baseline"])
+    differences = {
+        name: [abs(stock - other) for stock, other in zip(ends["baseline"], ends[name], strict=True)]
+        for name in ("invact", "one bit")
+    }
+    assert max(differences["invact"]) < 0.05 * spread
+    assert min(differences["one bit"]) > 50 * max(differences["invact"])
