@@ -1,0 +1,258 @@
+"""One model, stock against patched: bytes by an independent count, outputs, gradients, and all undone by unpatch."""
+
+from __future__ import annotations
+
+import gc
+import random
+import traceback
+import weakref
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import invact
+
+BYTES_WITHIN = 0.01
+OUTPUTS_WITHIN = 1e-5
+GRADIENTS_WITHIN = 1e-4
+SEED = 0
+
+
+class CannotRunError(Exception):
+    """The stock model itself gives nothing to compare."""
+
+
+class Stock:
+    """A model in training mode with its inputs, as it stood before patching.
+
+    Every run starts from the same random states and the same buffers, since batch norm and its kin change theirs.
+    """
+
+    def __init__(self, model: nn.Module, inputs):
+        self.model = model.train()
+        self.inputs = inputs
+        self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def reset(self) -> None:
+        torch.manual_seed(SEED)
+        random.seed(SEED)
+        numpy.random.seed(SEED)
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                if name in self.buffers and buffer.shape == self.buffers[name].shape:
+                    buffer.copy_(self.buffers[name])
+
+    def forward(self):
+        self.reset()
+        return self.model(**self.inputs) if isinstance(self.inputs, dict) else self.model(*self.inputs)
+
+    def run(self) -> Run:
+        """One forward and backward for a fixed smooth loss, and what was kept in between."""
+        self.model.zero_grad(set_to_none=True)
+        with Count(self.model) as count:
+            output = self.forward()
+        kept = count.nbytes()
+        outputs = differentiable(output)
+        if not outputs:
+            raise CannotRunError("no output needs a gradient")
+        sum(smooth_loss(t) for t in outputs).backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not gradients:
+            raise CannotRunError("no parameter gets a gradient")
+        self.model.zero_grad(set_to_none=True)
+        return Run(vector(outputs), vector(gradients), kept)
+
+
+@dataclass
+class Run:
+    """All outputs as one vector, all parameters' gradients as one, and the bytes kept for backward."""
+
+    output: torch.Tensor
+    gradient: torch.Tensor
+    kept: int
+
+
+class Count:
+    """Bytes of the storages that a forward inside it keeps for backward, parameters and buffers left out.
+
+    Written apart from invact's ledger: it hooks no module and tells storages by their address.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._packed: list[weakref.ref[_Packed]] = []
+        self._hooks = saved_tensors_hooks(self._pack, lambda box: box.tensor)
+
+    def __enter__(self) -> Count:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: torch.Tensor) -> _Packed:
+        box = _Packed(tensor.detach())
+        self._packed.append(weakref.ref(box))
+        return box
+
+    def nbytes(self) -> int:
+        gc.collect()  # what belongs to no output's graph can never be run backward
+        boxes = filter(None, (reference() for reference in self._packed))
+        storages = [part.untyped_storage() for box in boxes for part in _dense(box.tensor)]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        own = {t.untyped_storage().data_ptr() for t in [*self._model.parameters(), *self._model.buffers()]}
+        return sum(nbytes for address, nbytes in sizes.items() if address not in own)
+
+
+class _Packed:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def _dense(tensor: torch.Tensor) -> list[torch.Tensor]:
+    if tensor.layout is torch.strided:
+        return [tensor]
+    return [tensor._indices(), tensor._values()] if tensor.layout is torch.sparse_coo else []
+
+
+def differentiable(output) -> list[torch.Tensor]:
+    """The finite parts of the tensors in a model's output that lead back to parameters; no caches, no lone numbers."""
+    if isinstance(output, torch.Tensor):
+        if not (output.is_floating_point() and output.requires_grad and output.numel() > 1):
+            return []  # a lone number, such as CLIP's scale, would outweigh all others
+        finite = output.detach().isfinite()
+        return [output if finite.all() else output[finite]]
+    if isinstance(output, dict):
+        output = [value for key, value in output.items() if "cache" not in key and "past" not in key]
+    if isinstance(output, (tuple, list)):
+        return [t for item in output for t in differentiable(item)]
+    return []
+
+
+def smooth_loss(output: torch.Tensor) -> torch.Tensor:
+    """Sees every element, of normalised features too, whose squares always sum to the same."""
+    weights = torch.arange(output.numel(), dtype=output.dtype).cos().view(output.shape)
+    return output.square().mean() + (output * weights).mean()
+
+
+def vector(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.detach().to_dense().flatten().double() for t in tensors])
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def awaken(model: nn.Module) -> None:
+    """Gives every linear layer an output of unit size for an input of unit size, and layer scales a say.
+
+    Fresh transformers are initialised so small that no activation comes near its minimum, the hard place.
+    """
+    with torch.no_grad():
+        for layer in model.modules():
+            weight = getattr(layer, "weight", None)
+            if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(layer, nn.Embedding):
+                fan_in = weight.shape[0] if type(layer).__name__ == "Conv1D" else weight.shape[1]
+                gain = float(weight.std()) * fan_in**0.5 if weight.numel() > 1 else 0.0
+                if 0 < gain < 1:
+                    weight.div_(gain)
+        for parameter in model.parameters():  # layer scales
+            if parameter.numel() and parameter.min() == parameter.max() and 0 < abs(float(parameter.max())) < 0.1:
+                parameter.fill_(0.5)
+
+
+def check(model: nn.Module, inputs) -> dict:
+    """What patching `model` did, and in `failures` which promise it broke.
+
+    Raises:
+        CannotRunError: stock fails, or differs from itself.
+    """
+    stock = Stock(model, inputs)
+    before = first_run(stock)
+    try:
+        stock.reset()
+        report = invact.patch(model, inputs)
+        patched = stock.run()
+        restored = invact.unpatch(model)
+    except Exception:
+        check_deterministic(before, stock.run())
+        return {"failures": ["it fails once patched, or in planning"], "traceback": traceback.format_exc()}
+    undone = stock.run()
+    if not same(undone, before):
+        check_deterministic(undone, stock.run())
+
+    found = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "sites": len(report.sites),
+        "inverted": len(report.inverted),
+        "curves": sorted({site.activation for site in report.sites}),
+        "bytes_before": report.bytes_before + report.weight_cast_bytes,
+        "bytes_after": report.bytes_after + report.weight_cast_bytes,
+        "kept_before": before.kept,
+        "kept_after": patched.kept,
+        "output_error": relative_error(patched.output, before.output),
+        "gradient_error": relative_error(patched.gradient, before.gradient),
+        "restored": restored,
+        "bitwise_after_unpatch": same(undone, before),
+        "notes": report.notes,
+    }
+    return {**found, "failures": failures(found)}
+
+
+def first_run(stock: Stock) -> Run:
+    try:
+        run = stock.run()
+    except CannotRunError:
+        raise
+    except Exception as error:
+        raise CannotRunError(f"{type(error).__name__}: {str(error).strip()[:300]}") from error
+    if not run.gradient.isfinite().all():
+        raise CannotRunError("its own gradients are not finite")
+    return run
+
+
+def same(one: Run, other: Run) -> bool:
+    return torch.equal(one.output, other.output) and torch.equal(one.gradient, other.gradient)
+
+
+def check_deterministic(one: Run, other: Run) -> None:
+    """Raises CannotRunError if two runs of stock differ."""
+    if not same(one, other):
+        apart = relative_error(one.gradient, other.gradient)
+        raise CannotRunError(f"it is not deterministic: gradients {apart:.1e} apart")
+
+
+def failures(found: dict) -> list[str]:
+    """Which promises a patched model broke, each with its figure."""
+    broken = []
+    for when in ("before", "after"):
+        said, counted = found[f"bytes_{when}"], found[f"kept_{when}"]
+        if abs(said - counted) > BYTES_WITHIN * max(counted, 1):
+            broken.append(f"bytes {when}: {said} said, {counted} counted ({said / max(counted, 1) - 1:+.1%})")
+    if found["kept_after"] > found["kept_before"]:
+        broken.append(f"it costs {found['kept_after'] - found['kept_before']} bytes")
+    if not found["output_error"] <= OUTPUTS_WITHIN:
+        broken.append(f"outputs are {found['output_error']:.1e} off")
+    if not found["gradient_error"] <= GRADIENTS_WITHIN:
+        broken.append(f"gradients are {found['gradient_error']:.1e} off")
+    if found["restored"] != found["inverted"]:
+        broken.append(f"{found['restored']} sites restored of {found['inverted']}")
+    if not found["bitwise_after_unpatch"]:
+        broken.append("unpatch does not give back bitwise the same")
+    return broken
+
+
+def first_example(inputs):
+    """The first example of a batch, as invact cuts it where it has to run the model for real."""
+    values = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
+    batch = next(len(value) for value in values if isinstance(value, torch.Tensor))
+
+    def cut(value):
+        return value[:1] if isinstance(value, torch.Tensor) and value.dim() and len(value) == batch else value
+
+    return {name: cut(value) for name, value in inputs.items()} if isinstance(inputs, dict) else tuple(map(cut, inputs))
