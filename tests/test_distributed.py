@@ -173,9 +173,18 @@ def test_data_parallel_training_gets_the_gradients_of_one_process(two_processes,
 # --- fully sharded ------------------------------------------------------------------------------------
 
 
-def fully_sharded(rank, patch_first, checkpointed, mixed):
+def shard(model, policy):
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if isinstance(module, Feed):
+            fully_shard(module, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def fully_sharded(rank, checkpointed, mixed):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     model, batches = model_and_batches()
     expected = gradients_of_one_process(model, batches)
@@ -183,14 +192,8 @@ def fully_sharded(rank, patch_first, checkpointed, mixed):
     policy = policy if mixed else MixedPrecisionPolicy()
     if checkpointed:
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Feed))
-    if patch_first:
-        assert_inverted(invact.patch(model, (batches[rank],)))
-    for module in model.modules():
-        if isinstance(module, Feed):
-            fully_shard(module, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    if not patch_first:
-        assert_inverted(invact.patch(model, (batches[rank],)))
+    assert_inverted(invact.patch(model, (batches[rank],), autocast=torch.bfloat16 if mixed else None))
+    shard(model, policy)
     for _ in range(2):
         model.zero_grad()
         loss_of(model(batches[rank])).backward()
@@ -203,9 +206,24 @@ def fully_sharded(rank, patch_first, checkpointed, mixed):
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("patch_first", [True, False], ids=["patched, then sharded", "sharded, then patched"])
-def test_fully_sharded_training_gets_the_gradients_of_one_process(two_processes, patch_first, checkpointed, mixed):
-    two_processes(fully_sharded, patch_first=patch_first, checkpointed=checkpointed, mixed=mixed)
+def test_patched_then_fully_sharded_training_gets_the_gradients_of_one_process(two_processes, checkpointed, mixed):
+    two_processes(fully_sharded, checkpointed=checkpointed, mixed=mixed)
+
+
+def sharded_first(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model, batches = model_and_batches()
+    expected = gradients_of_one_process(model, batches)
+    shard(model, MixedPrecisionPolicy())
+    with pytest.raises(ValueError, match="already sharded by FSDP"):
+        invact.patch(model, (batches[rank],))
+    loss_of(model(batches[rank])).backward()
+    assert_gradients(model, expected)
+
+
+def test_a_model_that_is_already_sharded_is_refused_and_trains_on(two_processes):
+    two_processes(sharded_first)
 
 
 # --- tensor parallel ----------------------------------------------------------------------------------

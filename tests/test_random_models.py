@@ -1,4 +1,4 @@
-"""Models that hypothesis makes up: whatever is in them, patching changes neither results nor gradients, and never costs."""
+"""Models that hypothesis makes up: patching changes neither their results nor their gradients, and never costs."""
 
 import copy
 import weakref
@@ -138,8 +138,8 @@ class Graph(nn.Module):
     """Runs steps one after another, each on one of the last values or two; returns what no step has taken.
 
     Args:
-        steps: (name, first, second, shared): an entry of LAYERS, OF_ONE or OF_TWO, how many values back the operands are,
-            and whether a layer of that name, if there is one already, is used again.
+        steps: (name, first, second, shared): an entry of LAYERS, OF_ONE or OF_TWO, how many values back the operands
+            are, and whether a layer of that name, if there is one already, is used again.
     """
 
     def __init__(self, steps, images):
