@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from invact import functional, nn
-    from invact.callback import InvActCallback
+    from invact.callback import InvActCallback as InvActCallback
     from invact.patching import patch, patched, unpatch
     from invact.planning import plan
     from invact.probing import activation_memory

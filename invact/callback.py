@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from invact.arguments import Inputs
 from invact.during_training import PatchedDuringTraining, peak_figures
-from invact.probing import Inputs
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -216,7 +216,7 @@ def _dry_run(
         _fail(f"{name} does not run with {given}: {error}. Leave it out for the model's own size.")
     import torch
 
-    from invact.probing import Setting
+    from invact.simulation import Setting
 
     setting = Setting(torch.device("cuda"), autocast_dtype, attention)
     fit = page = None
@@ -301,7 +301,7 @@ def _trained(
         import torch
 
         from invact import patchers
-        from invact.probing import Setting
+        from invact.simulation import Setting
         from invact.trial import COMPILED_WAYS, WAYS, train_in_ways
         from invact.trial_data import DataError
         from invact.trial_task import NotTrainableError, make_task

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from invact.arguments import Inputs
 from invact.patching import patched
-from invact.probing import Inputs
 from invact.report import Report
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from invact.arguments import Inputs
 from invact.checkpointing import can_checkpoint, checkpointed
 from invact.planning import decide
-from invact.probing import Inputs, Observation, Setting, observe
+from invact.probing import Observation, observe
 from invact.report import format_bytes
+from invact.simulation import Setting
 
 STATES = {"adamw": 2, "momentum": 1, "sgd": 0}
 """How many tensors an optimiser keeps of the size and dtype of every parameter."""

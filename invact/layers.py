@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from invact.arguments import Inputs
 from invact.planning import Decided
-from invact.probing import Inputs, Setting, observe
+from invact.probing import observe
+from invact.simulation import Setting
 
 
 @dataclass

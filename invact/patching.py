@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from invact.arguments import Inputs
 from invact.planning import decide
-from invact.probing import Inputs
 from invact.report import Report
 from invact.swapping import Swaps, swaps_in
 

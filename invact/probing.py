@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import logging
 import random
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from invact.arguments import Inputs, check_autocast, check_inputs, check_model, device_of
 from invact.expressions import Runner, Written, install, uninstall
 from invact.ledger import Entry, Key, Ledger, Memory, module_hooks, storage_sizes
 from invact.patchers import as_on_real_tensors
+from invact.simulation import (
+    AsOnGpu,
+    SameDtypes,
+    Setting,
+    autocast_as_set,
+    checkpoints_counted,
+    fake_tensor_log_silent,
+    stand_in,
+)
 from invact.walking import Found
-
-Inputs = tuple[Any, ...] | dict[str, Any]
 
 # A probe swaps a model's parameters for fake ones and back: one at a time in a process.
 _ONE_AT_A_TIME = threading.RLock()
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a probe simulates: `autocast` is a dtype or None, `attention` is "fused" or "math"."""
-
-    device: torch.device
-    autocast: torch.dtype | None = None
-    attention: str = "fused"
 
 
 @dataclass(frozen=True)
@@ -160,12 +152,12 @@ def _observe_fake(
     watch: Sequence[Found],
     checkpointing: bool,
 ) -> Observation:
-    device = _stand_in(setting.device)
+    device = stand_in(setting.device)
     with as_on_real_tensors(inputs), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         weights = {name: _fake(mode, tensor, device) for name, tensor in _weights(model).items()}
         fake_inputs = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device), inputs)
-        as_on_gpu = _AsOnGpu(setting) if setting.device.type == "cuda" else nullcontext()
-        with as_on_gpu, _SameDtypes(), _fake_tensor_log_silent():
+        as_on_gpu = AsOnGpu(setting) if setting.device.type == "cuda" else nullcontext()
+        with as_on_gpu, SameDtypes(), fake_tensor_log_silent():
             found = _observe(model, weights, fake_inputs, setting, watch, checkpointing)
     if device.type != setting.device.type and setting.autocast is not None:
         found.notes.append(
@@ -207,8 +199,8 @@ def _observe(
         stack.enter_context(_as_it_was(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
-        stack.enter_context(_checkpoints_counted(checkpoints, run_them=checkpointing))
-        stack.enter_context(_autocast(setting))
+        stack.enter_context(checkpoints_counted(checkpoints, run_them=checkpointing))
+        stack.enter_context(autocast_as_set(setting))
         if not model.training:
             model.train()
         stack.enter_context(_recorded(model, watch, ledger, calls, dropouts))
@@ -348,58 +340,6 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
 
 
-# --- arguments --------------------------------------------------------------------------------------
-
-
-def check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"invact needs a torch.nn.Module, but got {type(model).__name__}. "
-            "Pass the model itself, for example `trainer.model`."
-        )
-    check_not_sharded(model)
-
-
-def check_not_sharded(model: nn.Module) -> None:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
-    if any(isinstance(module, kinds) for module in model.modules()):
-        raise ValueError(
-            "This model is already sharded by FSDP, whose own hooks can not run in a trial forward pass. "
-            "Patch it first and shard it afterwards: the inverted activations stay."
-        )
-
-
-def check_inputs(inputs: Any) -> None:
-    if not isinstance(inputs, (tuple, dict)):
-        raise TypeError(
-            f"example_inputs is a {type(inputs).__name__}, but it must say how the model is called. Pass a tuple of "
-            "positional arguments, such as `(x,)`, or a dict of keyword arguments, such as `dict(input_ids=...)`."
-        )
-    for tensor in tree_leaves(inputs):
-        if isinstance(tensor, Tensor) and tensor.is_complex():
-            raise TypeError(
-                "example_inputs holds a complex tensor, and a pointwise activation of complex numbers is not "
-                "invertible by one bit. Pass inputs of a real floating dtype."
-            )
-
-
-def check_autocast(autocast: Any) -> None:
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"autocast is {autocast!r}, but torch.autocast trains in one of two dtypes. "
-            "Pass torch.bfloat16, torch.float16 or None."
-        )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model is; a model on meta is planned for a GPU."""
-    tensor = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
-    return torch.device("cuda") if tensor.is_meta else tensor.device
-
-
 # --- the model, untouched -----------------------------------------------------------------------------
 
 
@@ -453,183 +393,3 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             for value, copied in contents:
                 value.clear()
                 value.extend(copied) if isinstance(value, list) else value.update(copied)
-
-
-# --- the circumstances of training --------------------------------------------------------------------
-
-
-@contextmanager
-def _autocast(setting: Setting) -> Iterator[None]:
-    """torch.autocast, which switches itself off where the device it is for is missing; this does not."""
-    if setting.autocast is None:
-        yield
-        return
-    device = _stand_in(setting.device).type
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, True)
-    torch.set_autocast_dtype(device, setting.autocast)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device, enabled)
-        torch.set_autocast_dtype(device, dtype)
-
-
-def _stand_in(device: torch.device) -> torch.device:
-    """The device of the fake tensors that stand for those on `device`.
-
-    Before PyTorch 2.15 (seen in 2.6, 2.9 and the CPU build of 2.13; those between were not tried) autograd on
-    fake CUDA tensors ends the process where there is no GPU: there fake CPU tensors take their place.
-    """
-    if device.type != "cuda" or torch.cuda.is_available():
-        return device
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return device if torch.version.cuda is not None and release >= (2, 15) else torch.device("cpu")
-
-
-class _AsOnGpu(TorchFunctionMode):
-    """Makes fake tensors keep what the kernels of a real GPU keep.
-
-    Without it PyTorch, which finds no GPU to ask, falls to an attention that keeps the N x N matrix; and on CPU
-    tensors dropout keeps its mask in the dtype of its input, not as one byte per element.
-    """
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__()
-        self._fused = setting.attention == "fused"
-        self._on_cpu = _stand_in(setting.device).type == "cpu"
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._on_cpu and func is F.dropout:
-            return _dropout(*args, **kwargs)
-        if self._fused and func is _STOCK_ATTENTION:
-            return _attention(*args, **kwargs)
-        if self._fused and func is F.multi_head_attention_forward:
-            # Inside it this mode is off, so its attention is put in by name.
-            F.scaled_dot_product_attention = _attention
-            try:
-                return func(*args, **kwargs)
-            finally:
-                F.scaled_dot_product_attention = _STOCK_ATTENTION
-        return func(*args, **kwargs)
-
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
-
-
-_STOCK_ATTENTION = F.scaled_dot_product_attention
-
-
-def _attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    # The fused kernels take (batch, heads, length, width) only. Real tensors are another thread's.
-    if isinstance(query, FakeTensor) and query.dim() == 4:
-        return _fused_attention(query, *args, **kwargs)
-    return _STOCK_ATTENTION(query, *args, **kwargs)
-
-
-def _fused_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    head_dim = value.shape[-1]
-    out: Tensor
-    # The kernels read 16 bytes at a time, so PyTorch pads heads of other widths first.
-    query, key, value = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (query, key, value))
-    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
-        out = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]
-    else:
-        if enable_gqa:
-            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-        bias = None if attn_mask is None else _additive(attn_mask, query, key)
-        out = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, True, dropout_p, is_causal, scale=scale
-        )[0]
-    return out[..., :head_dim]
-
-
-def _additive(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    if mask.dtype is torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-
-
-class _SameDtypes(TorchDispatchMode):
-    """Matrix products of mixed dtypes fail, as they do on real tensors; on fake ones PyTorch lets them pass."""
-
-    _products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.overloadpacket in self._products:
-            # addmm(bias, a, b) has its factors last, convolution(x, weight, bias) first.
-            tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            factors = tensors[:2] if func.overloadpacket is torch.ops.aten.convolution else tensors[-2:]
-            if len({factor.dtype for factor in factors}) > 1:
-                raise RuntimeError(f"the factors of {func} have different dtypes: {[f.dtype for f in factors]}")
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _fake_tensor_log_silent() -> Iterator[None]:
-    """PyTorch logs a failing operation with its traceback; the error itself is enough."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = disabled
-
-
-@contextmanager
-def _checkpoints_counted(count: list[int], *, run_them: bool) -> Iterator[None]:
-    """Counts the regions under torch.utils.checkpoint; runs them as ordinary code unless `run_them`."""
-    reentrant = torch_checkpoint.CheckpointFunction
-    # The generator's name differs between releases of PyTorch; `checkpoint` looks it up here at each call.
-    generators = {
-        name: getattr(torch_checkpoint, name)
-        for name in (
-            "_checkpoint_without_reentrant_generator",
-            "_checkpoint_without_reentrant_generator_impl",
-        )
-        if hasattr(torch_checkpoint, name)
-    }
-
-    def counted_function(function: Any, preserve: bool, *args: Any) -> Any:
-        count[0] += 1
-        return reentrant.apply(function, preserve, *args) if run_them else function(*args)
-
-    def counted(generator: Any) -> Any:
-        def region(*args: Any, **kwargs: Any) -> Iterator[None]:
-            count[0] += 1
-            if run_them:
-                yield from generator(*args, **kwargs)
-            else:
-                yield
-
-        return region
-
-    torch_checkpoint.CheckpointFunction = SimpleNamespace(apply=counted_function)  # type: ignore[misc, assignment]
-    for name, generator in generators.items():
-        setattr(torch_checkpoint, name, counted(generator))
-    try:
-        yield
-    finally:
-        torch_checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
-        for name, generator in generators.items():
-            setattr(torch_checkpoint, name, generator)

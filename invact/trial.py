@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
+from invact.arguments import Inputs
 from invact.checkpointing import can_checkpoint, enable_checkpointing
 from invact.fitting_batch import needs
 from invact.layers import memory_by_layer
 from invact.ledger import Key, Ledger, storage_sizes
 from invact.patching import patch
 from invact.planning import decide
-from invact.probing import Inputs, Setting
+from invact.simulation import Setting
 from invact.trial_data import DataError
 from invact.trial_result import BASELINE, Run, Trial
 from invact.trial_task import Batch, NotTrainableError, Task

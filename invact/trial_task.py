@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from invact import patchers
-from invact.probing import Inputs
+from invact.arguments import Inputs
 from invact.trial_data import DataError, Images, Text, load_images, load_text, resized
 
 DEFAULT_TOKENS = 128

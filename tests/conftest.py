@@ -1,5 +1,10 @@
 """What the tests measure with: an independent count of what autograd keeps, and all gradients as one vector."""
 
+import os
+
+# One thread per worker, before torch starts its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks

@@ -10,10 +10,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from invact import patchers
+from invact.arguments import device_of
 from invact.checkpointing import checkpointed
 from invact.cli import _memory_bytes, app
 from invact.fitting_batch import Fit, Need, _region_bytes, needs, resident_bytes
-from invact.probing import Setting, device_of, observe
+from invact.probing import observe
+from invact.simulation import Setting
 
 GIB = 2**30
 

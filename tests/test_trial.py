@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from invact.cli import app
 from invact.functional import invert
-from invact.probing import Setting
+from invact.simulation import Setting
 from invact.trial import COMPILED_WAYS, WAYS, train_in_ways
 from invact.trial_result import Trial
 from invact.trial_task import Batch, Task, make_task
