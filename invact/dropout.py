@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from invact.functional import InvertedGradient
+from invact.functional import InvertedGradient, invert
 from invact.kernels import CURVES, dispatch, pytorch
 
 _ORIGIN = "_invact_origin"
@@ -38,6 +39,8 @@ def announced(x: Tensor, curve: str) -> Tensor:
         RuntimeError: in backward, where something besides `dropped` has taken y.
     """
     y: Tensor
+    if type(x) is not Tensor and is_traceable_wrapper_subclass(x):  # such as a DTensor
+        return invert(x, CURVES[curve])
     if torch.compiler.is_compiling():  # the compiled graph decides by itself what it keeps
         y = CURVES[curve].f(x)
         return y

@@ -19,10 +19,12 @@ With ``inplace=True`` y takes the place of x, as in the stock function, and is k
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from invact.kernels import CURVES, Curve, dispatch
 
@@ -102,6 +104,8 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
             f"{curve.name} was given a tensor of {x.dtype}: an activation and its gradient need a floating type. "
             "Convert it first, for example with x.float()."
         )
+    if type(x) is not Tensor and is_traceable_wrapper_subclass(x):
+        return _of_parts(x, curve)
     y: Tensor
     if not (torch.is_grad_enabled() and x.requires_grad):
         y = curve.f(x)
@@ -111,6 +115,21 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
         y = Inverted.apply(x, curve)[0]
     # After InvertedInPlace they are the same; while torch.compile traces, the copy makes x another name of y.
     return x.copy_(y) if inplace and y is not x else y
+
+
+def _of_parts(x: Tensor, curve: Curve) -> Tensor:
+    """The curve of a tensor that wraps others: of a DTensor the curve of each shard, of any other the stock one."""
+    sharding = sys.modules.get("torch.distributed.tensor")
+    if sharding is None or not isinstance(x, sharding.DTensor):
+        stock: Tensor = curve.f(x)
+        return stock
+    # A sum that is still to be taken must be taken before the curve.
+    placements = [sharding.Replicate() if placed.is_partial() else placed for placed in x.placements]
+    local = x.redistribute(placements=placements).to_local()
+    y: Tensor = sharding.DTensor.from_local(
+        invert(local, curve), x.device_mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
+    return y
 
 
 class Inverted(torch.autograd.Function):

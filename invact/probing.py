@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from invact.arguments import Inputs, check_autocast, check_inputs, check_model, device_of
 from invact.expressions import Runner, Written, install, uninstall
-from invact.ledger import Entry, Key, Ledger, Memory, module_hooks, storage_sizes
+from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, module_hooks, storage_sizes
 from invact.patchers import as_on_real_tensors
 from invact.simulation import (
     AsOnGpu,
@@ -207,7 +207,7 @@ def _observe(
         with ledger:
             output = torch.func.functional_call(model, weights, args, kwargs)
         entries = ledger.entries()
-        consumers = _consumers(output) if any(call.dropped for call in calls) else Counter()
+        consumers = _consumers(output) if any(call.drop for call in calls) else Counter()
         found = Observation(
             entries=entries,
             memory=ledger.memory(),
@@ -231,25 +231,33 @@ class _OpenCall:
     needs_grad: bool = False
     version: int = 0
     in_place: bool = False
-    dropped: Dropped | None = None
+    drop: tuple[str, Tensor, int] | None = None  # the path of the dropout, what it gave, and the version of that
 
     def closed(self, consumers: Counter[int]) -> Call:
         """The call as it turned out; `consumers` counts the operations that a gradient reaches it from."""
         if self.x is None or self.y is None:
             return Call(self.path, self.simple, False, 0, 0, False, 0, False, False, None)
         ((key, nbytes),) = storage_sizes(self.y).items()
+        numel = sum(part.numel() for part in dense_parts(self.x))  # of a DTensor, what is here
         return Call(
             path=self.path,
             simple=self.simple,
             needs_grad=self.needs_grad,
             y_key=key,
-            y_nbytes=nbytes if self.in_place else self.x.numel() * self.x.element_size(),
+            y_nbytes=nbytes if self.in_place else numel * self.x.element_size(),
             y_cast=self.x.dtype is not self.y.dtype,
-            side_nbytes=(self.x.numel() + 7) // 8,
+            side_nbytes=(numel + 7) // 8,
             changed_later=self.y._version != self.version,
             in_place=self.in_place,
-            dropped=self.dropped if consumers[id(self)] == 1 else None,
+            dropped=self._dropped() if consumers[id(self)] == 1 else None,
         )
+
+    def _dropped(self) -> Dropped | None:
+        if self.drop is None:
+            return None
+        path, z, version = self.drop
+        ((key, nbytes),) = storage_sizes(z).items()
+        return Dropped(path, key, nbytes) if z._version == version else None
 
 
 @contextmanager
@@ -266,8 +274,7 @@ def _recorded(
             dropouts[path] += 1
             call = getattr(args[0], _CALL, None) if args else None
             if call is not None and output is not args[0]:
-                ((key, nbytes),) = storage_sizes(output).items()
-                call.dropped = Dropped(path, key, nbytes)
+                call.drop = (path, output.detach(), output._version)
 
     def runner(site: Found) -> Runner:
         def run(module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

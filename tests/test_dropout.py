@@ -95,6 +95,15 @@ def test_a_dropout_that_others_use_as_well_is_not_fused():
     assert site.action == "keep"
 
 
+def test_a_dropout_whose_output_is_changed_in_place_is_not_fused(run_backward):
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Dropout(0.3), nn.SiLU(inplace=True))
+    x = torch.randn(4, 16)
+    gradient = run_backward(model, (x,))[1]
+    invact.patch(model, (x,))
+    assert type(model[2]) is nn.Dropout
+    assert (run_backward(model, (x,))[1] - gradient).norm() < 1e-4 * gradient.norm()
+
+
 def test_another_use_of_the_output_than_the_one_planned_with_is_an_error_and_no_wrong_gradient():
     class Changes(nn.Module):
         def __init__(self):
