@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -22,19 +21,6 @@ KEPT_BY_OUTPUT: dict[str, Callable[[Tensor], Tensor]] = {
 # its tanh form, differ by 4.7e-4.
 _TOLERANCE = 2e-6
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 _EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 
 
@@ -80,9 +66,7 @@ def _is_stateless_leaf(module: nn.Module) -> bool:
 
 def _copy_without_hooks(module: nn.Module) -> nn.Module:
     bare = copy.copy(module)
-    for name in _HOOKS:
-        if name in bare.__dict__:
-            bare.__dict__[name] = OrderedDict()
+    bare.__dict__.update({name: none for name, none in nn.Module().__dict__.items() if "hook" in name})
     return copy.deepcopy(bare)
 
 
