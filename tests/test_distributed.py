@@ -173,6 +173,11 @@ def test_data_parallel_training_gets_the_gradients_of_one_process(two_processes,
 # --- fully sharded ------------------------------------------------------------------------------------
 
 
+fsdp_on_this_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this PyTorch runs on GPUs alone"
+)
+
+
 def shard(model, policy):
     from torch.distributed.fsdp import fully_shard
 
@@ -204,6 +209,7 @@ def fully_sharded(rank, checkpointed, mixed):
     assert_gradients(model, expected, tolerance=3e-2 if mixed else 1e-5)
 
 
+@fsdp_on_this_cpu
 @pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 def test_patched_then_fully_sharded_training_gets_the_gradients_of_one_process(two_processes, checkpointed, mixed):
@@ -222,6 +228,7 @@ def sharded_first(rank):
     assert_gradients(model, expected)
 
 
+@fsdp_on_this_cpu
 def test_a_model_that_is_already_sharded_is_refused_and_trains_on(two_processes):
     two_processes(sharded_first)
 

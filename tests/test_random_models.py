@@ -167,7 +167,8 @@ class Graph(nn.Module):
         return tuple(value for index, value in enumerate(values) if index not in taken)
 
 
-names = st.sampled_from([*LAYERS, *OF_ONE, *OF_TWO])
+# Linear layers and convolutions keep what activations give: more of them, more sites that pay.
+names = st.sampled_from([*LAYERS, *OF_ONE, *OF_TWO, *["linear", "conv"] * 4])
 back = st.sampled_from([0, 0, 0, 1, 2])
 graphs = st.tuples(
     st.lists(st.tuples(names, back, back, st.booleans()), min_size=2, max_size=12),

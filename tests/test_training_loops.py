@@ -380,6 +380,7 @@ def test_compiled_by_inductor_under_autocast_a_transformer_keeps_its_saving():
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("patch_first", [False, True], ids=["adapted, then patched", "patched, then adapted"])
 def test_lora_on_frozen_layers(dropout, patch_first, count_kept):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     x = rows()
@@ -405,6 +406,7 @@ def test_lora_on_frozen_layers(dropout, patch_first, count_kept):
 
 
 def test_merging_lora_into_a_patched_model():
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     x, base = rows(), Stack()
@@ -419,6 +421,7 @@ def test_merging_lora_into_a_patched_model():
 @pytest.fixture
 def accelerator_of():
     """Accelerators of other settings one after another: accelerate keeps those of the first for the process."""
+    pytest.importorskip("accelerate")
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -719,6 +722,14 @@ def test_a_patched_model_goes_to_meta_and_comes_back_and_is_told_there_as_shapes
     patched.zero_grad()
     for model in (stock, patched):
         train_once(model, x)
+    assert_same_gradients(patched, stock)
+
+
+def test_jagged_nested_tensors_run_the_stock_activation_in_a_patched_model():
+    stock, patched, _ = stock_and_patched(OneModule(), rows(), sites=1)
+    parts = [torch.randn(3, WIDTH), torch.randn(5, WIDTH)]
+    for model in (stock, patched):
+        model(torch.nested.nested_tensor(parts, layout=torch.jagged)).values().square().sum().backward()
     assert_same_gradients(patched, stock)
 
 
