@@ -1,6 +1,6 @@
 """Patches a small configuration of every model class of the three libraries and holds invact to its promises.
 
-python tests/sweep [--library transformers|timm|open_clip] [--match GLOB] [--resume] [--table docs/models.md]
+python tests/sweep [--library transformers|timm|open_clip] [--match GLOB ...] [--resume] [--table docs/models.md]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
             (library, name)
             for library in ([arguments.library] if arguments.library else LIBRARIES)
             for name in import_module(f"{library}_models").names()
-            if fnmatchcase(name, arguments.match) and f"{library}:{name}" not in settled
+            if any(fnmatchcase(name, glob) for glob in arguments.match) and f"{library}:{name}" not in settled
         ]
         with Child(arguments.timeout) as child, arguments.results.open("a") as results:
             for number, (library, name) in enumerate(work, 1):
@@ -47,7 +47,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES)
-    parser.add_argument("--match", default="*", help="glob over names such as bert/BertModel or convnext/convnext_atto")
+    parser.add_argument("--match", nargs="+", default=["*"], help="globs over names such as bert/BertModel")
     parser.add_argument("--resume", action="store_true", help="leave out what the results already hold")
     parser.add_argument("--retry", action="store_true", help="with --resume: run again what did not pass")
     parser.add_argument("--results", type=Path, default=Path("sweep.jsonl"), help="one JSON line for each class")

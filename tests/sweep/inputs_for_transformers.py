@@ -11,6 +11,8 @@ from invact import patchers
 
 BATCH = 2
 SEQUENCE = 32  # tokens
+FRAMES = 64  # of a spectrogram
+VOCABULARY = 1024
 SAMPLES = 8000  # of raw sound: half a second at 16 kHz
 
 
@@ -101,4 +103,186 @@ def text_without_cache(model):
     return {**text_only(model), "use_cache": False}
 
 
-input_makers = [from_patcher, with_images, text_only, text_without_cache]
+# --- sound --------------------------------------------------------------------------------------------
+
+
+def with_sound(model):
+    """A spectrogram in the first form that the model takes, with text for its decoder."""
+    bins = next(
+        fields[name]
+        for part in [model.config, *_parts(model.config)]
+        for fields in [vars(part)]
+        for name in ("num_mel_bins", "feature_size", "input_dim", "mel_bins", "n_mels", "input_feat_per_channel")
+        if isinstance(fields.get(name), int)
+    )
+    text = text_only(model) if "input_ids" in inspect.signature(model.forward).parameters else _decoder_text(model)
+    for shape in [(BATCH, FRAMES, bins), (BATCH, bins, FRAMES)]:
+        inputs = {**text, model.main_input_name: waves(shape, torch.float32, "cpu")}
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except Exception:  # the other way round
+            continue
+        return inputs
+    raise ValueError("no form of sound that we know fits")
+
+
+def _parts(config) -> list:
+    return [value for value in vars(config).values() if hasattr(value, "to_dict")]
+
+
+def _decoder_text(model) -> dict[str, torch.Tensor]:
+    if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"decoder_input_ids": _text(model)["input_ids"]}
+
+
+# --- what single architectures ask for ----------------------------------------------------------------
+
+
+def _values(*shape: int) -> torch.Tensor:
+    return waves((BATCH, *shape), torch.float32, "cpu")
+
+
+def _image(model, *, frames: tuple[int, ...] = (), side: int | None = None) -> torch.Tensor:
+    vision = getattr(model.config, "vision_config", None) or model.config
+    side = side or vision.image_size
+    return _values(*frames, getattr(vision, "num_channels", 3), side, side)
+
+
+def _boxes(model):
+    boxes = torch.tensor([10, 20, 30, 40]).expand(BATCH, SEQUENCE, 4)
+    return {**_text(model), "bbox": boxes}
+
+
+def _float_boxes(model):
+    return {**_text(model), "bbox": _values(SEQUENCE, 8)}
+
+
+def _characters(model):
+    return {"input_ids": 97 + torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % 26}
+
+
+def _queried_image(model):
+    """BLIP-2 and its kin: as many image tokens as queries, and a question for the Q-Former."""
+    config = model.config
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    frames = (4,) if "video" in type(model).__name__.lower() else ()
+    token = getattr(config, "video_token_id", None) or getattr(config, "video_token_index", token) if frames else token
+    text = _text(model)
+    count = config.num_query_tokens * (frames[0] if frames else 1)
+    ids = torch.cat([torch.full((BATCH, count), token), text["input_ids"]], dim=1)
+    inputs = {**text, "input_ids": ids, "pixel_values": _image(model, frames=frames)}
+    if "qformer_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["qformer_input_ids"] = token_ids(BATCH, 8, config.qformer_config.vocab_size, "cpu")
+    return inputs
+
+
+def _interleaved_images(model):
+    side = model.config.vision_config.image_size
+    seen = torch.ones(BATCH, SEQUENCE, 1, dtype=torch.long)
+    return {**_text(model), "pixel_values": _values(1, 3, side, side), "image_attention_mask": seen}
+
+
+def _embedded_image(model):
+    """Kosmos-2: the first tokens give way to the image."""
+    mask = torch.zeros(BATCH, SEQUENCE + model.config.latent_query_num, dtype=torch.long)
+    mask[:, 1 : 1 + model.config.latent_query_num] = 1
+    ids = token_ids(BATCH, mask.shape[1], VOCABULARY // 2, "cpu")
+    return {"input_ids": ids, "pixel_values": _image(model), "image_embeds_position_mask": mask}
+
+
+def _regions(model):
+    return {**_text(model), "visual_feats": _values(6, model.config.visual_feat_dim), "visual_pos": _values(6, 4)}
+
+
+def _image_pairs(model):
+    channels = 1 if "LoFTR" in type(model).__name__ else 3
+    return {"pixel_values": _values(2, channels, 96, 96)}
+
+
+def _decoder_codes(model):
+    codes = token_ids(BATCH * 8, model.config.decoder_config.num_channels, 64, "cpu")
+    return {**_text(model), "decoder_input_ids": codes.view(BATCH, 8, -1)}
+
+
+def _trajectory(model):
+    config = model.config
+    return {
+        "states": _values(8, config.state_dim),
+        "actions": _values(8, config.act_dim),
+        "rewards": _values(8, 1),
+        "returns_to_go": _values(8, 1),
+        "timesteps": torch.arange(8).expand(BATCH, 8),
+        "attention_mask": torch.ones(BATCH, 8),
+    }
+
+
+def _time_series(model):
+    config = model.config
+    past = config.context_length + max(config.lags_sequence)
+    features = config.num_time_features
+    return {
+        "past_values": _values(past),
+        "past_time_features": _values(past, features),
+        "past_observed_mask": torch.ones(BATCH, past),
+        "future_values": _values(config.prediction_length),
+        "future_time_features": _values(config.prediction_length, features),
+    }
+
+
+def _channels_over_time(model):
+    config = model.config
+    return {"past_values": _values(config.context_length, config.num_input_channels)}
+
+
+def _waveform(model):
+    """Codecs take sound with a channel."""
+    return {"input_values": _values(1, SAMPLES)}
+
+
+def _prompted_image(model):
+    points = torch.tensor([10.0, 20.0]).expand(BATCH, 1, 1, 2)
+    return {"pixel_values": _image(model), "input_points": points}
+
+
+def _frames(model):
+    return {"pixel_values": _image(model, frames=(getattr(model.config, "num_frames", 4),))}
+
+
+_SPECIAL = {
+    "autoformer": _time_series,
+    "blip-2": _queried_image,
+    "bros": _float_boxes,
+    "canine": _characters,
+    "dac": _waveform,
+    "decision_transformer": _trajectory,
+    "dia": _decoder_codes,
+    "efficientloftr": _image_pairs,
+    "encodec": _waveform,
+    "idefics": _interleaved_images,
+    "informer": _time_series,
+    "instructblip": _queried_image,
+    "instructblipvideo": _queried_image,
+    "kosmos-2": _embedded_image,
+    "layoutlm": _boxes,
+    "layoutlmv3": _boxes,
+    "lightglue": _image_pairs,
+    "lilt": _boxes,
+    "lxmert": _regions,
+    "mimi": _waveform,
+    "patchtsmixer": _channels_over_time,
+    "patchtst": _channels_over_time,
+    "sam": _prompted_image,
+    "superglue": _image_pairs,
+    "time_series_transformer": _time_series,
+    "timesformer": _frames,
+    "videomae": _frames,
+    "vivit": _frames,
+}
+
+
+def input_makers(kind: str) -> list:
+    """What to try in turn for an architecture."""
+    own = [_SPECIAL[kind]] if kind in _SPECIAL else []
+    return [*own, from_patcher, with_images, with_sound, text_only, text_without_cache]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -58,28 +59,27 @@ def _language_model(hub_name: str) -> str:
 
 
 def attempts(name: str) -> Iterator:
-    """The model from its configuration shrunk, then as it is."""
-    import open_clip
-
+    """(what builds the model, what makes its inputs): shrunk, then as it is."""
     from invact import patchers
 
     for shrink in (True, False):
+        yield partial(_built, name, shrink), [partial(patchers.example_inputs, batch_size=2)]
 
-        def build(shrink=shrink):
-            config = open_clip.get_model_config(name)
-            with TemporaryDirectory() as directory:
-                if shrink:
-                    shorten(config)
-                _name_language_model(config, directory)
-                Path(directory, "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-                model = open_clip.create_model(f"local-dir:{directory}", load_weights=False, pretrained_text=False)
-            return model, patchers.example_inputs(model, batch_size=2)
 
-        yield build
+def _built(name: str, shrink: bool):
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    if shrink:
+        shorten(config)
+    with TemporaryDirectory() as directory:
+        _name_language_model(config, directory)
+        Path(directory, "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        return open_clip.create_model(f"local-dir:{directory}", load_weights=False, pretrained_text=False)
 
 
 def shorten(config: dict) -> None:
-    """Two layers of a quarter of the width in each tower, a small vocabulary, images of few patches."""
+    """Two layers to a tower, few words, images of few patches, the smallest timm tower of its kind."""
     for key in ("vision_cfg", "text_cfg", "multimodal_cfg"):
         tower = config.get(key, {})
         layers = tower.get("layers")

@@ -71,33 +71,36 @@ def _serve(pipe) -> None:
 def _checked(library: str, name: str) -> dict:
     """The first attempt at a class that runs as stock, checked; or why none did."""
     import torch
-    from checking import CannotRunError, awaken, check, first_example
+    from checking import CannotRunError, awaken, check
     from limits import check_size
 
     gc.collect()
     gc.freeze()  # the libraries need not be looked through at every count
-    attempt_errors: dict[str, list[str]] = {"not built": [], "not run": []}
-    for build in import_module(f"{library}_models").attempts(name):
+    reasons: dict[str, list[str]] = {"not run": [], "no inputs": [], "not built": []}
+    for build, input_makers in import_module(f"{library}_models").attempts(name):
         torch.manual_seed(0)
         try:
-            model, inputs = build()
+            model = build()
             check_size(model)
         except Exception as error:
-            attempt_errors["not built"].append(_in_words(error))
+            reasons["not built"].append(_in_words(error))
             continue
         awaken(model)
-        try:
-            found = check(model, inputs)
-            if found["failures"] and any("smallest batch" in note for note in found.get("notes", ())):
-                inputs = first_example(inputs)  # what the report counted
+        for make_inputs in input_makers:
+            try:
+                inputs = make_inputs(model)
+            except Exception as error:
+                reasons["no inputs"].append(_in_words(error))
+                continue
+            try:
                 found = check(model, inputs)
-        except CannotRunError as error:
-            attempt_errors["not run"].append(str(error))
-            continue
-        found["inputs"] = sorted(inputs) if isinstance(inputs, dict) else len(inputs)
-        return {"status": "failed" if found["failures"] else "passed", "why": "; ".join(found["failures"]), **found}
-    status = "not run" if attempt_errors["not run"] else "not built"
-    return {"status": status, "why": attempt_errors[status][-1], "attempts": attempt_errors}
+            except CannotRunError as error:
+                reasons["not run"].append(str(error))
+                continue
+            found["inputs"] = sorted(inputs) if isinstance(inputs, dict) else len(inputs)
+            return {"status": "failed" if found["failures"] else "passed", "why": "; ".join(found["failures"]), **found}
+    status = next(status for status, why in reasons.items() if why)
+    return {"status": status, "why": reasons[status][0], "reasons": reasons}
 
 
 def _in_words(error: Exception) -> str:

@@ -57,7 +57,7 @@ def _head(results: list[dict]) -> list[str]:
 def _totals(name: str, results: list[dict]) -> str:
     by_status = Counter(result["status"] for result in results)
     built = len(results) - by_status["not built"]
-    run = built - by_status["not run"]
+    run = built - by_status["not run"] - by_status["no inputs"]
     passed = by_status["passed"]
     inverted = sum(1 for result in results if result["status"] == "passed" and result["inverted"])
     return f"| {name} | {len(results)} | {built} | {run} | {passed} | {_percent(passed, built)} | {inverted} |"

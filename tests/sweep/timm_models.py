@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 
-_SIZES = (
-    "test",
-    "femto",
-    "atto",
-    "zepto",
-    "pico",
-    "nano",
-    "xxs",
-    "xxt",
-    "xs",
-    "tiny",
-    "mini",
-    "t",
-    "s",
-    "small",
-    "xxsmall",
-)
+_SMALL = ["test", "femto", "atto", "zepto", "pico", "nano", "xxs", "xxt", "xs", "tiny", "mini", "t", "s", "small"]
 
 
 def names() -> list[str]:
-    """ "file/model" for the member of each family whose name promises the smallest model."""
+    """The member of each family whose name promises the smallest model, as file/model."""
     import timm
 
     families: dict[tuple[str, str], list[str]] = {}
@@ -37,35 +22,28 @@ def names() -> list[str]:
 
 def _size(name: str) -> tuple:
     words = name.split("_")
-    rank = min((_SIZES.index(word) for word in words if word in _SIZES), default=len(_SIZES))
+    rank = min((_SMALL.index(word) for word in words if word in _SMALL), default=len(_SMALL))
     numbers = [int(number) for number in re.findall(r"\d+", name)]
     return (rank, "large" in words or "huge" in words or "giant" in words, sum(numbers), len(name), name)
 
 
 def attempts(name: str) -> Iterator:
-    """Builders of (model, inputs), smallest first; the next is tried where a model does not take the size."""
+    """(what builds the model, what makes its inputs), smallest first; not every model takes every size."""
     import timm
-
-    from invact import patchers
 
     architecture = name.partition("/")[2]
     published = timm.get_pretrained_cfg(architecture)
-    fixed = published is not None and published.fixed_input_size
     side = published.input_size[-1] if published is not None else 224
-    sizes = (
-        [({"img_size": side // 2, "depth": 2}, None), ({"img_size": side // 2}, None)]
-        if fixed
-        else [({}, 64), ({}, 128)]
-    )
-    for arguments, image_size in [*sizes, ({}, None)]:
+    small = {"num_classes": 10, "drop_path_rate": 0.1}
+    if published is not None and published.fixed_input_size:
+        sizes = [({**small, "img_size": side // 2, "depth": 2}, None), ({**small, "img_size": side // 2}, None)]
+    else:
+        sizes = [(small, 64), ({}, 64), (small, 128)]
+    for arguments, image_size in [*sizes, (small, None), ({}, None)]:
+        yield partial(timm.create_model, architecture, **arguments), [partial(_images, image_size=image_size)]
 
-        def build(arguments=arguments, image_size=image_size):
-            model = timm.create_model(architecture, num_classes=10, drop_path_rate=0.1, **arguments)
-            return model, patchers.example_inputs(model, batch_size=2, image_size=image_size)
 
-        def build_without_drop_path(arguments=arguments, image_size=image_size):
-            model = timm.create_model(architecture, **arguments)
-            return model, patchers.example_inputs(model, batch_size=2, image_size=image_size)
+def _images(model, image_size: int | None):
+    from invact import patchers
 
-        yield build
-        yield build_without_drop_path
+    return patchers.example_inputs(model, batch_size=2, image_size=image_size)

@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterator
 
 import torch
-from inputs_for_transformers import SEQUENCE, input_makers
+from inputs_for_transformers import SEQUENCE, VOCABULARY, input_makers
 from limits import check_size
-
-VOCABULARY = 1024
 
 # The first of these that an architecture has is its head.
 _HEADS = (
@@ -50,43 +48,39 @@ def _first(found: str | tuple[str, ...]) -> str:
 
 
 def attempts(name: str) -> Iterator:
-    """Builders of (model, inputs): first narrow and shallow, then larger, each with all inputs we know to make."""
+    """(what builds the model, what may make its inputs): first narrow and shallow, then larger."""
     import transformers
     from transformers import CONFIG_MAPPING
 
     kind, _, class_name = name.partition("/")
-    model_class = getattr(transformers, class_name)
-    narrowest = 16 if _widest(CONFIG_MAPPING[kind]()) >= 2048 else 8
-    for shallow, factor in [(True, narrowest), (True, 4), (False, 8), (True, 1)]:
-        for number in range(len(input_makers)):
+    for shallow, factor in [(True, _fitting_factor(CONFIG_MAPPING[kind]())), (True, 4), (False, 8), (True, 1)]:
 
-            def build(shallow=shallow, factor=factor, number=number):
-                config = CONFIG_MAPPING[kind]()
-                complete(config)
-                for key, value in _REPAIRS.get(kind, {}).items():
-                    _set(config, key, value)
-                shorten(config, layers=shallow)
-                if factor > 1:
-                    narrow(config, factor)
-                if factor < 8:  # too large a model is better noticed before it is made
-                    with torch.device("meta"):
-                        check_size(model_class(config))
-                if factor == 4:  # the grouped products want rows of 16 bytes
-                    config._experts_implementation = "eager"
-                model = model_class(config)
-                return model, input_makers[number](model)
+        def build(shallow=shallow, factor=factor):
+            config = CONFIG_MAPPING[kind]()
+            shorten(config, layers=shallow)
+            if factor >= 8 and shallow:
+                shrink_images(config)
+            narrow(config, factor)
+            complete(config, kind)
+            model_class = getattr(transformers, class_name)
+            if factor < 8:  # too large a model is better noticed before it is made
+                with torch.device("meta"):
+                    check_size(model_class(config))
+            if factor == 4:  # the grouped products want rows of 16 bytes
+                config._experts_implementation = "eager"
+            return model_class(config)
 
-            yield build
+        yield build, input_makers(kind)
 
 
 # --- the configuration --------------------------------------------------------------------------------
 
 _WIDTH = re.compile(
     "hidden|dim|d_model|d_ff|d_kv|dff|d_head|d_inner|embd|embed|ffn|width|channels|_rank|intermediate|feedforward|"
-    "classifier_proj|planes|filters|feature_size|proj|pooler|postnet_units|encoder_size|qk_size|v_size|output_size|d_latents"
+    "classifier_proj|planes|filters|feature_size|proj|pooler|postnet_units|encoder_size|qk_size|v_size|output_size|d_latents|upsample_groups"
 )
 _NO_WIDTH = re.compile(
-    "kernel|stride|patch|image|vocab|token|layers|_heads|^num_(?!filters|channels_)|max_|window|length|freq|ratio|group|index|"
+    "kernel|stride|patch|image|vocab|token|layers|_heads|^num_(?!filters|channels_)|max_|window|length|freq|ratio|(?<!upsample_)group|index|"
     "dropout|num_channels|_std|_type|position|stages|codebook_size|state_dim|act_dim|seq|rope_type|hop|dilat|scal"
 )
 _DEPTH = re.compile(
@@ -100,17 +94,35 @@ _OPEN = {
     "topk_group": 1,
     "n_group": 1,
     "pad_token_id": 0,
+    "vocab_size": 64,
+    "prediction_length": 8,
+    "context_length": 16,
+    "compress_ratio": 4,
+    "token_budget": 16,
 }
 # Where a configuration class's own defaults do not fit each other.
 _REPAIRS = {
-    "aya_vision": {"vision_config.num_attention_heads": 16},
+    "aya_vision": {"vision_config.num_attention_heads": 8},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
 }
 _EXPERTS = re.compile("^(n_routed_experts|num_experts|num_local_experts|moe_num_experts)$")
 
 
-def _widest(config) -> int:
-    widths = (getattr(part, name, 0) for part in configs_in(config) for name in ("hidden_size", "d_model"))
-    return max(width for width in widths if isinstance(width, int))
+def _fitting_factor(config) -> int:
+    """16 for wide models, else 8; less where the heads of some part would no longer divide its width."""
+    shapes = []
+    for part in configs_in(config):
+        fields = vars(part)
+        width = fields.get("hidden_size", fields.get("d_model"))
+        heads = fields.get("num_attention_heads", fields.get("encoder_attention_heads"))
+        if isinstance(width, int) and isinstance(heads, int):
+            shapes.append((width, heads))
+    wide = max((width for width, _ in shapes), default=0) >= 2048
+    factors = [16, 8, 4] if wide else [8, 4]
+    return next((f for f in factors if all(width // f % heads == 0 for width, heads in shapes)), factors[0])
 
 
 def configs_in(config) -> list:
@@ -126,12 +138,18 @@ def _set(config, path: str, value) -> None:
     setattr(config, name, value)
 
 
-def complete(config) -> None:
-    """Numbers that a configuration class leaves open."""
+def complete(config, kind: str) -> None:
+    """Numbers that the configuration class leaves open, or that do not fit each other."""
     for part in configs_in(config):
-        for key, value in vars(part).items():
+        for key, value in list(vars(part).items()):
             if value is None and key in _OPEN:
                 setattr(part, key, _OPEN[key])
+            elif value is None and key == "head_dim":
+                setattr(part, key, _head_width(part))
+            elif value is None and key == "num_key_value_heads":
+                setattr(part, key, vars(part).get("num_attention_heads"))
+    for path, value in _REPAIRS.get(kind, {}).items():
+        _set(config, path, value)
 
 
 def shorten(config, layers: bool = True) -> None:
@@ -148,6 +166,8 @@ def shorten(config, layers: bool = True) -> None:
                     setattr(part, key, moved.setdefault(value, VOCABULARY - 1 - len(moved)))
                 elif key.endswith("chunk_size") and value > SEQUENCE:  # of state space models, which pad to it
                     setattr(part, key, SEQUENCE)
+                elif key == "num_kv_shared_layers":  # gemma3n: the last layers read the caches of earlier ones
+                    setattr(part, key, 0)
                 elif _EXPERTS.match(key) and value > 8:
                     setattr(part, key, max(8, 2 * (getattr(part, "n_group", None) or 1)))
                 elif layers and _DEPTH.match(key) and value > 2:
@@ -171,17 +191,34 @@ def _set_depth(config, key: str, depth: int) -> None:
         setattr(config, name, values[:shallow])
 
 
+def shrink_images(config) -> None:
+    """Eight patches to a side, where patches are all that the size must fit."""
+    for part in configs_in(config):
+        side, patch = vars(part).get("image_size"), vars(part).get("patch_size")
+        if isinstance(side, int) and isinstance(patch, int) and side > 8 * patch and not hasattr(part, "window_size"):
+            part.image_size = 8 * patch
+
+
 def narrow(config, factor: int) -> None:
     """Every width divided by the same factor, so that all that fitted together still does."""
+    if factor == 1:
+        return
     for part in configs_in(config):
         for key, value in list(vars(part).items()):
             if not _NO_WIDTH.search(key) and _WIDTH.search(key):
                 setattr(part, key, _divided(value, factor))
-        rope = getattr(part, "rope_parameters", None)
-        if isinstance(rope, dict) and all(hasattr(part, name) for name in ("hidden_size", "num_attention_heads")):
-            head = getattr(part, "head_dim", None) or part.hidden_size // part.num_attention_heads
+        rope, head = vars(part).get("rope_parameters"), _head_width(part)
+        if isinstance(rope, dict) and "rope_theta" in rope and head:
             half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
             rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]  # time, height, width
+
+
+def _head_width(config) -> int | None:
+    fields = vars(config)
+    width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    if isinstance(fields.get("head_dim"), int):
+        return fields["head_dim"]
+    return width // heads if isinstance(width, int) and isinstance(heads, int) else None
 
 
 def _divided(value, factor: int):

@@ -1,0 +1,61 @@
+"""The sweep over every model class: a dozen families in each run, all of them in the slow one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SWEEP = Path(__file__).parent / "sweep"
+FAMILIES = [
+    "bert/BertModel",
+    "gpt2/GPT2Model",
+    "llama/LlamaForCausalLM",
+    "bart/BartForCausalLM",
+    "qwen3_moe/Qwen3MoeModel",
+    "clip/CLIPModel",
+    "wav2vec2/Wav2Vec2Model",
+    "swin/SwinModel",
+    "vision_transformer/test_vit",
+    "convnext/test_convnext",
+    "mobilenetv3/mobilenetv4_conv_small",
+    "ViT-B-16-quickgelu",
+]
+
+
+def swept(results, *arguments):
+    """The sweep's results by class name."""
+    command = [sys.executable, str(SWEEP), "--results", str(results), *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    return {result["name"]: result for result in found}
+
+
+@pytest.fixture(scope="module")
+def dozen(tmp_path_factory):
+    return swept(tmp_path_factory.mktemp("sweep") / "results.jsonl", "--match", *FAMILIES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_small_model_of_a_family_keeps_every_promise(dozen, name):
+    assert dozen[name]["status"] == "passed", dozen[name]
+    assert dozen[name]["sites"] > 0
+
+
+def test_results_are_resumed_and_written_as_a_table(tmp_path):
+    results, page = tmp_path / "results.jsonl", tmp_path / "models.md"
+    swept(results, "--match", "bert/BertModel")
+    found = swept(results, "--match", "bert/*", "--resume", "--table", str(page))
+    assert found.keys() == {"bert/BertModel", "bert/BertLMHeadModel"}
+    assert len(results.read_text().splitlines()) == 2
+    assert "| bert/BertLMHeadModel | 3 | 3 |" in page.read_text()
+
+
+@pytest.mark.slow
+def test_of_all_classes_that_can_be_built_95_percent_pass_and_none_fails_by_our_fault(tmp_path):
+    found = swept(tmp_path / "results.jsonl").values()
+    built = [result for result in found if result["status"] != "not built"]
+    passed = [result for result in built if result["status"] == "passed"]
+    assert not [result for result in built if result["status"] in ("failed", "crashed")]
+    assert len(passed) >= 0.95 * len(built)
