@@ -164,9 +164,16 @@ def awaken(model: nn.Module) -> None:
                 gain = float(weight.std()) * fan_in**0.5 if weight.numel() > 1 else 0.0
                 if 0 < gain < 1:
                     weight.div_(gain)
-        for parameter in model.parameters():  # layer scales
-            if parameter.is_floating_point() and parameter.numel() and parameter.min() == parameter.max() and 0 < abs(float(parameter.max())) < 0.1:
+        for parameter in model.parameters():
+            if _is_small_constant(parameter):  # a layer scale
                 parameter.fill_(0.5)
+
+
+def _is_small_constant(parameter: nn.Parameter) -> bool:
+    if not parameter.is_floating_point() or not parameter.numel():
+        return False
+    low, high = float(parameter.min()), float(parameter.max())
+    return low == high and 0 < abs(high) < 0.1
 
 
 def check(model: nn.Module, inputs, alone: bool | None = None) -> dict:

@@ -83,11 +83,14 @@ def _tensors(found) -> list[torch.Tensor]:
 
 
 def _text(model) -> dict[str, torch.Tensor]:
-    config = model.config.get_text_config(decoder=True)
+    parameters = inspect.signature(model.forward).parameters
+    vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", VOCABULARY)
     # Special tokens are at both ends of the vocabulary.
-    inputs = {"input_ids": token_ids(BATCH, SEQUENCE, max(config.vocab_size // 2, 8), "cpu")}
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters and model.config.is_encoder_decoder:
+    inputs = {"input_ids": token_ids(BATCH, SEQUENCE, max(vocabulary // 2, 8), "cpu")}
+    if "decoder_input_ids" in parameters and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
+    if "mm_token_type_ids" in parameters:  # all of it text
+        inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     return inputs
 
 
@@ -101,6 +104,14 @@ def text_only(model):
 def text_without_cache(model):
     """Text alone, for models whose cache does not stand training."""
     return {**text_only(model), "use_cache": False}
+
+
+def image_of_its_backbone(model):
+    """An image of the size that some part of the configuration names, and a text where the model reads one."""
+    parts = [model.config, *_parts(model.config)]
+    side = next(vars(part)["image_size"] for part in parts if isinstance(vars(part).get("image_size"), int))
+    reads_text = "input_ids" in inspect.signature(model.forward).parameters
+    return {**(_text(model) if reads_text else {}), "pixel_values": _values(3, side, side)}
 
 
 # --- sound --------------------------------------------------------------------------------------------
@@ -127,6 +138,13 @@ def with_sound(model):
     raise ValueError("no form of sound that we know fits")
 
 
+def sound_wave(model):
+    """Raw sound, with text for the decoder."""
+    if model.main_input_name != "input_values":
+        raise ValueError("reads no raw sound")
+    return {**_decoder_text(model), "input_values": _values(SAMPLES)}
+
+
 def _parts(config) -> list:
     return [value for value in vars(config).values() if hasattr(value, "to_dict")]
 
@@ -138,6 +156,18 @@ def _decoder_text(model) -> dict[str, torch.Tensor]:
 
 
 # --- what single architectures ask for ----------------------------------------------------------------
+
+
+def _patches(model):
+    """Pix2Struct: each patch with its row and column before it."""
+    patches = _values(16, model.config.vision_config.patch_embed_hidden_size)
+    places = torch.stack([torch.arange(16) // 4 + 1, torch.arange(16) % 4 + 1], dim=1).expand(BATCH, 16, 2)
+    inputs = {"flattened_patches": torch.cat([places, patches], dim=2)}
+    return {**_decoder_text(model), **inputs}
+
+
+def _line_of_text(model):
+    return {"pixel_values": _values(3, 48, 320)}
 
 
 def _values(*shape: int) -> torch.Tensor:
@@ -273,6 +303,11 @@ _SPECIAL = {
     "mimi": _waveform,
     "patchtsmixer": _channels_over_time,
     "patchtst": _channels_over_time,
+    "pix2struct": _patches,
+    "pp_ocrv5_mobile_rec": _line_of_text,
+    "pp_ocrv5_server_rec": _line_of_text,
+    "pp_ocrv6_small_rec": _line_of_text,
+    "pp_ocrv6_tiny_rec": _line_of_text,
     "sam": _prompted_image,
     "superglue": _image_pairs,
     "time_series_transformer": _time_series,
@@ -285,4 +320,13 @@ _SPECIAL = {
 def input_makers(kind: str) -> list:
     """What to try in turn for an architecture."""
     own = [_SPECIAL[kind]] if kind in _SPECIAL else []
-    return [*own, from_patcher, with_images, with_sound, text_only, text_without_cache]
+    return [
+        *own,
+        from_patcher,
+        with_images,
+        with_sound,
+        sound_wave,
+        image_of_its_backbone,
+        text_only,
+        text_without_cache,
+    ]

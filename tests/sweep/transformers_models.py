@@ -63,6 +63,7 @@ def attempts(name: str) -> Iterator:
             narrow(config, factor)
             complete(config, kind)
             model_class = getattr(transformers, class_name)
+            config = _config_of(model_class, config)
             if factor < 8:  # too large a model is better noticed before it is made
                 with torch.device("meta"):
                     check_size(model_class(config))
@@ -106,9 +107,17 @@ _REPAIRS = {
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "dbrx": {"attn_config.rope_theta": 10000.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "reformer": {"is_decoder": True},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
 }
 _EXPERTS = re.compile("^(n_routed_experts|num_experts|num_local_experts|moe_num_experts)$")
+
+
+def _config_of(model_class, config):
+    """The part of a composite configuration that the class reads, as the Auto classes find it."""
+    if isinstance(config, model_class.config_class):
+        return config
+    return next((part for part in configs_in(config) if isinstance(part, model_class.config_class)), config)
 
 
 def _fitting_factor(config) -> int:
@@ -168,6 +177,8 @@ def shorten(config, layers: bool = True) -> None:
                     setattr(part, key, SEQUENCE)
                 elif key == "num_kv_shared_layers":  # gemma3n: the last layers read the caches of earlier ones
                     setattr(part, key, 0)
+                elif key in ("num_experts_per_tok", "top_k_experts", "moe_topk") and value > 4:
+                    setattr(part, key, 4)
                 elif _EXPERTS.match(key) and value > 8:
                     setattr(part, key, max(8, 2 * (getattr(part, "n_group", None) or 1)))
                 elif layers and _DEPTH.match(key) and value > 2:
