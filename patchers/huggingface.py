@@ -186,7 +186,7 @@ def _built(config: Any) -> nn.Module:
         if model_class := getattr(transformers, architecture, None):
             model: nn.Module = model_class(config)
             return model
-    headless: nn.Module = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    headless: nn.Module = transformers.AutoModel.from_config(config)
     return headless
 
 
