@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,6 +78,9 @@ class AsOnGpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._on_cpu and func is F.dropout:
             return _dropout(*args, **kwargs)
+        if not self._fused and func in (_STOCK_ATTENTION, F.multi_head_attention_forward):
+            with sdpa_kernel(SDPBackend.MATH):  # on CPU tensors PyTorch would take its fused kernel
+                return func(*args, **kwargs)
         if self._fused and func is _STOCK_ATTENTION:
             return _attention(*args, **kwargs)
         if self._fused and func is F.multi_head_attention_forward:
