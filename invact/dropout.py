@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from invact.functional import InvertedGradient, invert
-from invact.kernels import CURVES, dispatch, pytorch
+from invact.functional import gradient, invert
+from invact.kernels import Curve, dispatch
+from invact.kernels.packing import packed, unpacked
 
 _ORIGIN = "_invact_origin"
 
@@ -29,10 +30,10 @@ class _Origin:
 
     x: Tensor
     side: Tensor
-    curve: str
+    curve: Curve
 
 
-def announced(x: Tensor, curve: str) -> Tensor:
+def announced(x: Tensor, curve: Curve) -> Tensor:
     """``y = f(x)`` for `dropped`, and for it alone.
 
     Raises:
@@ -40,9 +41,9 @@ def announced(x: Tensor, curve: str) -> Tensor:
     """
     y: Tensor
     if type(x) is not Tensor and is_traceable_wrapper_subclass(x):  # such as a DTensor
-        return invert(x, CURVES[curve])
+        return invert(x, curve)
     if torch.compiler.is_compiling():  # the compiled graph decides by itself what it keeps
-        y = CURVES[curve].f(x)
+        y = curve.f(x)
         return y
     y, side = _Announced.apply(x, curve)
     setattr(y, _ORIGIN, _Origin(x, side, curve))
@@ -53,8 +54,9 @@ def dropped(y: Tensor, p: float, training: bool) -> Tensor:
     """Dropout of what `announced` gave; any other tensor is dropped as ever. The random stream is the stock one.
 
     Example:
+        >>> from invact.kernels import CURVES
         >>> x = torch.randn(8, requires_grad=True)
-        >>> dropped(announced(x, "gelu"), 0.1, training=True).sum().backward()
+        >>> dropped(announced(x, CURVES["gelu"]), 0.1, training=True).sum().backward()
     """
     origin = getattr(y, _ORIGIN, None)
     if origin is None:
@@ -67,9 +69,10 @@ class _Announced(torch.autograd.Function):
     """``x -> (y, side)``; keeps nothing, and has no gradient to give."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, curve: str) -> tuple[Tensor, Tensor]:
-        y, side = dispatch.forward(x, CURVES[curve])
+    def forward(ctx: Any, x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
+        y, side = dispatch.forward(x, curve)
         ctx.mark_non_differentiable(side)
+        ctx.curve = curve
         return y, side
 
     @staticmethod
@@ -80,27 +83,34 @@ class _Announced(torch.autograd.Function):
             "the model, or leave this activation out with invact.patch(model, exclude=...)."
         )
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            f"Forward-mode differentiation of an inverted {ctx.curve.name} that is fused with a dropout is not "
+            "supported. invact.unpatch(model) brings the stock modules back."
+        )
+
 
 class _Dropped(torch.autograd.Function):
     """``(x, y, side) -> (z, side, mask)``; keeps exactly these three."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, side: Tensor, curve: str, p: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, y: Tensor, side: Tensor, curve: Curve, p: float) -> tuple[Tensor, Tensor]:
         z, mask = _with_mask(y, p)
         order = dispatch.storage_order(z)
-        packed = pytorch.packed(dispatch.flat(mask, order))
-        ctx.save_for_backward(z, side, packed)
-        ctx.mark_non_differentiable(packed)
+        mask_bits = packed(dispatch.flat(mask, order))
+        ctx.save_for_backward(z, side, mask_bits)
+        ctx.mark_non_differentiable(mask_bits)
         ctx.curve, ctx.p, ctx.order = curve, p, order
-        return z, packed
+        return z, mask_bits
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        z, side, packed = ctx.saved_tensors
-        mask = dispatch.shaped(pytorch.unpacked(packed, z.numel()), z, ctx.order)
+        z, side, mask_bits = ctx.saved_tensors
+        mask = dispatch.shaped(unpacked(mask_bits, z.numel()), z, ctx.order)
         # Where the mask stopped y, z is zero and so is the gradient, whatever f' is there.
         dy = dz * mask / (1 - ctx.p)
-        dx = InvertedGradient.apply(dy, z * (1 - ctx.p), side, CURVES[ctx.curve], ctx.order)
+        dx = gradient(dy, z * (1 - ctx.p), side, ctx.curve, ctx.order)
         return dx, None, None, None, None
 
 

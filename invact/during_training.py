@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from invact.arguments import Inputs
+from invact.kernels import check_side_bits
 from invact.patching import patched
 from invact.report import Report
 
@@ -26,10 +27,13 @@ class PatchedDuringTraining:
         *,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        side_bits: int = 1,
     ) -> None:
+        check_side_bits(side_bits)
         self.report: Report | None = None
         self._include = include
         self._exclude = exclude
+        self._side_bits = side_bits
         self._undo = ExitStack()
         self._unlogged: dict[str, float] = {}
 
@@ -47,6 +51,7 @@ class PatchedDuringTraining:
             autocast=autocast,
             include=_prefixed(self._include, within),
             exclude=_prefixed(self._exclude, within),
+            side_bits=self._side_bits,
         )
         report = self._undo.enter_context(during)
         self.report = replace(

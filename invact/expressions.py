@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from invact.kernels import Curve
 from invact.recognition import recognise
 
 Runner = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -83,14 +84,16 @@ class Written:
     Attributes:
         method: the method's name.
         number: which of the method's recognised expressions, from 0.
-        curve: the curve's name.
+        curve: what it computes.
         text: the expression as written, with "…" for the value if that is an expression itself.
+        computes: a module that computes it.
     """
 
     method: str
     number: int
-    curve: str
+    curve: Curve
     text: str
+    computes: nn.Module = field(repr=False, compare=False)
     _place: _Place = field(repr=False, compare=False)
 
 
@@ -99,7 +102,7 @@ def written_in(module: nn.Module) -> list[Written]:
 
     Example:
         >>> written_in(nn.TransformerEncoderLayer(8, 2, activation="gelu"))
-        [Written(method='_ff_block', number=0, curve='gelu', text='self.activation(…)')]
+        [Written(method='_ff_block', number=0, curve=gelu, text='self.activation(…)')]
     """
     found = []
     for name, function in _methods(type(module)):
@@ -108,7 +111,10 @@ def written_in(module: nn.Module) -> list[Written]:
             continue
         places = _places(source, module)
         if places and _can_be_rewritten(source, places):
-            found += [Written(name, number, place.curve, place.text, place) for number, place in enumerate(places)]
+            found += [
+                Written(name, number, place.curve, place.text, place.computes, place)
+                for number, place in enumerate(places)
+            ]
     return found
 
 
@@ -230,7 +236,8 @@ class _Place:
 
     node: ast.expr
     hole: ast.expr
-    curve: str
+    curve: Curve
+    computes: nn.Module
 
     @property
     def text(self) -> str:
@@ -266,9 +273,10 @@ def _place(node: ast.Call | ast.BinOp, source: _Source, module: nn.Module) -> _P
         if len(holes) > 1 and not isinstance(holes[0], ast.Name):  # a value that is computed twice is two values
             continue
         if any(isinstance(part, ast.Call) and part not in ast.walk(holes[0]) for part in ast.walk(node)):
-            curve = recognise(_Function(_evaluable(node, holes[0], source, module)))
+            function = _Function(_evaluable(node, holes[0], source, module))
+            curve = recognise(function)
             if curve is not None:
-                return _Place(node, holes[0], curve)
+                return _Place(node, holes[0], curve, function)
     return None
 
 

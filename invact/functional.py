@@ -7,12 +7,17 @@
     torch.Size([4, 8])
 
 Each takes a floating tensor of any shape, strides and memory format, in fp64, fp32, fp16 or bf16, and gives what the
-stock operator gives, laid out alike. For backward it keeps y, which the next layer keeps as well, and one bit per
-element. Where no gradient is asked for, the stock operator runs and nothing is kept. A tensor that is not floating
-raises TypeError.
+stock operator gives, laid out alike. For backward it keeps y, which the next layer keeps as well. Where no gradient is
+asked for, the stock operator runs and nothing is kept. A tensor that is not floating raises TypeError, a parameter that
+the curve can not have ValueError.
 
-The gradient is f' as far as y and the bit tell it: exact away from the curve's minimum, and next to it, where rounding
-y hides where x was, its mean over the x that give the same y and the same bit.
+**Curves with two sides** (gelu, silu, quick_gelu, mish, hardswish) keep one bit per element besides y. The gradient is
+f' as far as y and the bit tell it: exact away from the curve's minimum, and next to it, where rounding y hides where x
+was, its mean over the x that give the same y and the same bit. With ``side_bits=2`` or ``4`` more is kept of where x
+was; with 4 the gradients in bf16 are as exact as stock's.
+
+**Monotone curves** (all others) keep y alone. The gradient is within two units in the last place of stock's, except
+where the curve levels out and y no longer tells x; each says where.
 
 With ``inplace=True`` y takes the place of x, as in the stock function, and is kept there.
 """
@@ -26,16 +31,37 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from invact.kernels import CURVES, Curve, dispatch
+from invact.kernels import CURVES, Curve, dispatch, monotone
 
-__all__ = ["gelu", "hardswish", "invert", "mish", "quick_gelu", "silu"]
+__all__ = [
+    "celu",
+    "elu",
+    "gelu",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "invert",
+    "leaky_relu",
+    "logsigmoid",
+    "mish",
+    "quick_gelu",
+    "relu6",
+    "selu",
+    "silu",
+    "softplus",
+    "softsign",
+    "squared_relu",
+]
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+# --- curves with two sides ----------------------------------------------------------------------------
+
+
+def gelu(input: Tensor, approximate: str = "none", *, side_bits: int = 1) -> Tensor:
     """``torch.nn.functional.gelu``, inverted: x Phi(x), or with ``approximate="tanh"`` its approximation.
 
     Formula: Hendrycks & Gimpel, arXiv 1606.08415. Raises TypeError for a tensor that is not floating, ValueError for
-    another `approximate`.
+    another `approximate` and for `side_bits` other than 1, 2 and 4.
 
     >>> gelu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.1587,  0.0000,  0.8413])
@@ -45,10 +71,10 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
             f"gelu has no approximate={approximate!r}: torch.nn.functional.gelu knows two. "
             'Pass approximate="none" or approximate="tanh".'
         )
-    return invert(input, CURVES["gelu" if approximate == "none" else "gelu_tanh"])
+    return invert(input, CURVES["gelu" if approximate == "none" else "gelu_tanh"].with_side_bits(side_bits))
 
 
-def silu(input: Tensor, inplace: bool = False) -> Tensor:
+def silu(input: Tensor, inplace: bool = False, *, side_bits: int = 1) -> Tensor:
     """``torch.nn.functional.silu``, inverted: x sigmoid(x).
 
     Formula: Elfwing et al., arXiv 1702.03118. Raises TypeError for a tensor that is not floating.
@@ -56,10 +82,32 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     >>> silu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.2689,  0.0000,  0.7311])
     """
-    return invert(input, CURVES["silu"], inplace)
+    return invert(input, CURVES["silu"].with_side_bits(side_bits), inplace)
 
 
-def quick_gelu(input: Tensor) -> Tensor:
+def mish(input: Tensor, inplace: bool = False, *, side_bits: int = 1) -> Tensor:
+    """``torch.nn.functional.mish``, inverted: x tanh(softplus(x)).
+
+    Formula: Misra, arXiv 1908.08681. Raises TypeError for a tensor that is not floating.
+
+    >>> mish(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.3034,  0.0000,  0.8651])
+    """
+    return invert(input, CURVES["mish"].with_side_bits(side_bits), inplace)
+
+
+def hardswish(input: Tensor, inplace: bool = False, *, side_bits: int = 1) -> Tensor:
+    """``torch.nn.functional.hardswish``, inverted: x relu6(x + 3) / 6.
+
+    Formula: Howard et al., arXiv 1905.02244. Raises TypeError for a tensor that is not floating.
+
+    >>> hardswish(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.3333,  0.0000,  0.6667])
+    """
+    return invert(input, CURVES["hardswish"].with_side_bits(side_bits), inplace)
+
+
+def quick_gelu(input: Tensor, *, side_bits: int = 1) -> Tensor:
     """x sigmoid(1.702 x), inverted; in fp32 inside for 16-bit types, and rounded once.
 
     Formula: Hendrycks & Gimpel, arXiv 1606.08415, as OpenAI's CLIP uses it. Raises TypeError for a tensor that is not
@@ -68,33 +116,140 @@ def quick_gelu(input: Tensor) -> Tensor:
     >>> quick_gelu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.1542,  0.0000,  0.8458])
     """
-    return invert(input, CURVES["quick_gelu"])
+    return invert(input, CURVES["quick_gelu"].with_side_bits(side_bits))
 
 
-def mish(input: Tensor, inplace: bool = False) -> Tensor:
-    """``torch.nn.functional.mish``, inverted: x tanh(softplus(x)).
+# --- monotone curves ----------------------------------------------------------------------------------
 
-    Formula: Misra, arXiv 1908.08681. Raises TypeError for a tensor that is not floating.
 
-    >>> mish(torch.tensor([-1.0, 0.0, 1.0]))
-    tensor([-0.3034,  0.0000,  0.8651])
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.elu``, inverted: x, or alpha (exp(x) - 1) below 0, where f' is y + alpha.
+
+    Formula: Clevert et al., arXiv 1511.07289. Below x = -0.7 f' is as exact as y, absolutely and not relatively: y
+    loses it where it nears -alpha. Raises ValueError for a negative alpha.
+
+    >>> elu(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.6321,  0.0000,  1.0000])
     """
-    return invert(input, CURVES["mish"], inplace)
+    return invert(input, monotone.elu(alpha), inplace)
 
 
-def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """``torch.nn.functional.hardswish``, inverted: x relu6(x + 3) / 6.
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.celu``, inverted: x, or alpha (exp(x / alpha) - 1) below 0, where f' is y / alpha + 1.
 
-    Formula: Howard et al., arXiv 1905.02244. Raises TypeError for a tensor that is not floating.
+    Formula: Barron, arXiv 1704.07483. Loses what `elu` loses. Raises ValueError for an alpha that is not positive.
 
-    >>> hardswish(torch.tensor([-1.0, 0.0, 1.0]))
-    tensor([-0.3333,  0.0000,  0.6667])
+    >>> celu(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.6321,  0.0000,  1.0000])
     """
-    return invert(input, CURVES["hardswish"], inplace)
+    return invert(input, monotone.celu(alpha), inplace)
+
+
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.selu``, inverted: 1.0507 times an ELU with alpha = 1.6733.
+
+    Formula: Klambauer et al., arXiv 1706.02515. Loses what `elu` loses.
+
+    >>> selu(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-1.1113,  0.0000,  1.0507])
+    """
+    return invert(input, CURVES["selu"], inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.leaky_relu``, inverted: x, or negative_slope x below 0. Nothing is lost.
+
+    Formula: Maas et al., 2013. Raises ValueError for a negative `negative_slope`.
+
+    >>> leaky_relu(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.0100,  0.0000,  1.0000])
+    """
+    return invert(input, monotone.leaky_relu(negative_slope), inplace)
+
+
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.hardtanh``, inverted: x, held between two values. Nothing is lost.
+
+    Formula: Collobert, 2004. Raises ValueError where max_val is not larger than min_val.
+
+    >>> hardtanh(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-1.,  0.,  1.])
+    """
+    return invert(input, monotone.hardtanh(min_val, max_val), inplace)
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.relu6``, inverted: x, held between 0 and 6. Nothing is lost.
+
+    Formula: Krizhevsky, 2010.
+
+    >>> relu6(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([0., 0., 1.])
+    """
+    return invert(input, CURVES["relu6"], inplace)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.hardsigmoid``, inverted: relu6(x + 3) / 6.
+
+    Formula: Courbariaux et al., arXiv 1511.00363. Lost where y rounds to 1 although x is less than 3: f' is 0 there.
+
+    >>> hardsigmoid(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([0.3333, 0.5000, 0.6667])
+    """
+    return invert(input, CURVES["hardsigmoid"], inplace)
+
+
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """``torch.nn.functional.softplus``, inverted: log(1 + exp(beta x)) / beta, where f' is 1 - exp(-beta y).
+
+    Formula: Dugas et al., 2000. Nothing is lost. With a threshold below 17 y falls back where it becomes x, and one bit
+    per element is kept that tells on which side of that x was. Raises ValueError for a beta that is not positive.
+
+    >>> softplus(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([0.3133, 0.6931, 1.3133])
+    """
+    return invert(input, monotone.softplus(beta, threshold))
+
+
+def logsigmoid(input: Tensor) -> Tensor:
+    """``torch.nn.functional.logsigmoid``, inverted: log(sigmoid(x)), where f' is 1 - exp(y). Nothing is lost.
+
+    Formula: the derivative of log(sigmoid(x)) is 1 - sigmoid(x).
+
+    >>> logsigmoid(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-1.3133, -0.6931, -0.3133])
+    """
+    return invert(input, CURVES["log_sigmoid"])
+
+
+def softsign(input: Tensor) -> Tensor:
+    """``torch.nn.functional.softsign``, inverted: x / (1 + |x|), where f' is (1 - |y|)^2.
+
+    Formula: Bergstra et al., 2009. From abs(x) = 1 on f' is as exact as y, absolutely and not relatively.
+
+    >>> softsign(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.5000,  0.0000,  0.5000])
+    """
+    return invert(input, CURVES["softsign"])
+
+
+def squared_relu(input: Tensor) -> Tensor:
+    """relu(x)^2, inverted: f' is 2 sqrt(y).
+
+    Formula: So et al., Primer, arXiv 2109.08668. Lost where the square falls below the least number of the dtype.
+
+    >>> squared_relu(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([0., 0., 1.])
+    """
+    return invert(input, CURVES["squared_relu"])
+
+
+# --- what they share ----------------------------------------------------------------------------------
 
 
 def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
-    """Any curve of `invact.kernels.CURVES`, keeping y and one bit per element for backward.
+    """Any curve of `invact.kernels`, keeping y and the curve's bits for backward.
 
     >>> invert(torch.tensor([-1.0, 0.0, 1.0]), CURVES["silu"])
     tensor([-0.2689,  0.0000,  0.7311])
@@ -112,7 +267,7 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     elif inplace and not torch.compiler.is_compiling():
         y = InvertedInPlace.apply(x, curve)
     else:
-        y = Inverted.apply(x, curve)[0]
+        y = (Inverted if torch.compiler.is_compiling() else InvertedBothWays).apply(x, curve)[0]
     # After InvertedInPlace they are the same; while torch.compile traces, the copy makes x another name of y.
     return x.copy_(y) if inplace and y is not x else y
 
@@ -130,6 +285,13 @@ def _of_parts(x: Tensor, curve: Curve) -> Tensor:
         invert(local, curve), x.device_mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
     )
     return y
+
+
+def gradient(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int, ...]) -> Tensor:
+    """``dy * f'``, differentiable once more; `side` and `order` as `kernels.backward` takes them."""
+    kind = InvertedGradient if torch.compiler.is_compiling() else InvertedGradientBothWays
+    dx: Tensor = kind.apply(dy, y, side, curve, order)
+    return dx
 
 
 class Inverted(torch.autograd.Function):
@@ -151,12 +313,26 @@ class Inverted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
         y, side = ctx.saved_tensors
-        return InvertedGradient.apply(dy, y, side, ctx.curve, ctx.order), None
+        return gradient(dy, y, side, ctx.curve, ctx.order), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, curve: Curve) -> Any:
         # the curve sees each element alone: the whole batch is one tensor, with one string of bits for all
         return Inverted.apply(x, curve), (in_dims[0], None)
+
+
+class InvertedBothWays(Inverted):
+    """`Inverted`, with its tangent for forward mode, which torch.compile can not trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Curve], output: tuple[Tensor, Tensor]) -> None:
+        Inverted.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*output)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> tuple[Tensor, None]:
+        y, side = ctx.saved_tensors
+        return gradient(dx, y, side, ctx.curve, ctx.order), None
 
 
 class InvertedInPlace(torch.autograd.Function):
@@ -177,7 +353,14 @@ class InvertedInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         y, side = ctx.saved_tensors
-        return InvertedGradient.apply(dy, y, side, ctx.curve, ctx.order), None
+        return gradient(dy, y, side, ctx.curve, ctx.order), None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            f"Forward-mode differentiation of an inverted {ctx.curve.name} that works in place is not supported. "
+            "Use it with inplace=False, or the stock activation; invact.unpatch(model) brings it back."
+        )
 
 
 class Chained(torch.autograd.Function):
@@ -211,10 +394,29 @@ class InvertedGradient(Chained):
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dy, y, side = ctx.saved_tensors
-        by_dy = InvertedGradient.apply(ddx, y, side, ctx.curve, ctx.order)
+        by_dy = gradient(ddx, y, side, ctx.curve, ctx.order)
         # by y, not by x: what flows back through y meets f' once more, in Inverted.backward
         by_y = InvertedCurvature.apply(ddx * dy, y, side, ctx.curve, ctx.order)
         return by_dy, by_y, None, None, None
+
+
+class InvertedGradientBothWays(InvertedGradient):
+    """`InvertedGradient`, with its tangent for forward mode."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        InvertedGradient.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def jvp(ctx: Any, dy_tangent: Tensor | None, y_tangent: Tensor | None, *_: Any) -> Tensor:
+        dy, y, side = ctx.saved_tensors
+        total = torch.zeros_like(y)
+        if dy_tangent is not None:
+            total = total + gradient(dy_tangent, y, side, ctx.curve, ctx.order)
+        if y_tangent is not None:
+            total = total + InvertedCurvature.apply(y_tangent * dy, y, side, ctx.curve, ctx.order)
+        return total
 
 
 class InvertedCurvature(Chained):

@@ -40,6 +40,7 @@ class InvActCallback(PatchedDuringTraining, Callback):
     Args:
         include: glob patterns over site paths; only these sites may be inverted.
         exclude: glob patterns over site paths; these sites are kept.
+        side_bits: 1, 2 or 4 bits per element for curves with two sides; see `invact.patch`.
 
     Raises:
         Exception: what `invact.patch` raises, from `trainer.fit()`.

@@ -6,7 +6,8 @@
     torch.Size([4, 8])
 
 Each is a subclass of the stock module where there is one, takes the same arguments, and has no parameters or state, so
-that checkpoints load either way. What they take, give and raise is said in `invact.functional`.
+that checkpoints load either way. Those of curves with two sides also take `side_bits`: 1, 2 or 4. What they take, give
+and raise is said in `invact.functional`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,26 @@ import torch.nn
 from torch import Tensor
 
 from invact import functional
+from invact.kernels import check_side_bits
 
-__all__ = ["GELU", "Hardswish", "Mish", "QuickGELU", "SiLU"]
+__all__ = [
+    "CELU",
+    "ELU",
+    "GELU",
+    "SELU",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
+    "LeakyReLU",
+    "LogSigmoid",
+    "Mish",
+    "QuickGELU",
+    "ReLU6",
+    "SiLU",
+    "Softplus",
+    "Softsign",
+    "SquaredReLU",
+]
 
 
 class GELU(torch.nn.GELU):
@@ -26,8 +45,13 @@ class GELU(torch.nn.GELU):
     tensor([-0.1588,  0.0000,  0.8412])
     """
 
+    def __init__(self, approximate: str = "none", *, side_bits: int = 1) -> None:
+        super().__init__(approximate)
+        check_side_bits(side_bits)
+        self.side_bits = side_bits
+
     def forward(self, input: Tensor) -> Tensor:
-        return functional.gelu(input, self.approximate)
+        return functional.gelu(input, self.approximate, side_bits=self.side_bits)
 
 
 class SiLU(torch.nn.SiLU):
@@ -37,19 +61,13 @@ class SiLU(torch.nn.SiLU):
     tensor([-0.2689,  0.0000,  0.7311])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.silu(input, self.inplace)
-
-
-class QuickGELU(torch.nn.Module):
-    """x sigmoid(1.702 x), inverted.
-
-    >>> QuickGELU()(torch.tensor([-1.0, 0.0, 1.0]))
-    tensor([-0.1542,  0.0000,  0.8458])
-    """
+    def __init__(self, inplace: bool = False, *, side_bits: int = 1) -> None:
+        super().__init__(inplace)
+        check_side_bits(side_bits)
+        self.side_bits = side_bits
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.quick_gelu(input)
+        return functional.silu(input, self.inplace, side_bits=self.side_bits)
 
 
 class Mish(torch.nn.Mish):
@@ -59,8 +77,13 @@ class Mish(torch.nn.Mish):
     tensor([-0.3034,  0.0000,  0.8651])
     """
 
+    def __init__(self, inplace: bool = False, *, side_bits: int = 1) -> None:
+        super().__init__(inplace)
+        check_side_bits(side_bits)
+        self.side_bits = side_bits
+
     def forward(self, input: Tensor) -> Tensor:
-        return functional.mish(input, self.inplace)
+        return functional.mish(input, self.inplace, side_bits=self.side_bits)
 
 
 class Hardswish(torch.nn.Hardswish):
@@ -70,5 +93,147 @@ class Hardswish(torch.nn.Hardswish):
     tensor([-0.3333,  0.0000,  0.6667])
     """
 
+    def __init__(self, inplace: bool = False, *, side_bits: int = 1) -> None:
+        super().__init__(inplace)
+        check_side_bits(side_bits)
+        self.side_bits = side_bits
+
     def forward(self, input: Tensor) -> Tensor:
-        return functional.hardswish(input, self.inplace)
+        return functional.hardswish(input, self.inplace, side_bits=self.side_bits)
+
+
+class QuickGELU(torch.nn.Module):
+    """x sigmoid(1.702 x), inverted.
+
+    >>> QuickGELU()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.1542,  0.0000,  0.8458])
+    """
+
+    def __init__(self, *, side_bits: int = 1) -> None:
+        super().__init__()
+        check_side_bits(side_bits)
+        self.side_bits = side_bits
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.quick_gelu(input, side_bits=self.side_bits)
+
+
+class ELU(torch.nn.ELU):
+    """``torch.nn.ELU``, inverted.
+
+    >>> ELU()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.6321,  0.0000,  1.0000])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.elu(input, self.alpha, self.inplace)
+
+
+class CELU(torch.nn.CELU):
+    """``torch.nn.CELU``, inverted.
+
+    >>> CELU()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.6321,  0.0000,  1.0000])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.celu(input, self.alpha, self.inplace)
+
+
+class SELU(torch.nn.SELU):
+    """``torch.nn.SELU``, inverted.
+
+    >>> SELU()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-1.1113,  0.0000,  1.0507])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.selu(input, self.inplace)
+
+
+class LeakyReLU(torch.nn.LeakyReLU):
+    """``torch.nn.LeakyReLU``, inverted.
+
+    >>> LeakyReLU()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.0100,  0.0000,  1.0000])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class Hardtanh(torch.nn.Hardtanh):
+    """``torch.nn.Hardtanh``, inverted.
+
+    >>> Hardtanh()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-1.,  0.,  1.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class ReLU6(torch.nn.ReLU6):
+    """``torch.nn.ReLU6``, inverted.
+
+    >>> ReLU6()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([0., 0., 1.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu6(input, self.inplace)
+
+
+class Hardsigmoid(torch.nn.Hardsigmoid):
+    """``torch.nn.Hardsigmoid``, inverted.
+
+    >>> Hardsigmoid()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([0.3333, 0.5000, 0.6667])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.hardsigmoid(input, self.inplace)
+
+
+class Softplus(torch.nn.Softplus):
+    """``torch.nn.Softplus``, inverted.
+
+    >>> Softplus()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([0.3133, 0.6931, 1.3133])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.softplus(input, self.beta, self.threshold)
+
+
+class LogSigmoid(torch.nn.LogSigmoid):
+    """``torch.nn.LogSigmoid``, inverted.
+
+    >>> LogSigmoid()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-1.3133, -0.6931, -0.3133])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.logsigmoid(input)
+
+
+class Softsign(torch.nn.Softsign):
+    """``torch.nn.Softsign``, inverted.
+
+    >>> Softsign()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.5000,  0.0000,  0.5000])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.softsign(input)
+
+
+class SquaredReLU(torch.nn.Module):
+    """relu(x)^2, inverted.
+
+    >>> SquaredReLU()(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([0., 0., 1.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.squared_relu(input)

@@ -21,6 +21,7 @@ def patch(
     autocast: torch.dtype | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    side_bits: int = 1,
 ) -> Report:
     """Replaces, in place, every activation of `model` whose inversion saves memory, and reports what was done.
 
@@ -33,7 +34,7 @@ def patch(
         >>> model[1]
         Inverted(gelu, was GELU(approximate='none'))
     """
-    return _patch(model, example_inputs, autocast, include, exclude)[0]
+    return _patch(model, example_inputs, autocast, include, exclude, side_bits)[0]
 
 
 def unpatch(model: nn.Module) -> int:
@@ -56,6 +57,7 @@ def patched(
     autocast: torch.dtype | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    side_bits: int = 1,
 ) -> Iterator[Report]:
     """`patch` for the length of a block; what was patched before the block stays so after it.
 
@@ -64,7 +66,7 @@ def patched(
         >>> with patched(model, (torch.randn(8, 64),)) as report:
         ...     loss = model(torch.randn(8, 64)).sum()
     """
-    report, swaps = _patch(model, example_inputs, autocast, include, exclude)
+    report, swaps = _patch(model, example_inputs, autocast, include, exclude, side_bits)
     try:
         yield report
     finally:
@@ -77,6 +79,7 @@ def _patch(
     autocast: torch.dtype | None,
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
+    side_bits: int,
 ) -> tuple[Report, Swaps]:
-    decided = decide(model, example_inputs, autocast=autocast, include=include, exclude=exclude)
+    decided = decide(model, example_inputs, autocast=autocast, include=include, exclude=exclude, side_bits=side_bits)
     return decided.report, decided.apply(model)

@@ -12,10 +12,11 @@ from torch import nn
 
 from invact.arguments import Inputs, check_autocast, check_inputs, check_model, device_of
 from invact.expressions import Written
+from invact.kernels import Curve, check_side_bits
 from invact.ledger import Entry, Key
 from invact.patchers import example_inputs as make_inputs
 from invact.probing import Call, Observation, observe
-from invact.recognition import KEPT_BY_OUTPUT
+from invact.recognition import Rounding, own_rounding
 from invact.report import INVERT, KEEP, Report, Site
 from invact.simulation import Setting
 from invact.swapping import Inversion, Inverted, Swaps, swap_in
@@ -29,6 +30,7 @@ def plan(
     autocast: torch.dtype | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    side_bits: int = 1,
 ) -> Report:
     """What `invact.patch` would do to `model`, and what that would save; the model is not changed.
 
@@ -41,6 +43,8 @@ def plan(
         autocast: the dtype of torch.autocast in training, or None.
         include: glob patterns over site paths; only these sites may be inverted.
         exclude: glob patterns over site paths; these sites are kept.
+        side_bits: 1, 2 or 4 bits per element for curves with two sides; more make gradients more exact near the
+            minimum, and with 4 those in bf16 are as exact as stock's. A site fused with a dropout has 1.
 
     Raises:
         TypeError: `model` is no module, or the inputs are of the wrong kind.
@@ -53,7 +57,9 @@ def plan(
         >>> [(site.path, site.action) for site in report.sites]
         [('1', 'invert')]
     """
-    return decide(model, example_inputs, autocast=autocast, include=include, exclude=exclude).report
+    return decide(
+        model, example_inputs, autocast=autocast, include=include, exclude=exclude, side_bits=side_bits
+    ).report
 
 
 def plan_for_device(
@@ -63,11 +69,14 @@ def plan_for_device(
     device: str | torch.device = "cuda",
     autocast: torch.dtype | None = None,
     attention: str = "fused",
+    side_bits: int = 1,
     title: str = "",
 ) -> Report:
     """`plan` for training on `device`, whether or not it is there; the model may be on any, or on meta."""
     check_inputs(example_inputs)
-    report = _decide(model, example_inputs, Setting(torch.device(device), autocast, attention)).report
+    report = _decide(
+        model, example_inputs, Setting(torch.device(device), autocast, attention), side_bits=side_bits
+    ).report
     report.title = title
     return report
 
@@ -92,6 +101,7 @@ def decide(
     autocast: torch.dtype | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    side_bits: int = 1,
 ) -> Decided:
     """The plan in a form that can be applied; arguments and errors as of `plan`."""
     check_model(model)
@@ -99,7 +109,8 @@ def decide(
     if example_inputs is None:
         example_inputs = make_inputs(model)
     check_inputs(example_inputs)
-    return _decide(model, example_inputs, Setting(device_of(model), autocast), include, exclude)
+    check_side_bits(side_bits)
+    return _decide(model, example_inputs, Setting(device_of(model), autocast), include, exclude, side_bits)
 
 
 def _decide(
@@ -108,10 +119,11 @@ def _decide(
     setting: Setting,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    side_bits: int = 1,
 ) -> Decided:
     """Walk, probe, choose; then probe again with the choice applied, so that both totals are counts."""
     already = [(path, module) for path, module in model.named_modules() if isinstance(module, Inverted)]
-    found = walk(model)
+    found = [replace(site, curve=site.curve.with_side_bits(side_bits)) for site in walk(model)]
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
 
     decisive = observe(model, inputs, setting, watch=found, checkpointing=False)
@@ -121,7 +133,7 @@ def _decide(
     decided = Decided(Report(sites=[*sites, *(_already_inverted(path, module) for path, module in already)]), {}, {})
     for site in found:
         if site.path in chosen:
-            inversion = Inversion(site.curve, choice.in_place(site.path), choice.fused.get(site.path, frozenset()))
+            inversion = choice.inversion(site)
             if site.written is None:
                 decided.modules[site.path] = inversion
             else:
@@ -137,7 +149,7 @@ def _decide(
     report.bytes_before, report.bytes_after = before.memory.total_bytes, after.memory.total_bytes
     report.weight_cast_bytes = after.memory.weight_cast_bytes
     report.kept_by_class = dict(Counter(after.memory.by_class).most_common())
-    report.setting = _in_words(setting)
+    report.setting = _in_words(setting, side_bits)
     report.notes = [*before.notes, *_notes(decisive, len(already), nothing_allowed=bool(found) and not allowed)]
     return decided
 
@@ -171,6 +183,7 @@ class _Choice:
                 self.casts.setdefault(entry.cast_of, []).append(entry)
         self.dropouts = observed.dropouts
         self.fused: dict[str, frozenset[str]] = {}  # by path, the dropouts that a site is fused with
+        self.roundings: dict[tuple[str, Curve, torch.dtype], Rounding | None] = {}
         self.calls: dict[str, list[Call]] = {}
         for call in observed.calls:
             self.calls.setdefault(call.path, []).append(call)
@@ -180,28 +193,29 @@ class _Choice:
         return [self._site(found) for found in self.found if found.written is None or found.path in self.calls]
 
     def _site(self, found: Found) -> Site:
-        site = Site(found.path, found.curve, found.label, KEEP, "")
+        site = Site(found.path, str(found.curve), found.label, KEEP, "")
         obstacle = self._obstacle(found)
         if obstacle is not None:
             return replace(site, reason=obstacle)
-        saved = self._bytes_saved(found.path)
+        saved = self._bytes_saved(found)
         if saved > 0:
-            reason = self._why_it_pays(found.path)
+            reason = self._why_it_pays(found.path) + self._own_rounding(found)
             self._invert(found.path)
             return replace(site, action=INVERT, reason=reason, bytes_saved=saved)
-        dropouts = self._dropouts_behind(found.path)
-        saved = self._bytes_saved_fused(found.path, dropouts) if dropouts else 0
+        dropouts = self._dropouts_behind(found)
+        saved = self._bytes_saved_fused(found, dropouts) if dropouts else 0
         if saved > 0:
             self.fused[found.path] = dropouts
             self._fuse(found.path, dropouts)
             reason = "only a dropout takes its output: fused with it, its input and the mask can go"
+            reason += self._own_rounding(found)
             return replace(site, action=INVERT, reason=reason, bytes_saved=saved)
         return replace(site, reason=self._why_it_does_not_pay(found.path))
 
     def _obstacle(self, found: Found) -> str | None:
         """Why this site can not be inverted at all, or None."""
         calls = self.calls.get(found.path, [])
-        if found.curve in KEPT_BY_OUTPUT:
+        if self._keeps_only_outputs(found.path):
             return "stock PyTorch already keeps only its output"
         if found.path == "":
             return "it is the model itself, so there is nothing to replace it in"
@@ -219,9 +233,15 @@ class _Choice:
             return "it works in place in one call and not in another"
         return None
 
-    def in_place(self, path: str) -> bool:
-        """Whether the output takes the memory of the input."""
-        return any(call.in_place for call in self.calls[path])
+    def inversion(self, found: Found) -> Inversion:
+        """How a chosen site is inverted."""
+        dropouts = self.fused.get(found.path, frozenset())
+        in_place = any(call.in_place for call in self.calls[found.path])
+        return Inversion(found.curve.with_side_bits(1) if dropouts else found.curve, in_place, dropouts)
+
+    def _keeps_only_outputs(self, path: str) -> bool:
+        own = {key for key, keepers in self.keepers.items() if path in keepers}
+        return bool(own) and own <= {call.y_key for call in self.calls.get(path, [])}
 
     def _output_key(self, call: Call) -> Key:
         """The storage that is the output once inverted: the next layer's cast of it, if autocast made one."""
@@ -231,15 +251,16 @@ class _Choice:
                     return entry.key
         return call.y_key
 
-    def _bytes_saved(self, path: str) -> int:
+    def _bytes_saved(self, found: Found) -> int:
         """Bytes no longer kept, less those newly kept: the output where nobody else keeps it, and the side bits."""
+        path = found.path
         outputs = {self._output_key(call): call for call in self.calls[path] if call.needs_grad}
         own = {key for key, keepers in self.keepers.items() if keepers == {path}}
         freed = sum(self.sizes[key] for key in own)
         kept_anyway = {key for key in outputs if self.keepers.get(key, set()) - {path}}
         added = sum(call.y_nbytes for key, call in outputs.items() if key not in kept_anyway)
-        sides = sum(call.side_nbytes for call in self.calls[path] if call.needs_grad)
-        return freed - added - sides
+        bits = sum(call.bit_nbytes for call in self.calls[path] if call.needs_grad)
+        return freed - added - bits * found.curve.side_bits
 
     def _invert(self, path: str) -> None:
         """From here on this site keeps its outputs, and what it kept before only if others do."""
@@ -251,23 +272,29 @@ class _Choice:
                 self.sizes.setdefault(call.y_key, call.y_nbytes)
         self.keepers = {key: keepers for key, keepers in self.keepers.items() if keepers}
 
-    def _dropouts_behind(self, path: str) -> frozenset[str]:
-        """The dropouts that take every output of this site, nothing else, and alone; none if that is not so."""
-        calls = [call for call in self.calls[path] if call.needs_grad]
+    def _dropouts_behind(self, found: Found) -> frozenset[str]:
+        """The dropouts that take every output of this site, nothing else, and alone; none if that is not so.
+
+        None either where f' jumps at an output that what is dropped, scaled and rounded, does not tell exactly.
+        """
+        calls = [call for call in self.calls[found.path] if call.needs_grad]
+        if found.curve.needs_exact_output:
+            return frozenset()
         dropped = [call.dropped for call in calls if call.dropped is not None]
         taken = Counter(drop.path for drop in dropped)
         if len(dropped) < len(calls) or any(self.dropouts[drop] != count for drop, count in taken.items()):
             return frozenset()
         return frozenset(taken)
 
-    def _bytes_saved_fused(self, path: str, dropouts: frozenset[str]) -> int:
+    def _bytes_saved_fused(self, found: Found, dropouts: frozenset[str]) -> int:
         """Bytes no longer kept, less the dropped outputs that nobody else keeps and the bits of sides and masks."""
-        together = {path, *dropouts}
+        together = {found.path, *dropouts}
         freed = sum(self.sizes[key] for key, keepers in self.keepers.items() if keepers <= together)
-        calls = [call for call in self.calls[path] if call.needs_grad]
+        calls = [call for call in self.calls[found.path] if call.needs_grad]
         outputs = {call.dropped.z_key: call.dropped.z_nbytes for call in calls if call.dropped is not None}
         added = sum(nbytes for key, nbytes in outputs.items() if not self.keepers.get(key, set()) - together)
-        return freed - added - 2 * sum(call.side_nbytes for call in calls)
+        bits = 1 + found.curve.with_side_bits(1).side_bits  # of the mask and of the side
+        return freed - added - bits * sum(call.bit_nbytes for call in calls)
 
     def _fuse(self, path: str, dropouts: frozenset[str]) -> None:
         for keepers in self.keepers.values():
@@ -291,6 +318,20 @@ class _Choice:
             return "it keeps several tensors; inverted, its output alone"
         return f"{others} keeps its output anyway, so its input can go"
 
+    def _own_rounding(self, found: Found) -> str:
+        """What the reason should add where a site computes its curve in several steps, rounding each to 16 bits."""
+        words = ""
+        for dtype in sorted({call.dtype for call in self.calls[found.path] if call.dtype.itemsize == 2}, key=str):
+            key = (found.label, found.curve, dtype)
+            if key not in self.roundings:
+                self.roundings[key] = own_rounding(found.computes, found.curve, dtype)
+            if (rounding := self.roundings[key]) is not None:
+                name = str(dtype).removeprefix("torch.")
+                words += (
+                    f"; in {name} it rounds every step and is {rounding.own:.1e} off float64, ours {rounding.once:.1e}"
+                )
+        return words
+
     def _why_it_does_not_pay(self, path: str) -> str:
         own = {key for key, keepers in self.keepers.items() if path in keepers}
         if not own:
@@ -302,7 +343,7 @@ class _Choice:
 
 def _already_inverted(path: str, module: Inverted) -> Site:
     return Site(
-        path, module.inversion.curve, type(module.original).__name__, KEEP, "already inverted by an earlier patch"
+        path, str(module.inversion.curve), type(module.original).__name__, KEEP, "already inverted by an earlier patch"
     )
 
 
@@ -318,12 +359,14 @@ def _matches(path: str, patterns: str | Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _in_words(setting: Setting) -> str:
+def _in_words(setting: Setting, side_bits: int) -> str:
     words = [f"training on {setting.device.type}"]
     if setting.autocast is not None:
         words.append(f"autocast to {str(setting.autocast).removeprefix('torch.')}")
     if setting.device.type == "cuda":
         words.append("fused attention" if setting.attention == "fused" else "attention by matrix products")
+    if side_bits > 1:
+        words.append(f"{side_bits} side bits")
     return ", ".join(words)
 
 

@@ -53,7 +53,8 @@ class Call:
     y_key: Key
     y_nbytes: int  # of the output as inversion would make it: dense, in the dtype of the input
     y_cast: bool  # the module's own output has another dtype than its input
-    side_nbytes: int
+    dtype: torch.dtype  # of the input
+    bit_nbytes: int  # of one bit per element
     changed_later: bool
     in_place: bool  # the output is the input, changed
     dropped: Dropped | None  # where the output goes, if that is to one dropout and nowhere else
@@ -236,7 +237,7 @@ class _OpenCall:
     def closed(self, consumers: Counter[int]) -> Call:
         """The call as it turned out; `consumers` counts the operations that a gradient reaches it from."""
         if self.x is None or self.y is None:
-            return Call(self.path, self.simple, False, 0, 0, False, 0, False, False, None)
+            return Call(self.path, self.simple, False, 0, 0, False, torch.float32, 0, False, False, None)
         ((key, nbytes),) = storage_sizes(self.y).items()
         numel = sum(part.numel() for part in dense_parts(self.x))  # of a DTensor, what is here
         return Call(
@@ -246,7 +247,8 @@ class _OpenCall:
             y_key=key,
             y_nbytes=nbytes if self.in_place else numel * self.x.element_size(),
             y_cast=self.x.dtype is not self.y.dtype,
-            side_nbytes=(numel + 7) // 8,
+            dtype=self.x.dtype,
+            bit_nbytes=-(-numel // 8),
             changed_later=self.y._version != self.version,
             in_place=self.in_place,
             dropped=self._dropped() if consumers[id(self)] == 1 else None,

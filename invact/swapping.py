@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from invact import dropout, functional
 from invact.expressions import Written, install, runners_in, uninstall
-from invact.kernels import CURVES
+from invact.kernels import Curve
 
 _HOOKS = (
     "_forward_hooks",
@@ -31,19 +31,19 @@ class Inversion:
     """How a site is inverted.
 
     Attributes:
-        curve: the curve's name.
+        curve: what is computed there.
         in_place: the output takes the memory of the input.
         dropouts: the paths of the nn.Dropout modules that alone take the output, and are fused with it.
     """
 
-    curve: str
+    curve: Curve
     in_place: bool = False
     dropouts: frozenset[str] = frozenset()
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.dropouts:
             return dropout.announced(x, self.curve)
-        return functional.invert(x, CURVES[self.curve], self.in_place)
+        return functional.invert(x, self.curve, self.in_place)
 
 
 class StandIn(nn.Module):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from invact.expressions import Written, written_in
+from invact.kernels import Curve
 from invact.recognition import recognise
 from invact.swapping import Inverted
 
@@ -18,15 +19,17 @@ class Found:
 
     Attributes:
         path: of the module; for an expression "path.method:curve", numbered from the second of a kind on.
-        curve: the curve's name.
+        curve: what is computed there.
         label: the class name of the module, or the expression as written.
+        computes: the module, or one that computes the expression.
         module_path: of the module, or of the module whose method holds the expression.
         written: the expression, or None for a module.
     """
 
     path: str
-    curve: str
+    curve: Curve
     label: str
+    computes: nn.Module
     module_path: str
     written: Written | None = None
 
@@ -46,7 +49,7 @@ def walk(model: nn.Module) -> list[Found]:
             continue
         curve = recognise(module)
         if curve is not None:
-            sites.append(Found(path, curve, type(module).__name__, path))
+            sites.append(Found(path, curve, type(module).__name__, module, path))
         else:
             sites += _written_sites(path, module)
     return sites
@@ -56,8 +59,8 @@ def _written_sites(path: str, module: nn.Module) -> list[Found]:
     seen: Counter[str] = Counter()
     sites = []
     for written in written_in(module):
-        name = f"{path}.{written.method}:{written.curve}".lstrip(".")
+        name = f"{path}.{written.method}:{written.curve.name}".lstrip(".")
         seen[name] += 1
         numbered = name if seen[name] == 1 else f"{name}.{seen[name]}"
-        sites.append(Found(numbered, written.curve, written.text, path, written))
+        sites.append(Found(numbered, written.curve, written.text, written.computes, path, written))
     return sites

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import pytorch
-from .curves import Curve
+from .curve import Curve
 
 # Triton decides when it is imported whether it runs on CPU tensors
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -18,7 +18,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def triton_pair_for(tensor: Tensor) -> ModuleType | None:
+def triton_pair_for(tensor: Tensor, curve: Curve) -> ModuleType | None:
     """The Triton pair where it works on this tensor: a real one on a GPU, in eager mode, and not in fp64.
 
     While `torch.compile` traces, the PyTorch pair lets inductor fuse; fake tensors and other subclasses have no memory
@@ -30,7 +30,7 @@ def triton_pair_for(tensor: Tensor) -> ModuleType | None:
         return None
     from . import triton_pair  # imported when it is first needed: it takes a while, and many machines have no GPU
 
-    return triton_pair
+    return triton_pair if triton_pair.knows(curve) else None
 
 
 def storage_order(tensor: Tensor) -> tuple[int, ...]:
@@ -55,18 +55,19 @@ def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
 
     Args:
         x: a floating tensor of any shape, stride and memory format.
-        curve: one of `CURVES`.
+        curve: one of `CURVES`, or one of the same kind with other parameters.
 
     Returns:
-        y, of x's shape and dtype, and `side`: uint8, one bit per element in the order of `storage_order(y)`, eight to a
-        byte.
+        y, of x's shape and dtype, and `side`: the packed codes of the elements in the order of `storage_order(y)`,
+        uint8; empty for a curve that needs none.
     """
-    if triton_pair := triton_pair_for(x):
+    if curve.side_bits and (triton_pair := triton_pair_for(x, curve)):
         order = storage_order(torch.empty_like(x))
         y, side = triton_pair.forward(flat(x, order), curve)
         return shaped(y, x, order), side
     y = curve.f(x)
-    return y, pytorch.sides(flat(x, storage_order(y)), curve)
+    order = storage_order(y)
+    return y, pytorch.sides(flat(x, order), flat(y, order), curve)
 
 
 def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int, ...]) -> Tensor:
@@ -81,7 +82,7 @@ def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int
     Returns:
         dx, of y's shape and dtype, laid out as y was.
     """
-    pair = triton_pair_for(y) or pytorch
+    pair = triton_pair_for(y, curve) or pytorch
     dx = pair.backward(flat(dy, order), flat(y, order), side, curve)
     return shaped(dx, y, order)
 

@@ -1,8 +1,9 @@
 """The pair of kernels in Triton, for CUDA and ROCm in eager mode; on CPU tensors when TRITON_INTERPRET=1.
 
-The formulas of `pieces.Fit` and `pytorch`, in one pass each: forward reads x and writes y and the bits, backward reads
-dy, y and the bits and writes dx. A program works on rows of eight elements: a row is one byte of bits, and in 16 bits
-one access of 16 bytes. All tensors are flat and contiguous, and fp64 is left to the PyTorch pair.
+The formulas of `slopes`, in one pass each: forward reads x and writes y and the codes, backward reads dy, y and the
+codes and writes dx. A program works on rows of eight elements: the codes of a row are one number, of as many bytes as a
+code has bits, and in 16 bits a row is one access of 16 bytes. All tensors are flat and contiguous. Left to the PyTorch
+pair: fp64, and forward of monotone curves, which is the stock operator.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,no-untyped-call"
@@ -17,46 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_polynomials
-from .curves import CURVES, Curve
-from .pytorch import half_ulp, left_end, minimum_in_two
+from .curve import Curve
+from .monotone import Monotone
+from .slopes import NEAR, half_ulp, left_end, minimum_in_two, root_expansion
+from .triton_math import exponential, tanh
+from .triton_monotone import monotone_slope
+from .two_sided import TwoSided
 
 ROWS = 256 if torch.version.hip else 128  # of eight elements, per program: a row for each thread of four warps
 
 near_polynomial = triton_polynomials.near
 right_polynomial = triton_polynomials.right
 tail_polynomial = triton_polynomials.tail
-
-
-@triton.jit
-def exponential(x):
-    """exp to about one unit in the last place, where tl.exp loses some twenty for large x."""
-    x = tl.minimum(tl.maximum(x, -110.0), 100.0)
-    k = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = (x - k * 0.693359375) + k * 2.12194440054690583e-4  # Cody and Waite: k * 0.693359375 is exact
-    p = tl.zeros_like(r) + 1.9841269841269841e-4
-    p = p * r + 1.3888888888888889e-3
-    p = p * r + 8.3333333333333333e-3
-    p = p * r + 4.1666666666666666e-2
-    p = p * r + 1.6666666666666666e-1
-    p = p * r + 0.5
-    p = 1.0 + (r + r * r * p)
-    half = tl.floor(k * 0.5)  # in two steps: 2^128 alone would be infinite
-    return p * tl.exp2(half) * tl.exp2(k - half)
-
-
-@triton.jit
-def tanh(z):
-    """tanh to about one unit in the last place; the interpreter has none."""
-    size = tl.abs(z)
-    large = 1.0 - tl.math.div_rn(tl.zeros_like(size) + 2.0, exponential(2.0 * size) + 1.0)
-    # Below 0.625 the Cephes polynomial (tanhf, S. Moshier)
-    square = z * z
-    p = tl.zeros_like(z) - 5.70498872745e-3
-    p = p * square + 2.06390887954e-2
-    p = p * square - 5.37397155531e-2
-    p = p * square + 1.33314422036e-1
-    p = p * square - 3.33332819422e-1
-    return tl.where(size < 0.625, z + z * square * p, tl.where(z < 0, -large, large))
 
 
 @triton.jit
@@ -90,23 +63,53 @@ def row_offsets(ROWS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def roots_of_stretch(y, Y_MIN: tl.constexpr, Y_MIN_LOW: tl.constexpr, HALF_ULP: tl.constexpr):
+    height = (y - Y_MIN) - Y_MIN_LOW
+    return tl.sqrt(tl.maximum(height - HALF_ULP, 0.0)), tl.sqrt(tl.maximum(height + HALF_ULP, HALF_ULP / 64))
+
+
+@triton.jit
 def forward_kernel(
     x_ptr,
     y_ptr,
     side_ptr,
     n,
     LEFT_END: tl.constexpr,
+    X_MIN: tl.constexpr,
+    X_MIN_LOW: tl.constexpr,
+    Y_MIN: tl.constexpr,
+    Y_MIN_LOW: tl.constexpr,
+    HALF_ULP: tl.constexpr,
+    NEAR: tl.constexpr,
+    ROOT_1: tl.constexpr,
+    ROOT_2: tl.constexpr,
+    ROOT_3: tl.constexpr,
     CURVE: tl.constexpr,
+    SHORT: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     rows, offsets = row_offsets(ROWS, WIDE)
     inside = offsets < n
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, activation(x, CURVE).to(y_ptr.dtype.element_ty), mask=inside)
-    right = tl.where(x < LEFT_END, 0, 1)  # a NaN is on the right
-    bits = tl.sum(tl.where(inside, right, 0) << tl.arange(0, 8)[None, :], axis=1)
-    tl.store(side_ptr + rows, bits.to(tl.uint8), mask=rows * 8 < n)
+    wide_y = activation(x, CURVE)
+    y = wide_y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask=inside)
+    code = tl.where(x < LEFT_END, 0, 1)  # a NaN is on the right
+    if BITS > 1:
+        lower, upper = roots_of_stretch(y.to(tl.float32), Y_MIN, Y_MIN_LOW, HALF_ULP)
+        if SHORT:
+            root = tl.sqrt(tl.maximum((wide_y - Y_MIN) - Y_MIN_LOW, 0.0))
+        else:
+            distance = (x - X_MIN) - X_MIN_LOW
+            root = tl.abs(distance * (ROOT_1 + distance * (ROOT_2 + distance * ROOT_3)))
+            root = tl.where(tl.abs(distance) < NEAR, root, (lower + upper) / 2)
+        parts: tl.constexpr = 1 << (BITS - 1)
+        part = tl.minimum(tl.maximum((root - lower) / (upper - lower) * parts, 0.0), parts - 1.0)
+        code = code | (part.to(tl.int32) << 1)
+    word = tl.sum(tl.where(inside, code, 0) << (BITS * tl.arange(0, 8)[None, :]), axis=1)
+    tl.store(side_ptr + rows, word.to(side_ptr.dtype.element_ty), mask=rows * 8 < n)
 
 
 @triton.jit
@@ -126,6 +129,7 @@ def backward_kernel(
     TAIL_LOW: tl.constexpr,
     CURVE: tl.constexpr,
     SHORT: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -133,11 +137,16 @@ def backward_kernel(
     inside = offsets < n
     y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    bits = tl.load(side_ptr + rows, mask=rows * 8 < n, other=0).to(tl.int32)
-    right = ((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1) == 1
+    word = tl.load(side_ptr + rows, mask=rows * 8 < n, other=0).to(tl.int32)
+    code = (word[:, None] >> (BITS * tl.arange(0, 8)[None, :])) & ((1 << BITS) - 1)
+    right = (code & 1) == 1
 
-    height = (y - Y_MIN) - Y_MIN_LOW
-    root = 0.5 * (tl.sqrt(tl.maximum(height + HALF_ULP, HALF_ULP / 64)) + tl.sqrt(tl.maximum(height - HALF_ULP, 0.0)))
+    lower, upper = roots_of_stretch(y, Y_MIN, Y_MIN_LOW, HALF_ULP)
+    if BITS == 1:
+        root = (lower + upper) * 0.5
+    else:
+        within = ((code >> 1).to(tl.float32) + 0.5) * (1.0 / (1 << (BITS - 1)))
+        root = lower * (1.0 - within) + upper * within
     r = tl.where(right, root, -root)
     outer = tl.where(r > RIGHT_HIGH, 1.0, r * right_polynomial(r, CURVE, SHORT))
     slope = tl.where(r > NEAR_HIGH, outer, r * near_polynomial(r, CURVE, SHORT))
@@ -151,27 +160,66 @@ def backward_kernel(
     tl.store(dx_ptr + offsets, (dy * slope).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def monotone_backward_kernel(
+    dy_ptr,
+    y_ptr,
+    dx_ptr,
+    n,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    CURVE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    _, offsets = row_offsets(ROWS, WIDE)
+    inside = offsets < n
+    y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    dx = dy * monotone_slope(y, A, B, C, D, CURVE)
+    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def knows(curve: Curve) -> bool:
+    """Whether there is a kernel for this curve."""
+    return isinstance(curve, TwoSided) or (isinstance(curve, Monotone) and not curve.side_bits)
+
+
 def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
-    """``y = f(x)`` and the packed sides."""
+    """``y = f(x)`` and the packed codes."""
+    if not isinstance(curve, TwoSided):
+        return curve.f(x), x.new_empty(0, dtype=torch.uint8)
     n = x.numel()
     y = torch.empty_like(x)
-    side = torch.empty(-(-n // 8), dtype=torch.uint8, device=x.device)
+    side = torch.empty(curve.side_nbytes(n), dtype=torch.uint8, device=x.device)
     if n:
+        constants = forward_constants(curve, x.dtype)
         with on(x):
-            forward_kernel[grid(n)](
-                x, y, side, n, LEFT_END=left_end(curve, x.dtype), CURVE=curve.name, ROWS=ROWS, WIDE=wide(n)
-            )
+            forward_kernel[grid(n)](x, y, words(side, curve), n, **constants, ROWS=ROWS, WIDE=wide(n))
     return y, side
 
 
 def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
-    """``dy * f'(x)``, from y and the packed sides alone."""
+    """``dy * f'(x)``, from y and the packed codes alone."""
     n = y.numel()
     dx = torch.empty_like(y)
-    if n:
-        with on(y):
-            backward_kernel[grid(n)](dy, y, side, dx, n, **constants(curve.name, y.dtype), ROWS=ROWS, WIDE=wide(n))
+    if not n:
+        return dx
+    with on(y):
+        if isinstance(curve, TwoSided):
+            constants = backward_constants(curve, y.dtype)
+            backward_kernel[grid(n)](dy, y, words(side, curve), dx, n, **constants, ROWS=ROWS, WIDE=wide(n))
+        else:
+            monotone = monotone_constants(curve, y.dtype)
+            monotone_backward_kernel[grid(n)](dy, y, dx, n, **monotone, ROWS=ROWS, WIDE=wide(n))
     return dx
+
+
+def words(side: Tensor, curve: Curve) -> Tensor:
+    """The packed codes as one number for eight elements."""
+    return side.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[curve.side_bits])
 
 
 def grid(n: int) -> tuple[int]:
@@ -188,21 +236,55 @@ def on(tensor: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(tensor)
 
 
+Constants = dict[str, float | str | bool]
+
+
 @functools.cache
-def constants(name: str, dtype: torch.dtype) -> dict[str, float | str | bool]:
-    """What the backward kernel knows of a curve besides its polynomials."""
-    curve = CURVES[name]
-    fit = curve.fit_for(dtype)
-    high, low = minimum_in_two(curve, torch.float32)
+def shared_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
+    high, low = minimum_in_two(curve.fit, torch.float32)
     return {
         "Y_MIN": high,
         "Y_MIN_LOW": low,
-        "HALF_ULP": half_ulp(curve, dtype),
+        "HALF_ULP": half_ulp(curve.y_min, dtype),
+        "CURVE": curve.name,
+        "SHORT": dtype.itemsize == 2,
+        "BITS": curve.side_bits,
+    }
+
+
+@functools.cache
+def forward_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
+    """What the forward kernel knows of a curve."""
+    x_min = torch.tensor(curve.x_min).item()
+    first, second, third = root_expansion(curve.fit)
+    return {
+        "LEFT_END": left_end(curve.x_min, dtype),
+        "X_MIN": x_min,
+        "X_MIN_LOW": curve.x_min - x_min,
+        "NEAR": NEAR,
+        "ROOT_1": first,
+        "ROOT_2": second,
+        "ROOT_3": third,
+        **shared_constants(curve, dtype),
+    }
+
+
+@functools.cache
+def backward_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
+    """What the backward kernel knows of a curve besides its polynomials."""
+    fit = curve.fit_for(dtype)
+    return {
         "NEAR_HIGH": fit.near.high,
         "RIGHT_HIGH": fit.right.high,
         "TAIL_START": fit.tail_start,
         "TAIL_OFFSET": fit.tail_offset,
         "TAIL_LOW": fit.tail.low if fit.tail else 0.0,
-        "CURVE": name,
-        "SHORT": dtype.itemsize == 2,
+        **shared_constants(curve, dtype),
     }
+
+
+@functools.lru_cache(256)
+def monotone_constants(curve: Monotone, dtype: torch.dtype) -> Constants:
+    """What the backward kernel of the monotone curves knows of one."""
+    a, b, c, d = (*curve.constants_for(dtype), 0.0, 0.0, 0.0, 0.0)[:4]
+    return {"A": a, "B": b, "C": c, "D": d, "CURVE": curve.name}

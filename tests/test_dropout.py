@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from invact.kernels import CURVES
 from torch import nn
 
 import invact
@@ -23,8 +24,12 @@ def test_output_mask_and_random_stream_are_the_stock_ones(shape, dtype):
     x = (2 * torch.randn(shape)).to(dtype)
     if len(shape) == 4:
         x = x.to(memory_format=torch.channels_last)
+    gelu = CURVES["gelu"]
     results = []
-    for run in (lambda x: F.dropout(F.gelu(x), 0.3), lambda x: dropped(announced(x, "gelu"), 0.3, training=True)):
+    for run in (
+        lambda x: F.dropout(F.gelu(x), 0.3),
+        lambda x: dropped(announced(x, gelu), 0.3, training=True),
+    ):
         torch.manual_seed(0)
         leaf = x.clone().requires_grad_()
         z = run(leaf)
@@ -41,7 +46,7 @@ def test_first_and_second_derivatives_are_right():
 
     def run(x):
         torch.manual_seed(0)
-        return dropped(announced(x, "silu"), 0.3, training=True)
+        return dropped(announced(x, CURVES["silu"]), 0.3, training=True)
 
     assert torch.autograd.gradcheck(run, (x,))
     assert torch.autograd.gradgradcheck(run, (x,))
@@ -129,3 +134,11 @@ def test_it_compiles_to_the_stock_computation(run_backward):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     gradient = run_backward(compiled, (x,))[1]
     assert (run_backward(model, (x,))[1] - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_forward_mode_through_a_fused_dropout_says_that_it_is_not_supported():
+    x = torch.randn(8, requires_grad=True)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match=r"fused with a dropout is not supported.*unpatch"):
+            dropped(announced(dual, CURVES["gelu"]), 0.3, training=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from invact.kernels import CURVES, Curve, backward, forward, storage_order
-from invact.kernels.pytorch import packed, sides, unpacked
+from invact.kernels import CURVES, Curve, backward, forward, monotone, storage_order
+from invact.kernels.monotone import Monotone
+from invact.kernels.packing import packed, unpacked
+from invact.kernels.pytorch import sides
+from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor
 
 EVERY_CURVE = pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
+EVERY_TWO_SIDED = pytest.mark.parametrize("curve", TWO_SIDED, ids=str)
 SHORT_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -50,10 +54,10 @@ def norm(error: Tensor, weight: Tensor) -> float:
     return float((weight * error**2).sum().sqrt())
 
 
-@EVERY_CURVE
+@EVERY_TWO_SIDED
 @pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
 @pytest.mark.parametrize("deviation", [1.0, 3.0])
-def test_16_bit_gradients_reach_the_floor_of_one_bit(curve: Curve, dtype: torch.dtype, deviation: float) -> None:
+def test_16_bit_gradients_reach_the_floor_of_one_bit(curve: TwoSided, dtype: torch.dtype, deviation: float) -> None:
     x = every_value(dtype)
     y, weight = curve.f(x), weights(x, deviation)
     x, y, weight = (values[y.isfinite()] for values in (x, y, weight))
@@ -73,7 +77,7 @@ def test_no_finite_16_bit_value_gives_nan_or_infinity(curve: Curve, dtype: torch
     assert derivative_from_output(x, curve).isfinite().all()
 
 
-@EVERY_CURVE
+@EVERY_TWO_SIDED
 def test_fp32_gradients_reach_the_floor_of_one_bit(curve: Curve) -> None:
     x = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     true = curve.derivative(x.double())
@@ -82,7 +86,7 @@ def test_fp32_gradients_reach_the_floor_of_one_bit(curve: Curve) -> None:
     assert error.abs().max() <= 4e-4
 
 
-@EVERY_CURVE
+@EVERY_TWO_SIDED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gradients_away_from_the_minimum_are_exact_to_1e_5(curve: Curve, dtype: torch.dtype) -> None:
     x = torch.linspace(-120, 60, 1 << 18, dtype=dtype)
@@ -93,6 +97,7 @@ def test_gradients_away_from_the_minimum_are_exact_to_1e_5(curve: Curve, dtype: 
 @EVERY_CURVE
 def test_zeros_denormals_and_huge_values_behave_as_stock(curve: Curve) -> None:
     x = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 1e10, -1e10, 1e30, -1e30])
+    x = x[curve.f(x).isfinite()]  # the square of 1e30 is not
     torch.testing.assert_close(
         derivative_from_output(x, curve), curve.derivative(x.double()).float(), atol=1e-6, rtol=1e-6
     )
@@ -101,21 +106,25 @@ def test_zeros_denormals_and_huge_values_behave_as_stock(curve: Curve) -> None:
 @EVERY_CURVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_infinities_and_nan_come_out_as_stocks_do(curve: Curve, dtype: torch.dtype) -> None:
-    x = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype, requires_grad=True)
-    y = curve.f(x)
-    (stock,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    ours = derivative_from_output(x.detach(), curve)
-    stock[2] = torch.nan  # hardswish: stock itself gives 1 or NaN, as the length of the tensor has it
-    torch.testing.assert_close(ours, stock, equal_nan=True)
+    def stock(length: int) -> Tensor:
+        x = torch.zeros(length, dtype=dtype)
+        x[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        y = curve.f(x.requires_grad_())
+        return torch.autograd.grad(y, x, torch.ones_like(y))[0][:3]
+
+    ours = derivative_from_output(torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype), curve)
+    torch.testing.assert_close(ours[:2], stock(3)[:2], equal_nan=True)
+    # What stock gives for NaN depends on whether it works on eight numbers at once: 1, 0 or NaN.
+    assert any(torch.allclose(ours[2], stock(length)[2], equal_nan=True) for length in (3, 64)) or ours[2].isnan()
 
 
 @EVERY_CURVE
 def test_the_gradient_of_y_may_be_infinite_or_nan(curve: Curve) -> None:
-    x = torch.tensor([2.0, 2.0, 2.0])
+    x = torch.tensor([0.6, 0.6, 0.6])
     y, side = forward(x, curve)
     dy = torch.tensor([torch.inf, -torch.inf, torch.nan])
     dx = backward(dy, y, side, curve, storage_order(y))
-    torch.testing.assert_close(dx, dy, equal_nan=True)
+    torch.testing.assert_close(dx, dy, equal_nan=True)  # f' is positive there
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 1000])
@@ -130,8 +139,139 @@ def test_the_first_element_is_the_lowest_bit() -> None:
     assert packed(torch.tensor([True] + [False] * 8 + [True])).tolist() == [1, 2]
 
 
-@EVERY_CURVE
+@EVERY_TWO_SIDED
 @pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
 def test_the_side_is_compared_with_the_minimum_itself_not_with_its_rounding(curve: Curve, dtype: torch.dtype) -> None:
     x = every_value(dtype)
-    assert torch.equal(unpacked(sides(x, curve), x.numel()), x.double() >= curve.x_min)
+    assert torch.equal(unpacked(sides(x, curve.f(x), curve), x.numel()), x.double() >= curve.x_min)
+
+
+# --- side_bits -----------------------------------------------------------------------------------------
+
+
+def relative_error(curve: Curve, dtype: torch.dtype) -> float:
+    x = every_value(dtype)
+    x = x[curve.f(x).isfinite()]
+    weight, true = weights(x, 1.0), curve.derivative(x.double())
+    return norm(derivative_from_output(x, curve).double() - true, weight) / norm(true, weight)
+
+
+@EVERY_TWO_SIDED
+@pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
+def test_four_bits_make_16_bit_gradients_as_exact_as_rounding_them_allows(curve: TwoSided, dtype: torch.dtype) -> None:
+    x = every_value(dtype)
+    x = x[curve.f(x).isfinite()]
+    weight, true = weights(x, 1.0), curve.derivative(x.double())
+    rounded = norm(true.to(dtype).double() - true, weight) / norm(true, weight)
+    one, two, four = (relative_error(curve.with_side_bits(bits), dtype) for bits in (1, 2, 4))
+    assert rounded <= four < two < one
+    assert four <= (1.03 if dtype == torch.bfloat16 else 1.07) * rounded
+    if dtype == torch.bfloat16:
+        likely = weight > 0
+        error = stock_gradient(x, curve).double() - true
+        assert four <= 1.03 * norm(error[likely], weight[likely]) / norm(true, weight)
+
+
+@EVERY_TWO_SIDED
+def test_four_bits_help_fp32_next_to_the_minimum(curve: TwoSided) -> None:
+    x = torch.linspace(curve.x_min - 1e-3, curve.x_min + 1e-3, 1 << 16)
+    one, four = (
+        (derivative_from_output(x, curve.with_side_bits(bits)).double() - curve.derivative(x.double())).norm()
+        for bits in (1, 4)
+    )
+    assert four < 0.7 * one
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
+def test_codes_of_several_bits_come_back(bits: int, count: int) -> None:
+    codes = torch.randint(1 << bits, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+    codes = codes.bool() if bits == 1 else codes
+    side = packed(codes, bits)
+    assert side.numel() == -(-count // 8) * bits
+    assert torch.equal(unpacked(side, count, bits), codes)
+
+
+# --- monotone curves -----------------------------------------------------------------------------------
+
+MONOTONE = [
+    *(curve for curve in CURVES.values() if isinstance(curve, Monotone)),
+    monotone.elu(0.7),
+    monotone.elu(0.0),
+    monotone.celu(2.0),
+    monotone.leaky_relu(0.3),
+    monotone.hardtanh(-0.3, 0.7),
+    monotone.softplus(2.0),
+    monotone.softplus(2.0, threshold=5.0),
+    monotone.softplus(threshold=0.5),
+]
+
+
+def stock_gradient(x: Tensor, curve: Curve) -> Tensor:
+    x = x.detach().requires_grad_()
+    y = curve.f(x)
+    return torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+
+def ulps(ours: Tensor, stock: Tensor) -> Tensor:
+    """How many numbers of the dtype lie between two of the same sign."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
+
+    def place(values: Tensor) -> Tensor:
+        number = values.contiguous().view(kind).long()
+        return torch.where(number < 0, -(number & torch.iinfo(kind).max), number)
+
+    return (place(ours) - place(stock)).abs()
+
+
+def step_of(values: Tensor) -> Tensor:
+    """The distance to the next larger number of the dtype, at least that between the smallest ones; float64."""
+    next_larger = torch.nextafter(values.abs(), torch.full_like(values, torch.inf))
+    return next_larger.double() - values.abs().double()
+
+
+@pytest.mark.parametrize("curve", MONOTONE, ids=str)
+@pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
+def test_monotone_gradients_are_within_2_ulp_of_stocks_where_y_tells(curve: Monotone, dtype: torch.dtype) -> None:
+    x = every_value(dtype)
+    y, stock = curve.f(x), stock_gradient(x, curve)
+    x, y, stock = (values[y.isfinite() & stock.isfinite()] for values in (x, y, stock))
+    ours = derivative_from_output(x, curve)
+    assert ours.isfinite().all()
+    # Over all x with the same y (and, if it has one, the same bit), stock's gradient is between two values.
+    key = y.view(torch.int16).int() & 0xFFFF
+    if curve.side_bits:
+        key = key + (curve.codes(x, y).int() << 16)
+    _, group = key.unique(return_inverse=True)
+    low, high = (
+        torch.zeros(int(group.max()) + 1).scatter_reduce(0, group, stock.float(), reduce, include_self=False)[group]
+        for reduce in ("amin", "amax")
+    )
+    told = ulps(low.to(dtype), high.to(dtype)) <= 1
+    # Nor does y tell f' where rounding y by half a step moves f' by more than half a step of its own.
+    code = curve.codes(x, y) if curve.side_bits else None
+    told &= curve.slope_rise(y.double(), code, dtype).abs() * step_of(y) <= step_of(stock)
+    assert told.double().mean() > 0.25
+    # Some of stock's are composed of several operators, each of which rounds: then the truth is the better measure.
+    true = curve.derivative(x.double()).to(dtype)
+    assert torch.minimum(ulps(ours, stock), ulps(ours, true))[told].max() <= 2
+    # Where y does not tell, ours is one of those that belong to it, or next to them by half a step of y.
+    step = torch.finfo(dtype).eps * 2.0
+    assert (ours.float() >= low - step)[~told].all()
+    assert (ours.float() <= high + step)[~told].all()
+
+
+@pytest.mark.parametrize("curve", MONOTONE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_monotone_gradients_of_wider_types_are_within_2_ulp_of_stocks_too(curve: Monotone, dtype: torch.dtype) -> None:
+    if (dtype, str(curve)) == (torch.float64, "hardsigmoid"):
+        pytest.skip("stock's multiplies by a sixth in fp32")
+    x = torch.cat([torch.linspace(-40, 40, 1 << 17, dtype=dtype), torch.linspace(-2, 2, 1 << 17, dtype=dtype)])
+    if dtype == torch.float64 and curve.name == "softplus" and not curve.side_bits:
+        x = x[x < 10]  # its docstring names the jump of 2e-9 that follows
+    y, stock = curve.f(x), stock_gradient(x, curve)
+    code = curve.codes(x, y) if curve.side_bits else None
+    told = curve.slope_rise(y.double(), code, dtype).abs() * step_of(y) <= step_of(stock)
+    assert told.double().mean() > 0.05
+    ours, true = derivative_from_output(x, curve), curve.derivative(x.double()).to(dtype)
+    assert torch.minimum(ulps(ours, stock), ulps(ours, true))[told].max() <= 2

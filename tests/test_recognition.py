@@ -48,6 +48,25 @@ class OnlyImages(nn.Module):
         (nn.ReLU(inplace=True), "relu"),
         (nn.Sigmoid(), "sigmoid"),
         (nn.Tanh(), "tanh"),
+        (nn.ELU(), "elu"),
+        (nn.ELU(alpha=0.7), "elu(alpha=0.7)"),
+        (nn.ELU(alpha=2.5, inplace=True), "elu(alpha=2.5)"),
+        (nn.CELU(alpha=2.0), "celu(alpha=2)"),
+        (nn.SELU(), "selu"),
+        (nn.LeakyReLU(), "leaky_relu"),
+        (nn.LeakyReLU(0.2), "leaky_relu(negative_slope=0.2)"),
+        (nn.Softplus(), "softplus"),
+        (nn.Softplus(beta=2), "softplus(beta=2, threshold=20)"),
+        (nn.Softplus(beta=0.5, threshold=3.7), "softplus(beta=0.5, threshold=3.7)"),
+        (nn.LogSigmoid(), "log_sigmoid"),
+        (nn.Softsign(), "softsign"),
+        (nn.Hardsigmoid(), "hardsigmoid"),
+        (nn.Hardtanh(), "hardtanh"),
+        (nn.Hardtanh(-0.3, 0.7), "hardtanh(min_val=-0.3, max_val=0.7)"),
+        (nn.ReLU6(inplace=True), "relu6"),
+        (Lambda(lambda x: x.clamp(min=0)), "relu"),
+        (Lambda(lambda x: torch.where(x > 0, x, 0.3 * x)), "leaky_relu(negative_slope=0.3)"),
+        (Lambda(lambda x: torch.logaddexp(x, torch.zeros_like(x))), "softplus"),
         (Lambda(lambda x: x * torch.sigmoid(1.702 * x)), "quick_gelu"),
         (Lambda(lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))), "gelu"),
         (Lambda(lambda x: nn.functional.gelu(x.float()).to(x.dtype)), "gelu"),
@@ -57,17 +76,24 @@ class OnlyImages(nn.Module):
     ids=str,
 )
 def test_known_curves_are_found_in_whatever_class(module, curve):
-    assert recognise(module) == curve
+    assert str(recognise(module)) == curve
 
 
 @pytest.mark.parametrize(
-    "name", ["gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish", "relu"]
+    "name",
+    ["gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish", "relu", "relu2", "leaky_relu"],
 )
 def test_hugging_face_activations_are_found(name):
     from transformers.activations import ACT2FN
 
-    expected = {"gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu", "swish": "silu"}
-    assert recognise(ACT2FN[name]) == expected.get(name, name)
+    expected = {
+        "gelu_new": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+        "gelu_python": "gelu",
+        "swish": "silu",
+        "relu2": "squared_relu",
+    }
+    assert str(recognise(ACT2FN[name])) == expected.get(name, name)
 
 
 def test_timm_open_clip_and_bloom_activations_are_found():
@@ -75,10 +101,10 @@ def test_timm_open_clip_and_bloom_activations_are_found():
     from timm.layers.activations import GELUTanh, Swish
     from transformers.models.bloom.modeling_bloom import BloomGelu
 
-    assert recognise(QuickGELU()) == "quick_gelu"
-    assert recognise(GELUTanh()) == "gelu_tanh"
-    assert recognise(Swish(inplace=True)) == "silu"
-    assert recognise(BloomGelu()) == "gelu_tanh"
+    assert str(recognise(QuickGELU())) == "quick_gelu"
+    assert str(recognise(GELUTanh())) == "gelu_tanh"
+    assert str(recognise(Swish(inplace=True))) == "silu"
+    assert str(recognise(BloomGelu())) == "gelu_tanh"
 
 
 class Counts(nn.Module):
@@ -116,7 +142,13 @@ class WithBias(nn.Module):
         nn.Flatten(),
         nn.Linear(4, 4),
         nn.Sequential(nn.GELU()),
-        nn.LeakyReLU(1e-4),
+        nn.LeakyReLU(-0.1),
+        nn.LeakyReLU(1.0),
+        nn.RReLU(),
+        nn.Threshold(0.1, 0.0),
+        nn.Hardshrink(),
+        Lambda(lambda x: nn.functional.elu(x) + 1e-4),
+        Lambda(lambda x: torch.where(x > 0, x, torch.zeros_like(x) - 0.5)),
         Lambda(lambda x: nn.functional.gelu(x) + 1e-4 * x.mean()),
         Lambda(lambda x: nn.functional.gelu(x) + 1e-4 * x.roll(1, -1)),
         Lambda(lambda x: nn.functional.gelu(x).clamp(max=10)),

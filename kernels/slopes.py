@@ -1,0 +1,145 @@
+"""f' of a two-sided curve from its output, in PyTorch operations; what the pieces are, `pieces.Fit` says."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .pieces import Fit, Piece, scale_and_shift
+
+NEAR = 0.02  # an fp32 y tells x well enough further from the minimum
+
+
+def significant_bits(dtype: torch.dtype) -> int:
+    return 2 - math.frexp(torch.finfo(dtype).eps)[1]
+
+
+def left_end(x_min: float, dtype: torch.dtype) -> float:
+    """The first number of the dtype that is not left of the minimum: comparing with x_min itself would round it."""
+    fraction, exponent = math.frexp(x_min)
+    bits = significant_bits(dtype)
+    return math.ldexp(math.ceil(math.ldexp(fraction, bits)), exponent - bits)
+
+
+def half_ulp(y_min: float, dtype: torch.dtype) -> float:
+    """How far rounding to the dtype moves a y near the curve's minimum, at most."""
+    return math.ldexp(0.5, math.frexp(y_min)[1] - significant_bits(dtype))
+
+
+def minimum_in_two(fit: Fit, dtype: torch.dtype) -> tuple[float, float]:
+    """The minimum as the sum of a number of the dtype, fp32 or fp64, and a small rest."""
+    if dtype == torch.float64:
+        return fit.y_min, fit.y_min_low
+    fraction, exponent = math.frexp(fit.y_min)
+    bits = significant_bits(dtype)
+    high = math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)
+    return high, fit.y_min - high
+
+
+def roots_of_stretch(y: Tensor, fit: Fit, rounded_to: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Between which two sqrt(y - y_min) lies for all y that round to this one.
+
+    The upper is never zero and neither is the root of a negative number, although the stock operator's own error may
+    put y below the minimum by more than rounding does.
+    """
+    high, low = minimum_in_two(fit, y.dtype)
+    half = half_ulp(fit.y_min, rounded_to)
+    height = (y - high) - low
+    return (height - half).clamp(min=0).sqrt(), (height + half).clamp(min=half / 64).sqrt()
+
+
+def signed_root(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to: torch.dtype) -> Tensor:
+    """r of `pieces.Fit`, from the share of the stretch of this y that lies below x; negative on the left.
+
+    Rounding y hides where x was, most of all next to the minimum. x is nearly linear in r there, so the middle of what
+    is possible, ``within=0.5``, is what makes the error of f' smallest where nothing else is known.
+    """
+    lower, upper = roots_of_stretch(y, fit, rounded_to)
+    root = lower * (1 - within) + upper * within  # so that two infinite ends make no NaN
+    return torch.where(right, root, -root)
+
+
+def part_of(x: Tensor, y: Tensor, fit: Fit, wide_y: Tensor, parts: int) -> Tensor:
+    """Which of so many equal parts of the stretch of y x lies in, counted from the minimum; uint8.
+
+    Args:
+        x, y: as they are kept, of one dtype.
+        wide_y: y before it was rounded to 16 bits; of no use where y is wider.
+    """
+    lower, upper = roots_of_stretch(y.to(wide_y.dtype), fit, x.dtype)
+    if x.dtype.itemsize < 4:
+        high, low = minimum_in_two(fit, wide_y.dtype)
+        root = ((wide_y - high) - low).clamp(min=0).sqrt()
+    else:
+        distance = (x.double() - fit.x_min).to(x.dtype)
+        root = torch.where(distance.abs() < NEAR, root_near_minimum(distance, fit).abs(), (lower + upper) / 2)
+    return ((root - lower) / (upper - lower) * parts).clamp(0, parts - 1).to(torch.uint8)
+
+
+def root_near_minimum(distance: Tensor, fit: Fit) -> Tensor:
+    """r from ``x - x_min`` where that is less than `NEAR`: three terms, next to which y tells nothing of r."""
+    first, second, third = root_expansion(fit)
+    return distance * (first + distance * (second + distance * third))
+
+
+def root_expansion(fit: Fit) -> tuple[float, float, float]:
+    """r as a power series in ``x - x_min``: it solves ``dr/dx = near(r) / 2``, since f' is ``2 r dr/dx``."""
+    scale, shift = scale_and_shift(fit.near)
+    terms = fit.near.coefficients
+    n0, n1, n2 = (
+        sum(math.comb(k, order) * terms[k] * shift ** (k - order) for k in range(order, len(terms))) * scale**order
+        for order in range(3)
+    )
+    first = n0 / 2
+    second = n1 * first / 4
+    return first, second, (n1 * second + n2 * first * first) / 6
+
+
+def polynomial(piece: Piece, v: Tensor) -> Tensor:
+    scale, shift = scale_and_shift(piece)
+    u = v * scale + shift
+    total = torch.full_like(u, piece.coefficients[-1])
+    for coefficient in reversed(piece.coefficients[:-1]):
+        total = total * u + coefficient
+    return total
+
+
+def tail_variables(y: Tensor, fit: Fit, tail: Piece) -> tuple[Tensor, Tensor]:
+    """s of `pieces.Fit` and the variable of the tail's polynomial. At y = -0 they end at inf and at the piece's end."""
+    s = (-torch.log(y / fit.y_min)).clamp(min=0).sqrt()
+    return s, (1 / (s + fit.tail_offset)).clamp(min=tail.low)
+
+
+def slope(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to: torch.dtype) -> Tensor:
+    """f' from y and where x was, in y's precision, where y was rounded to a dtype that may be shorter."""
+    r = signed_root(y, right, within, fit, rounded_to)
+    outer = torch.where(r > fit.right.high, 1.0, r * polynomial(fit.right, r))
+    values = torch.where(r > fit.near.high, outer, r * polynomial(fit.near, r))
+    far = 0.0 if fit.tail is None else y * polynomial(fit.tail, tail_variables(y, fit, fit.tail)[1])
+    return torch.where(right, values, torch.where(y < fit.tail_start, values, far))
+
+
+def slope_rise(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to: torch.dtype) -> Tensor:
+    """The derivative of `slope` by y."""
+    r = signed_root(y, right, within, fit, rounded_to)
+    outer = torch.where(r > fit.right.high, 0.0, product_rise(fit.right, r))
+    values = torch.where(r > fit.near.high, outer, product_rise(fit.near, r))
+    far: Tensor | float = 0.0
+    if fit.tail is not None:
+        s, w = tail_variables(y, fit, fit.tail)
+        far = polynomial(fit.tail, w) + polynomial(rise(fit.tail), w) * w * w / (2 * s)
+    return torch.where(right, values, torch.where(y < fit.tail_start, values, far))
+
+
+def product_rise(piece: Piece, r: Tensor) -> Tensor:
+    """The derivative of ``r * piece(r)`` by y, where r^2 is y and a constant."""
+    return (polynomial(piece, r) + r * polynomial(rise(piece), r)) / (2 * r)
+
+
+def rise(piece: Piece) -> Piece:
+    """The derivative of a piece, by its own variable."""
+    scale, _ = scale_and_shift(piece)
+    terms = tuple(k * scale * term for k, term in enumerate(piece.coefficients))[1:]
+    return Piece(piece.low, piece.high, terms or (0.0,))

@@ -1,0 +1,189 @@
+"""The curves that fall to one minimum and rise again: y and a bit that tells the side of the minimum give f'.
+
+A new one is one entry here, and one in `fit.DEFINITIONS` from which ``python -m invact.kernels.fit`` makes its
+coefficients.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import slopes
+from .coefficients import FITS, SHORT_FITS
+from .curve import Curve, check_side_bits
+from .pieces import Fit
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class TwoSided(Curve):
+    """A curve with one minimum.
+
+    The lowest bit of an element's code is 1 where x was on the right of the minimum. Further bits number the part in
+    which x was, of the stretch of all x on that side that give the same y; see `slopes.part_of`.
+
+    Attributes:
+        fit: f' of (y, side), and where the minimum is.
+        short_fit: the same with fewer terms, for outputs of 16 bits.
+    """
+
+    fit: Fit
+    short_fit: Fit
+    side_bits: int = 1
+
+    def with_side_bits(self, bits: int) -> Curve:
+        return self if bits == self.side_bits else _with_side_bits(self, bits)
+
+    def codes(self, x: Tensor, y: Tensor) -> Tensor:
+        right = ~(x < slopes.left_end(self.x_min, x.dtype))
+        if self.side_bits == 1:
+            return right
+        wide_y = self.f(x.float()) if x.dtype.itemsize < 4 else y
+        part = slopes.part_of(x, y, self.fit_for(x.dtype), wide_y, self.parts)
+        return right.to(torch.uint8) | part << 1
+
+    def slope(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
+        values = slopes.slope(y, *self._read(code), self.fit_for(rounded_to), rounded_to)
+        # y - y is 0, but NaN at infinity, where stock's formulas say NaN too
+        return values + (y - y) if math.isnan(self.slope_at_infinity) else values
+
+    def slope_rise(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
+        return slopes.slope_rise(y, *self._read(code), self.fit_for(rounded_to), rounded_to)
+
+    def _read(self, code: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        """Whether x was on the right, and how far into the stretch of its y: the middle of its part, from 0 to 1."""
+        assert code is not None
+        if self.side_bits == 1:
+            return code, 0.5
+        return (code & 1).bool(), ((code >> 1) + 0.5) / self.parts
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the stretch of one y is divided, on each side."""
+        return 1 << (self.side_bits - 1)
+
+    def fit_for(self, dtype: torch.dtype) -> Fit:
+        """The fit for an output of this dtype."""
+        return self.short_fit if dtype.itemsize == 2 else self.fit
+
+    @property
+    def x_min(self) -> float:
+        """Where the minimum is. An x is on the right side unless it is less than this, NaN included."""
+        return self.fit.x_min
+
+    @property
+    def y_min(self) -> float:
+        """The minimum, to double precision; `fit.y_min_low` holds the digits that follow."""
+        return self.fit.y_min
+
+
+@functools.cache
+def _with_side_bits(curve: TwoSided, bits: int) -> TwoSided:
+    check_side_bits(bits)
+    return replace(curve, side_bits=bits)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """In fp32 for 16-bit types, rounded once: stock PyTorch has no such operator to agree with."""
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
+
+
+def gelu_derivative(x: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return 0.5 * torch.erfc(x * -math.sqrt(0.5)) + x * density
+
+
+def sigmoid_product_derivative(x: Tensor, z: Tensor, dz: Tensor | float) -> Tensor:
+    """The derivative of ``x * sigmoid(z(x))``."""
+    return torch.sigmoid(z) * (1 + x * dz * torch.sigmoid(-z))
+
+
+def gelu_tanh_derivative(x: Tensor) -> Tensor:
+    scale = 2 * math.sqrt(2 / math.pi)  # (1 + tanh(z / 2)) / 2 is sigmoid(z)
+    bounded = x.clamp(-1e3, 1e3)  # f' is 0 or 1 out there, and the cube must not overflow
+    square = bounded * bounded
+    return sigmoid_product_derivative(
+        bounded, scale * bounded * (1 + 0.044715 * square), scale * (1 + 3 * 0.044715 * square)
+    )
+
+
+def quick_gelu_derivative(x: Tensor) -> Tensor:
+    return sigmoid_product_derivative(x, 1.702 * x, 1.702)
+
+
+def silu_derivative(x: Tensor) -> Tensor:
+    return sigmoid_product_derivative(x, x, 1.0)
+
+
+def mish_derivative(x: Tensor) -> Tensor:
+    power = torch.exp(x.clamp(max=80.0))  # tanh(softplus(x)) is n / (n + 2) with n = exp(x) (exp(x) + 2)
+    n = power * (power + 2)
+    return n / (n + 2) + 4 * (n + 1) / (n + 2) * (x * torch.sigmoid(x) / (n + 2))
+
+
+def hardswish_derivative(x: Tensor) -> Tensor:
+    inside = (2 * x + 3) / 6
+    return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, inside))
+
+
+TWO_SIDED = (
+    TwoSided(
+        name="gelu",
+        f=F.gelu,
+        derivative=gelu_derivative,
+        fit=FITS["gelu"],
+        short_fit=SHORT_FITS["gelu"],
+        source="Hendrycks & Gimpel, Gaussian Error Linear Units, arXiv 1606.08415: x Phi(x)",
+    ),
+    TwoSided(
+        name="gelu_tanh",
+        f=gelu_tanh,
+        derivative=gelu_tanh_derivative,
+        fit=FITS["gelu_tanh"],
+        short_fit=SHORT_FITS["gelu_tanh"],
+        source="arXiv 1606.08415: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))",
+    ),
+    TwoSided(
+        name="quick_gelu",
+        f=quick_gelu,
+        derivative=quick_gelu_derivative,
+        fit=FITS["quick_gelu"],
+        short_fit=SHORT_FITS["quick_gelu"],
+        source="arXiv 1606.08415, as OpenAI's CLIP (2021) uses it: x sigmoid(1.702 x)",
+    ),
+    TwoSided(
+        name="silu",
+        f=F.silu,
+        derivative=silu_derivative,
+        fit=FITS["silu"],
+        short_fit=SHORT_FITS["silu"],
+        source="arXiv 1606.08415; Elfwing et al., arXiv 1702.03118; Swish, arXiv 1710.05941: x sigmoid(x)",
+    ),
+    TwoSided(
+        name="mish",
+        f=F.mish,
+        derivative=mish_derivative,
+        fit=FITS["mish"],
+        short_fit=SHORT_FITS["mish"],
+        source="Misra, Mish, arXiv 1908.08681: x tanh(softplus(x))",
+    ),
+    TwoSided(
+        name="hardswish",
+        f=F.hardswish,
+        derivative=hardswish_derivative,
+        fit=FITS["hardswish"],
+        short_fit=SHORT_FITS["hardswish"],
+        source="Howard et al., Searching for MobileNetV3, arXiv 1905.02244: x relu6(x + 3) / 6",
+        slope_at_infinity=1.0,
+    ),
+)
