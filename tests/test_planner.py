@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from invact import patchers
 from invact.arguments import device_of
 from invact.checkpointing import checkpointed
-from invact.cli import _memory_bytes, app
+from invact.cli import app
+from invact.commands.options import memory_bytes
 from invact.fitting_batch import Fit, Need, _region_bytes, needs, resident_bytes
 from invact.probing import observe
 from invact.simulation import Setting
@@ -129,7 +130,7 @@ def test_nothing_fits_where_the_weights_do_not():
     ("text", "nbytes"), [("24GiB", 24 * GIB), ("80 GB", 80 * 10**9), ("1.5gib", 3 * GIB // 2), ("512MiB", GIB // 2)]
 )
 def test_memory_is_read_with_its_unit(text, nbytes):
-    assert _memory_bytes(text) == nbytes
+    assert memory_bytes(text) == nbytes
 
 
 def run(*arguments: str):

@@ -1,0 +1,175 @@
+"""`invact patch`: what patching a model would save in training on a GPU, as a dry run."""
+
+from __future__ import annotations
+
+import json as json_format
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from invact.commands.options import Dtype, GpuMemory, HtmlFile, torch_dtype
+from invact.commands.output import check_page_can_be_made, command, fail, library_chatter_on_stderr, print_report, write
+from invact.commands.sizes import size_in_words
+
+if TYPE_CHECKING:
+    from invact.fitting_batch import Fit
+    from invact.layers import Layer
+    from invact.page import Page
+    from invact.report import Report
+
+DEFAULT_BATCH_SIZE = 32
+
+
+class LibraryName(str, Enum):
+    """The libraries of `invact.patchers`, listed here so that `--help` need not import them."""
+
+    transformers = "transformers"
+    timm = "timm"
+    open_clip = "open_clip"
+
+
+class Autocast(str, Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Attention(str, Enum):
+    fused = "fused"
+    math = "math"
+
+
+class Optimizer(str, Enum):
+    """The keys of `invact.fitting_batch.STATES`."""
+
+    adamw = "adamw"
+    momentum = "momentum"
+    sgd = "sgd"
+
+
+def patch(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="bert-base-uncased, timm/vit_base_patch16_224, open_clip/ViT-B-32, a hub name org/name, "
+            "or a directory with a config.json."
+        ),
+    ],
+    library: Annotated[LibraryName | None, typer.Option(help="Overrides what the name says.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step.")] = DEFAULT_BATCH_SIZE,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens. Default: 512, or the model's maximum if less.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels to a side. Default: the model's own.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the parameters. Default: bf16; with --autocast, fp32.")
+    ] = None,
+    autocast: Annotated[Autocast | None, typer.Option(help="Plan for training under torch.autocast.")] = None,
+    attention: Annotated[
+        Attention, typer.Option(help="Count attention as a fused kernel, or with its N x N matrix.")
+    ] = Attention.fused,
+    gpu_memory: GpuMemory = None,
+    optimizer: Annotated[Optimizer, typer.Option(help="Whose states share the GPU; with --gpu-memory.")] = (
+        Optimizer.adamw
+    ),
+    target_batch: Annotated[
+        int | None, typer.Option(min=1, help="Say what it takes to fit this batch; with --gpu-memory.")
+    ] = None,
+    html: HtmlFile = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
+) -> None:
+    """Dry run: what patching the model would save in training on a GPU. Needs neither the GPU nor weights."""
+    if target_batch is not None and gpu_memory is None:
+        fail("--target-batch asks what fits, and needs to know where. Add --gpu-memory, as in --gpu-memory 24GiB.")
+    check_page_can_be_made(html)
+    with library_chatter_on_stderr():
+        report, fit, page = _dry_run(
+            model,
+            library=library and library.value,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            image_size=image_size,
+            dtype=(dtype or (Dtype.fp32 if autocast else Dtype.bf16)).value,
+            autocast=autocast and autocast.value,
+            attention=attention.value,
+            gpu_memory=gpu_memory,
+            optimizer=optimizer.value,
+            target_batch=target_batch,
+            with_page=html is not None,
+        )
+    if json:
+        typer.echo(json_format.dumps({**report.to_dict(), "fit": fit.to_dict()}, indent=2) if fit else report.to_json())
+    else:
+        print_report(report)
+        if fit:
+            typer.echo(fit)
+    if page and html:
+        write(page.html(), html)
+
+
+def _dry_run(
+    name: str,
+    *,
+    library: str | None,
+    batch_size: int,
+    seq_len: int | None,
+    image_size: int | None,
+    dtype: str,
+    autocast: str | None,
+    attention: str,
+    gpu_memory: int | None,
+    optimizer: str,
+    target_batch: int | None,
+    with_page: bool,
+) -> tuple[Report, Fit | None, Page | None]:
+    from invact import patchers
+    from invact.planning import plan_for_device
+
+    precision = f"{dtype}, autocast {autocast}" if autocast else dtype
+    autocast_dtype = torch_dtype(autocast) if autocast else None
+    try:
+        model = patchers.load(name, torch_dtype(dtype), library=library, image_size=image_size)
+        inputs = patchers.example_inputs(model, batch_size, seq_len, image_size)
+        report = plan_for_device(
+            model,
+            inputs,
+            autocast=autocast_dtype,
+            attention=attention,
+            title=" · ".join([name, type(model).__name__, size_in_words(inputs), precision]),
+        )
+    except (patchers.ModelNameError, patchers.MissingLibraryError, patchers.InputSizeError) as error:
+        fail(str(error))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        # A size that only the model itself can reject is bad input; anything else is a fault, with its traceback.
+        if seq_len is None and image_size is None:
+            raise
+        sizes = {"--seq-len": seq_len, "--image-size": image_size}
+        given = " ".join(f"{option} {size}" for option, size in sizes.items() if size is not None)
+        fail(f"{name} does not run with {given}: {error}. Leave it out for the model's own size.")
+    import torch
+
+    from invact.simulation import Setting
+
+    setting = Setting(torch.device("cuda"), autocast_dtype, attention)
+    fit = page = None
+    if gpu_memory is not None:
+        from invact.fitting_batch import Fit, needs
+        from invact.trial_task import with_labels
+
+        def training_inputs(size: int) -> Any:
+            return with_labels(model, patchers.example_inputs(model, size, seq_len, image_size))
+
+        fit = Fit(gpu_memory, optimizer, needs(model, training_inputs, setting, optimizer=optimizer), target_batch)
+    if with_page:
+        from invact.layers import memory_by_layer
+        from invact.planning import decide
+
+        layers = memory_by_layer(model, inputs, setting, decide(model, inputs, autocast=autocast_dtype))
+        page = _plan_page(report, layers, fit)
+    return report, fit, page
+
+
+def _plan_page(report: Report, layers: list[Layer], fit: Fit | None) -> Page:
+    from invact.page import plan_page
+
+    return plan_page(report, layers, command(), str(fit or ""))

@@ -1,0 +1,129 @@
+"""`invact trial`: the same training with and without invact and checkpointing, compared."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from invact.commands.options import Dtype, GpuMemory, HtmlFile, torch_dtype
+from invact.commands.output import (
+    check_page_can_be_made,
+    command,
+    fail,
+    library_chatter_on_stderr,
+    print_report,
+    progress,
+    write,
+)
+
+if TYPE_CHECKING:
+    from invact.page import Page
+    from invact.trial_result import Trial
+
+DEFAULT_BATCH_SIZE = 8
+
+
+def trial(
+    model: Annotated[str | None, typer.Option(help="As of `invact patch`. Default: a small BERT.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A text file, a folder of images, or `digits`. Default: what comes with Python."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="For every way of training and every seed.")] = 50,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step.")] = DEFAULT_BATCH_SIZE,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens in a sample of text.")] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="fp32, or what autocast computes in. Default: bf16 on a GPU, fp32 without."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the spread between them is the yardstick.")] = 3,
+    compiled: Annotated[bool, typer.Option("--compile", help="Train under torch.compile as well.")] = False,
+    gpu_memory: GpuMemory = None,
+    html: HtmlFile = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON and nothing else.")] = False,
+) -> None:
+    """Train the same model from the same seeds with and without invact and checkpointing, and compare."""
+    # Threads that spin while they wait take ten times as long where others use the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    check_page_can_be_made(html)
+    with library_chatter_on_stderr():
+        result = _trained(
+            model,
+            data,
+            steps=steps,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            dtype=dtype,
+            seeds=range(seed, seed + seeds),
+            compiled=compiled,
+            gpu_memory=gpu_memory,
+        )
+        page = _trial_page(result) if html else None
+    if json:
+        typer.echo(result.to_json())
+    else:
+        print_report(result)
+    if page and html:
+        write(page.html(), html)
+    if result.interrupted:
+        typer.echo("Interrupted: the figures are of the steps taken so far.", err=True)
+        raise typer.Exit(code=130)
+
+
+def _trained(
+    name: str | None,
+    data: str | None,
+    *,
+    steps: int,
+    batch_size: int,
+    seq_len: int | None,
+    dtype: Dtype | None,
+    seeds: range,
+    compiled: bool,
+    gpu_memory: int | None,
+) -> Trial:
+    try:
+        import torch
+
+        from invact import patchers
+        from invact.simulation import Setting
+        from invact.trial import COMPILED_WAYS, WAYS, train_in_ways
+        from invact.trial_data import DataError
+        from invact.trial_task import NotTrainableError, make_task
+
+        try:
+            task = make_task(name, data, seq_len)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            dtype = dtype or (Dtype.bf16 if device.type == "cuda" else Dtype.fp32)
+            ways = [*WAYS, *(COMPILED_WAYS if compiled else ())]
+            with progress(steps * len(seeds) * len(ways)) as on_step:
+                return train_in_ways(
+                    task,
+                    steps=steps,
+                    batch_size=batch_size,
+                    seeds=seeds,
+                    ways=ways,
+                    setting=Setting(device, None if dtype is Dtype.fp32 else torch_dtype(dtype.value)),
+                    memory_bytes=gpu_memory,
+                    on_step=on_step,
+                )
+        except (
+            DataError,
+            NotTrainableError,
+            patchers.ModelNameError,
+            patchers.MissingLibraryError,
+            patchers.InputSizeError,
+        ) as error:
+            fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("Interrupted before every way had taken a step: there is nothing to report.", err=True)
+        raise typer.Exit(code=130) from None
+
+
+def _trial_page(result: Trial) -> Page:
+    from invact.page import trial_page
+
+    return trial_page(result, command())
