@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from invact.layers import Layer
+from invact.machine import installed_versions
 from invact.report import Report, format_bytes
-from invact.trial_result import Trial, installed_versions
+from invact.trial_result import Trial
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

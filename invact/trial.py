@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from invact.arguments import Inputs
 from invact.checkpointing import can_checkpoint, enable_checkpointing
 from invact.fitting_batch import needs
+from invact.kept_storages import KeptStorages
 from invact.layers import memory_by_layer
-from invact.ledger import Key, Ledger, storage_sizes
+from invact.ledger import Ledger, storage_sizes
 from invact.patching import patch
 from invact.planning import decide
 from invact.simulation import Setting
+from invact.timing import wait_for
 from invact.trial_data import DataError
 from invact.trial_result import BASELINE, Run, Trial
 from invact.trial_task import Batch, NotTrainableError, Task
@@ -142,7 +143,7 @@ class _Trainee:
 
     def _counted_loss(self, batch: Batch) -> Tensor:
         if "compile" in self.way:
-            with _Storages(self._model) as storages:
+            with KeptStorages([*self._model.parameters(), *self._model.buffers()]) as storages:
                 loss = self._loss(batch)
             self.activation_bytes = storages.nbytes()
             return loss
@@ -159,10 +160,10 @@ class _Trainee:
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
-        _wait_for(self._setting.device)
+        wait_for(self._setting.device)
         start = time.perf_counter()
         yield
-        _wait_for(self._setting.device)
+        wait_for(self._setting.device)
         self.seconds.append(time.perf_counter() - start)
 
     @contextmanager
@@ -187,39 +188,9 @@ class _Trainee:
         return sum(sizes.values())
 
 
-class _Storages:
-    """Counts what is kept under torch.compile, where the ledger's dispatch mode would make it run eagerly."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._own = {key for t in [*model.parameters(), *model.buffers()] for key in storage_sizes(t)}
-        self._kept: list[Tensor] = []
-        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def __enter__(self) -> _Storages:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
-
-    def nbytes(self) -> int:
-        sizes: dict[Key, int] = {key: size for t in self._kept for key, size in storage_sizes(t).items()}
-        self._kept.clear()
-        return sum(size for key, size in sizes.items() if key not in self._own)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        self._kept.append(tensor.detach())
-        return tensor
-
-
 def on_device(batch: Batch, device: torch.device) -> Batch:
     inputs, targets = tree_map_only(Tensor, lambda t: t.to(device), (batch.inputs, batch.targets))
     return Batch(inputs, targets)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- the comparison -----------------------------------------------------------------------------------

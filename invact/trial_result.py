@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from invact.layers import Layer
+from invact.machine import installed_versions
 from invact.report import Report, format_bytes
 
 BASELINE = "baseline"
-_PACKAGES = ("invact", "torch", "transformers", "timm", "open_clip_torch")
 
 
 @dataclass
@@ -66,7 +64,7 @@ class Trial:
     memory_bytes: int | None = None
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=lambda: installed_versions())
+    versions: dict[str, str] = field(default_factory=installed_versions)
 
     def run(self, name: str) -> Run:
         return next(run for run in self.runs if run.name == name)
@@ -133,14 +131,3 @@ class Trial:
         if self.memory_bytes is None:
             del columns["largest batch"]
         return [list(columns), *([text(run) for text in columns.values()] for run in self.runs)]
-
-
-def installed_versions() -> dict[str, str]:
-    """Of Python and of the packages that the figures depend on."""
-    found = {"Python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

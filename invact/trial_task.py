@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from invact import patchers
 from invact.arguments import Inputs
+from invact.real_models import with_weights
 from invact.trial_data import DataError, Images, Text, load_images, load_text, resized
 
 DEFAULT_TOKENS = 128
@@ -77,30 +76,9 @@ def make_task(name: str | None = None, data: str | None = None, seq_len: int | N
         raise NotTrainableError(f"{name} reads audio, and a trial has text and images only. Name another model.")
     if not images:
         length = min(seq_len or DEFAULT_TOKENS, shapes[0][0])
-        return _language_task(title, model, lambda: _with_weights(name), load_text(data), length)
+        return _language_task(title, model, lambda: with_weights(name), load_text(data), length)
     (size,) = images
-    return _image_task(title, model, lambda: _with_weights(name), load_images(data, size), size, shapes)
-
-
-def _with_weights(name: str) -> nn.Module:
-    owner, own_name = patchers.resolve(name)
-    with _CPUForMeta():
-        model: nn.Module = owner.load(own_name, torch.float32).train()
-    return model
-
-
-class _CPUForMeta(TorchFunctionMode):
-    """Models are loaded on the meta device, without weights; inside this block they get weights, on the CPU."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = tree_map_only(torch.device, _not_meta, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def _not_meta(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "meta" else device
+    return _image_task(title, model, lambda: with_weights(name), load_images(data, size), size, shapes)
 
 
 def _picked(samples: int, seed: int, step: int, batch_size: int) -> tuple[Tensor, torch.Generator]:

@@ -10,7 +10,7 @@ import typer
 
 from invact.commands.options import Dtype, GpuMemory, HtmlFile, torch_dtype
 from invact.commands.output import check_page_can_be_made, command, fail, library_chatter_on_stderr, print_report, write
-from invact.commands.sizes import size_in_words
+from invact.sizes import size_in_words
 
 if TYPE_CHECKING:
     from invact.fitting_batch import Fit
