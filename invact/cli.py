@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from invact import __version__
+from invact.commands.bench import bench
 from invact.commands.patch import patch
 from invact.commands.trial import trial
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Train in less memory: pointwise activations replaced in place by inverted ones.",
 )
-for command in (patch, trial):
+for command in (patch, trial, bench):
     app.command()(command)
 
 

@@ -37,15 +37,18 @@ def library_chatter_on_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error if that is a terminal; yields what to call with the way after every step."""
+def progress(total: int | None) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error if that is a terminal; yields what to call after every step, with what it was.
+
+    Without a total the bar only shows that it goes on.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         training = bar.add_task("preparing", total=total)
-        yield lambda way: bar.update(training, advance=1, description=way)
+        yield lambda what: bar.update(training, advance=1, description=what)
 
 
 class Printable(Protocol):
