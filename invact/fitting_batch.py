@@ -11,7 +11,7 @@ from torch import nn
 
 from invact.arguments import Inputs
 from invact.checkpointing import can_checkpoint, checkpointed
-from invact.planning import decide
+from invact.planning import Decided
 from invact.probing import Observation, observe
 from invact.report import format_bytes
 from invact.simulation import Setting
@@ -99,7 +99,12 @@ class Fit:
 
 
 def needs(
-    model: nn.Module, inputs_of: Callable[[int], Inputs], setting: Setting, *, optimizer: str = "adamw"
+    model: nn.Module,
+    inputs_of: Callable[[int], Inputs],
+    setting: Setting,
+    decided: Decided,
+    *,
+    optimizer: str = "adamw",
 ) -> dict[str, Need]:
     """What a training step needs at its peak, by way of training.
 
@@ -110,9 +115,9 @@ def needs(
     Args:
         model: in any state, on any device or on meta; afterwards as it was.
         inputs_of: makes the model's inputs, best with labels, for a batch size.
+        decided: what invact does to the model.
         optimizer: a key of `STATES`.
     """
-    decided = decide(model, inputs_of(_BATCHES[0]), autocast=setting.autocast)
     resident = resident_bytes(model, optimizer)
     found = _needs_as_it_is(model, inputs_of, setting, resident)
     swaps = decided.apply(model)

@@ -224,7 +224,7 @@ def logsigmoid(input: Tensor) -> Tensor:
 
 
 def softsign(input: Tensor) -> Tensor:
-    """``torch.nn.functional.softsign``, inverted: x / (1 + |x|), where f' is (1 - |y|)^2.
+    """``torch.nn.functional.softsign``, inverted: ``x / (1 + |x|)``, where f' is ``(1 - |y|)^2``.
 
     Formula: Bergstra et al., 2009. From abs(x) = 1 on f' is as exact as y, absolutely and not relatively.
 

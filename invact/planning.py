@@ -62,7 +62,7 @@ def plan(
     ).report
 
 
-def plan_for_device(
+def decide_for_device(
     model: nn.Module,
     example_inputs: Inputs,
     *,
@@ -71,14 +71,12 @@ def plan_for_device(
     attention: str = "fused",
     side_bits: int = 1,
     title: str = "",
-) -> Report:
-    """`plan` for training on `device`, whether or not it is there; the model may be on any, or on meta."""
+) -> Decided:
+    """`decide` for training on `device`, whether or not it is there; the model may be on any, or on meta."""
     check_inputs(example_inputs)
-    report = _decide(
-        model, example_inputs, Setting(torch.device(device), autocast, attention), side_bits=side_bits
-    ).report
-    report.title = title
-    return report
+    decided = _decide(model, example_inputs, Setting(torch.device(device), autocast, attention), side_bits=side_bits)
+    decided.report.title = title
+    return decided
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def _compared(
     inputs = inputs_of(batch_size)
     decided = decide(model, inputs, autocast=setting.autocast)
     if memory_bytes is not None:
-        predicted = needs(model, inputs_of, setting)
+        predicted = needs(model, inputs_of, setting, decided)
         for run in runs:
             if run.name in predicted:
                 run.largest_batch = predicted[run.name].largest_batch(memory_bytes)

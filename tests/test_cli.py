@@ -89,3 +89,17 @@ def test_bad_input_exits_2_with_one_message_and_no_traceback(arguments, message)
     assert message in result.stderr
     assert result.stderr.count("Error") == 1
     assert "Traceback" not in result.stderr
+
+
+def test_side_bits_cost_what_the_report_says():
+    saved = {}
+    for bits in ("1", "4"):
+        result = CliRunner().invoke(app, ["patch", "--model", "bert-base-uncased", "--side-bits", bits, "--json"])
+        assert result.exit_code == 0, result.output
+        saved[bits] = json.loads(result.stdout)["sites"]
+    elements = 32 * 512 * 3072
+    ones, fours = (
+        [site["bytes_saved"] for site in saved[bits] if site["action"] == "invert"][:12] for bits in ("1", "4")
+    )
+    assert [one - four for one, four in zip(ones, fours, strict=True)] == [3 * elements // 8] * 12
+    assert CliRunner().invoke(app, ["patch", "--model", "bert-base-uncased", "--side-bits", "3"]).exit_code == 2

@@ -15,6 +15,7 @@ from invact.checkpointing import checkpointed
 from invact.cli import app
 from invact.commands.options import memory_bytes
 from invact.fitting_batch import Fit, Need, _region_bytes, needs, resident_bytes
+from invact.planning import decide
 from invact.probing import observe
 from invact.simulation import Setting
 
@@ -36,7 +37,7 @@ def inputs_of(batch_size: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def predicted(model) -> dict[str, Need]:
-    return needs(model, inputs_of, Setting(device_of(model)))
+    return needs(model, inputs_of, Setting(device_of(model)), decide(model, inputs_of(2)))
 
 
 def resident(model, copies: int) -> int:
@@ -84,7 +85,9 @@ def test_a_frozen_parameter_has_neither_gradient_nor_states(model):
 
 
 def test_autocast_copies_of_weights_do_not_grow_with_the_batch(model):
-    fixed = needs(model, inputs_of, Setting(device_of(model), torch.bfloat16))["baseline"].constant
+    fixed = needs(model, inputs_of, Setting(device_of(model), torch.bfloat16), decide(model, inputs_of(2)))[
+        "baseline"
+    ].constant
     assert 0 < fixed - resident(model, 4) <= resident(model, 1) // 2
 
 

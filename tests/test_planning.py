@@ -271,7 +271,7 @@ def test_a_model_in_evaluation_mode_is_planned_for_training_and_stays_in_evaluat
 
 
 def test_planning_for_a_gpu_needs_none_and_counts_attention_as_asked():
-    from invact.planning import plan_for_device
+    from invact.planning import decide_for_device
 
     class Attends(nn.Module):
         def __init__(self):
@@ -287,7 +287,7 @@ def test_planning_for_a_gpu_needs_none_and_counts_attention_as_asked():
 
     x = (torch.randn(2, 128, 64),)
     matrix = 2 * 4 * 128 * 128 * 4
-    fused = plan_for_device(Attends(), x, device="cuda")
-    math = plan_for_device(Attends(), x, device="cuda", attention="math")
+    fused = decide_for_device(Attends(), x, device="cuda").report
+    math = decide_for_device(Attends(), x, device="cuda", attention="math").report
     assert math.bytes_before - fused.bytes_before > 2 * matrix
     assert [s.action for s in fused.sites] == [s.action for s in math.sites] == ["invert"]

@@ -39,6 +39,12 @@ class Attention(str, Enum):
     math = "math"
 
 
+class SideBits(str, Enum):
+    one = "1"
+    two = "2"
+    four = "4"
+
+
 class Optimizer(str, Enum):
     """The keys of `invact.fitting_batch.STATES`."""
 
@@ -68,6 +74,10 @@ def patch(
     attention: Annotated[
         Attention, typer.Option(help="Count attention as a fused kernel, or with its N x N matrix.")
     ] = Attention.fused,
+    side_bits: Annotated[
+        SideBits,
+        typer.Option(help="Per element, for curves with two sides; 4 make bf16 gradients as exact as stock's."),
+    ] = SideBits.one,
     gpu_memory: GpuMemory = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Whose states share the GPU; with --gpu-memory.")] = (
         Optimizer.adamw
@@ -92,6 +102,7 @@ def patch(
             dtype=(dtype or (Dtype.fp32 if autocast else Dtype.bf16)).value,
             autocast=autocast and autocast.value,
             attention=attention.value,
+            side_bits=int(side_bits.value),
             gpu_memory=gpu_memory,
             optimizer=optimizer.value,
             target_batch=target_batch,
@@ -117,24 +128,26 @@ def _dry_run(
     dtype: str,
     autocast: str | None,
     attention: str,
+    side_bits: int,
     gpu_memory: int | None,
     optimizer: str,
     target_batch: int | None,
     with_page: bool,
 ) -> tuple[Report, Fit | None, Page | None]:
     from invact import patchers
-    from invact.planning import plan_for_device
+    from invact.planning import decide_for_device
 
     precision = f"{dtype}, autocast {autocast}" if autocast else dtype
     autocast_dtype = torch_dtype(autocast) if autocast else None
     try:
         model = patchers.load(name, torch_dtype(dtype), library=library, image_size=image_size)
         inputs = patchers.example_inputs(model, batch_size, seq_len, image_size)
-        report = plan_for_device(
+        decided = decide_for_device(
             model,
             inputs,
             autocast=autocast_dtype,
             attention=attention,
+            side_bits=side_bits,
             title=" · ".join([name, type(model).__name__, size_in_words(inputs), precision]),
         )
     except (patchers.ModelNameError, patchers.MissingLibraryError, patchers.InputSizeError) as error:
@@ -159,14 +172,14 @@ def _dry_run(
         def training_inputs(size: int) -> Any:
             return with_labels(model, patchers.example_inputs(model, size, seq_len, image_size))
 
-        fit = Fit(gpu_memory, optimizer, needs(model, training_inputs, setting, optimizer=optimizer), target_batch)
+        fit = Fit(
+            gpu_memory, optimizer, needs(model, training_inputs, setting, decided, optimizer=optimizer), target_batch
+        )
     if with_page:
         from invact.layers import memory_by_layer
-        from invact.planning import decide
 
-        layers = memory_by_layer(model, inputs, setting, decide(model, inputs, autocast=autocast_dtype))
-        page = _plan_page(report, layers, fit)
-    return report, fit, page
+        page = _plan_page(decided.report, memory_by_layer(model, inputs, setting, decided), fit)
+    return decided.report, fit, page
 
 
 def _plan_page(report: Report, layers: list[Layer], fit: Fit | None) -> Page:
