@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from invact.kernels import CURVES, Curve, dispatch, monotone
@@ -264,11 +265,13 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     y: Tensor
     if not (torch.is_grad_enabled() and x.requires_grad):
         y = curve.f(x)
-    elif inplace and not torch.compiler.is_compiling():
-        y = InvertedInPlace.apply(x, curve)
+    elif torch.compiler.is_compiling():
+        y = Inverted.apply(x, curve)[0]
+    elif torch._C._are_functorch_transforms_active():
+        y = InvertedBothWays.apply(x, curve)[0]
     else:
-        y = (Inverted if torch.compiler.is_compiling() else InvertedBothWays).apply(x, curve)[0]
-    # After InvertedInPlace they are the same; while torch.compile traces, the copy makes x another name of y.
+        y = InvertedEagerly.apply(x, curve, inplace)
+    # Eagerly they are the same; in the other cases the copy makes x another name of y.
     return x.copy_(y) if inplace and y is not x else y
 
 
@@ -289,13 +292,54 @@ def _of_parts(x: Tensor, curve: Curve) -> Tensor:
 
 def gradient(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int, ...]) -> Tensor:
     """``dy * f'``, differentiable once more; `side` and `order` as `kernels.backward` takes them."""
-    kind = InvertedGradient if torch.compiler.is_compiling() else InvertedGradientBothWays
-    dx: Tensor = kind.apply(dy, y, side, curve, order)
+    dx: Tensor
+    if torch.compiler.is_compiling():
+        dx = InvertedGradient.apply(dy, y, side, curve, order)
+    elif _may_be_differentiated():
+        dx = InvertedGradientBothWays.apply(dy, y, side, curve, order)
+    else:  # an ordinary backward pass: an autograd function costs a GPU's host some 20 us
+        dx = dispatch.backward(dy, y, side, curve, order)
     return dx
 
 
+def _may_be_differentiated() -> bool:
+    """Whether what is computed now has a gradient or a tangent of its own."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+class InvertedEagerly(torch.autograd.Function):
+    """``x -> y``; keeps y and the side. In place, y takes the memory of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, curve: Curve, inplace: bool) -> Tensor:
+        y, side = dispatch.forward(x, curve)
+        ctx.curve, ctx.inplace = curve, inplace
+        ctx.order = dispatch.storage_order(y)  # saved-tensor hooks may hand y back with other strides
+        if inplace:
+            y = x.copy_(y)
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(y, side)
+        ctx.save_for_forward(y, side)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        y, side = ctx.saved_tensors
+        return gradient(dy, y, side, ctx.curve, ctx.order), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        if ctx.inplace:
+            raise NotImplementedError(
+                f"Forward-mode differentiation of an inverted {ctx.curve.name} that works in place is not supported. "
+                "Use it with inplace=False, or the stock activation; invact.unpatch(model) brings it back."
+            )
+        y, side = ctx.saved_tensors
+        return gradient(dx, y, side, ctx.curve, ctx.order)
+
+
 class Inverted(torch.autograd.Function):
-    """``x -> (y, side)``; keeps exactly these two."""
+    """``x -> (y, side)``, where torch.compile or torch.func looks into it; keeps exactly these two."""
 
     @staticmethod
     def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
@@ -308,7 +352,7 @@ class Inverted(torch.autograd.Function):
         ctx.mark_non_differentiable(side)
         ctx.save_for_backward(y, side)
         ctx.curve = inputs[1]
-        ctx.order = dispatch.storage_order(y)  # saved-tensor hooks may hand y back with other strides
+        ctx.order = dispatch.storage_order(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
@@ -333,34 +377,6 @@ class InvertedBothWays(Inverted):
     def jvp(ctx: Any, dx: Tensor, _: None) -> tuple[Tensor, None]:
         y, side = ctx.saved_tensors
         return gradient(dx, y, side, ctx.curve, ctx.order), None
-
-
-class InvertedInPlace(torch.autograd.Function):
-    """`Inverted` with y in the memory of x; what held x before holds y afterwards.
-
-    It gives y alone, since PyTorch lets a function of several results change no view in place.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, curve: Curve) -> Tensor:
-        y, side = dispatch.forward(x, curve)
-        x.copy_(y)
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x, side)
-        ctx.curve, ctx.order = curve, dispatch.storage_order(y)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        y, side = ctx.saved_tensors
-        return gradient(dy, y, side, ctx.curve, ctx.order), None
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        raise NotImplementedError(
-            f"Forward-mode differentiation of an inverted {ctx.curve.name} that works in place is not supported. "
-            "Use it with inplace=False, or the stock activation; invact.unpatch(model) brings it back."
-        )
 
 
 class Chained(torch.autograd.Function):

@@ -24,9 +24,9 @@ def triton_pair_for(tensor: Tensor, curve: Curve) -> ModuleType | None:
     While `torch.compile` traces, the PyTorch pair lets inductor fuse; fake tensors and other subclasses have no memory
     that a kernel could read.
     """
-    if torch.compiler.is_compiling() or not TRITON_INSTALLED or tensor.dtype not in TRITON_DTYPES:
+    if not TRITON_INSTALLED or tensor.dtype not in TRITON_DTYPES:
         return None
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or not (tensor.is_cuda or (INTERPRETED and tensor.is_cpu)):
+    if not (pytorch.has_memory(tensor) and (tensor.is_cuda or (INTERPRETED and tensor.is_cpu))):
         return None
     from . import triton_pair  # imported when it is first needed: it takes a while, and many machines have no GPU
 
@@ -82,7 +82,7 @@ def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int
     Returns:
         dx, of y's shape and dtype, laid out as y was.
     """
-    pair = triton_pair_for(y, curve) or pytorch
+    pair = (triton_pair_for(y, curve) if pytorch.has_memory(dy) else None) or pytorch
     dx = pair.backward(flat(dy, order), flat(y, order), side, curve)
     return shaped(dx, y, order)
 

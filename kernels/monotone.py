@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .curve import Curve
+from .rounding import rounded
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -62,7 +63,7 @@ class Clamped(Monotone):
         return torch.where((y <= low) | (y >= high), 0.0, torch.ones_like(y))
 
     def constants_for(self, dtype: torch.dtype) -> tuple[float, ...]:
-        return tuple(_rounded(value, dtype) for value in self.constants)
+        return tuple(rounded(value, dtype) for value in self.constants)
 
 
 class ExponentialLinear(Monotone):
@@ -77,12 +78,7 @@ class ExponentialLinear(Monotone):
         return torch.where(y <= 0, falling, scale)
 
     def constants_for(self, dtype: torch.dtype) -> tuple[float, ...]:
-        return (*self.constants, _rounded(-self.constants[0], dtype))
-
-
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    rounded: float = torch.tensor(value, dtype=dtype).item()
-    return rounded
+        return (*self.constants, rounded(-self.constants[0], dtype))
 
 
 # --- the curves ---------------------------------------------------------------------------------------

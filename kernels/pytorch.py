@@ -39,7 +39,7 @@ def sides(x: Tensor, y: Tensor, curve: Curve) -> Tensor:
 
 def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
     """``dy * f'(x)``, from y and the packed codes alone."""
-    if not on_real_cpu(y):
+    if not (on_real_cpu(y) and on_real_cpu(dy)):
         return scaled(dy, y, codes_in(side, y.numel(), curve), curve)
     dx = torch.empty_like(y)
     for elements, bytes_ in chunks(y.numel(), curve.side_bits):
@@ -75,7 +75,14 @@ def codes_in(side: Tensor, count: int, curve: Curve) -> Tensor | None:
 
 def on_real_cpu(tensor: Tensor) -> bool:
     """Whether operators run one by one on memory of the CPU: not traced, not fake, not some subclass's own."""
-    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
+    return has_memory(tensor) and tensor.device.type == "cpu"
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a kernel may read it: not traced, no subclass such as a fake one, no batch of a vectorized Jacobian."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def chunks(count: int, bits: int) -> Iterator[tuple[slice, slice]]:

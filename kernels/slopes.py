@@ -8,33 +8,16 @@ import torch
 from torch import Tensor
 
 from .pieces import Fit, Piece, scale_and_shift
+from .rounding import half_ulp, rounded
 
 NEAR = 0.02  # an fp32 y tells x well enough further from the minimum
-
-
-def significant_bits(dtype: torch.dtype) -> int:
-    return 2 - math.frexp(torch.finfo(dtype).eps)[1]
-
-
-def left_end(x_min: float, dtype: torch.dtype) -> float:
-    """The first number of the dtype that is not left of the minimum: comparing with x_min itself would round it."""
-    fraction, exponent = math.frexp(x_min)
-    bits = significant_bits(dtype)
-    return math.ldexp(math.ceil(math.ldexp(fraction, bits)), exponent - bits)
-
-
-def half_ulp(y_min: float, dtype: torch.dtype) -> float:
-    """How far rounding to the dtype moves a y near the curve's minimum, at most."""
-    return math.ldexp(0.5, math.frexp(y_min)[1] - significant_bits(dtype))
 
 
 def minimum_in_two(fit: Fit, dtype: torch.dtype) -> tuple[float, float]:
     """The minimum as the sum of a number of the dtype, fp32 or fp64, and a small rest."""
     if dtype == torch.float64:
         return fit.y_min, fit.y_min_low
-    fraction, exponent = math.frexp(fit.y_min)
-    bits = significant_bits(dtype)
-    high = math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)
+    high = rounded(fit.y_min, dtype)
     return high, fit.y_min - high
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .curve import Curve
-from .slopes import half_ulp, minimum_in_two
+from .rounding import half_ulp
+from .slopes import minimum_in_two
 from .two_sided import TwoSided
 
 KEPT_TABLES = 64  # a model has few curves, but a program may go through many parameters

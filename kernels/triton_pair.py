@@ -20,7 +20,8 @@ from torch import Tensor
 from . import triton_polynomials
 from .curve import Curve
 from .monotone import Monotone
-from .slopes import NEAR, half_ulp, left_end, minimum_in_two, root_expansion
+from .rounding import half_ulp, rounded, rounded_up
+from .slopes import NEAR, minimum_in_two, root_expansion
 from .triton_math import exponential, tanh
 from .triton_monotone import monotone_slope
 from .two_sided import TwoSided
@@ -255,10 +256,10 @@ def shared_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
 @functools.cache
 def forward_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
     """What the forward kernel knows of a curve."""
-    x_min = torch.tensor(curve.x_min).item()
+    x_min = rounded(curve.x_min, torch.float32)
     first, second, third = root_expansion(curve.fit)
     return {
-        "LEFT_END": left_end(curve.x_min, dtype),
+        "LEFT_END": rounded_up(curve.x_min, dtype),
         "X_MIN": x_min,
         "X_MIN_LOW": curve.x_min - x_min,
         "NEAR": NEAR,

@@ -18,6 +18,7 @@ from . import slopes
 from .coefficients import FITS, SHORT_FITS
 from .curve import Curve, check_side_bits
 from .pieces import Fit
+from .rounding import rounded_up
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -40,7 +41,8 @@ class TwoSided(Curve):
         return self if bits == self.side_bits else _with_side_bits(self, bits)
 
     def codes(self, x: Tensor, y: Tensor) -> Tensor:
-        right = ~(x < slopes.left_end(self.x_min, x.dtype))
+        # Comparing with x_min itself would round it.
+        right = ~(x < rounded_up(self.x_min, x.dtype))
         if self.side_bits == 1:
             return right
         wide_y = self.f(x.float()) if x.dtype.itemsize < 4 else y

@@ -182,6 +182,13 @@ def test_hessians_mix_forward_and_reverse_mode(curve: Curve) -> None:
     torch.testing.assert_close(ours, stock, atol=1e-4, rtol=1e-4)
 
 
+@EVERY_CURVE
+def test_vectorized_jacobians_are_those_of_a_loop(curve: Curve) -> None:
+    x = torch.linspace(-2.9, 2.85, 7)
+    jacobian = torch.autograd.functional.jacobian(lambda x: functional.invert(x, curve), x, vectorize=True)
+    torch.testing.assert_close(jacobian.diagonal(), curve.derivative(x.double()).float(), atol=1e-5, rtol=1e-5)
+
+
 def test_y_is_freed_with_its_last_reference(images: Tensor) -> None:
     y = functional.gelu(images.requires_grad_())
     gone = weakref.ref(y)
