@@ -32,15 +32,31 @@ def swept(results, *arguments):
     return {result["name"]: result for result in found}
 
 
+AMPLIFIES_ROUNDING = "mobilevitv2/MobileViTV2Model"
+REFUSES_ITSELF = "gemma4_assistant/Gemma4AssistantForCausalLM"
+
+
 @pytest.fixture(scope="module")
 def dozen(tmp_path_factory):
-    return swept(tmp_path_factory.mktemp("sweep") / "results.jsonl", "--match", *FAMILIES)
+    results = tmp_path_factory.mktemp("sweep") / "results.jsonl"
+    return swept(results, "--match", *FAMILIES, AMPLIFIES_ROUNDING, REFUSES_ITSELF)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_small_model_of_a_family_keeps_every_promise(dozen, name):
     assert dozen[name]["status"] == "passed", dozen[name]
     assert dozen[name]["sites"] > 0
+
+
+def test_a_model_that_amplifies_every_rounding_is_held_against_float64(dozen):
+    found = dozen[AMPLIFIES_ROUNDING]
+    assert found["status"] == "passed", found
+    assert 1e-4 < found["gradient_error"] < 3 * found["rounding_error"]
+
+
+def test_a_class_whose_default_configuration_the_library_refuses_is_not_built_and_ends_nothing(dozen):
+    assert dozen[REFUSES_ITSELF]["status"] == "not built"
+    assert "must be 0" in dozen[REFUSES_ITSELF]["why"]
 
 
 def test_results_are_resumed_and_written_as_a_table(tmp_path):

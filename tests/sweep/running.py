@@ -77,7 +77,11 @@ def _checked(library: str, name: str) -> dict:
     gc.collect()
     gc.freeze()  # the libraries need not be looked through at every count
     reasons: dict[str, list[str]] = {"not run": [], "no inputs": [], "not built": []}
-    for build, input_makers in import_module(f"{library}_models").attempts(name):
+    try:
+        attempts = list(import_module(f"{library}_models").attempts(name))
+    except Exception as error:  # the library refuses its own default configuration
+        return {"status": "not built", "why": _in_words(error)}
+    for build, input_makers in attempts:
         torch.manual_seed(0)
         try:
             model = build()
