@@ -17,6 +17,7 @@ from .meta import built_on_meta
 from .registry import InputSizeError, Library, input_dtype, token_ids, unknown_name, waves
 
 CONFIG_FILE = "open_clip_config.json"
+_TOKENS = 77  # as OpenCLIP's tokenizer gives where the text tower (mT5) names no limit: its context length is then 0
 
 
 def names() -> list[str]:
@@ -61,7 +62,7 @@ def example_inputs(
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One batch of images and of texts, as many of each."""
-    tokens = int(model.context_length)
+    tokens = int(model.context_length) or seq_len or _TOKENS
     if seq_len is not None and seq_len != tokens:
         raise InputSizeError(
             f"This OpenCLIP model reads texts of exactly {tokens} tokens, not {seq_len}. Leave the sequence length out."

@@ -316,6 +316,20 @@ def test_inputs_lead_an_open_clip_model_to_a_training_graph():
     assert text_features.requires_grad
 
 
+def test_a_text_tower_without_a_limit_gets_as_many_tokens_as_open_clips_tokenizer_gives(tmp_path):
+    from transformers import MT5Config
+
+    MT5Config(vocab_size=100, d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    vision = {"image_size": 64, "layers": 1, "width": 64, "head_width": 32, "patch_size": 32}
+    text = {"hf_model_name": str(tmp_path), "hf_tokenizer_name": "", "hf_pooler_type": "mean_pooler"}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    model = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False, pretrained_text=False).train()
+    assert shapes(patchers.example_inputs(model, batch_size=2)) == [(2, 3, 64, 64), (2, 77)]
+    assert shapes(patchers.example_inputs(model, batch_size=2, seq_len=16)) == [(2, 3, 64, 64), (2, 16)]
+    assert model(*patchers.example_inputs(model, batch_size=2))[1].requires_grad
+
+
 def test_inputs_of_a_timm_model_follow_its_own_channels_and_size():
     model = timm.create_model("vit_tiny_patch16_224", in_chans=1, img_size=32)
     assert shapes(patchers.example_inputs(model)) == [(1, 1, 32, 32)]

@@ -94,7 +94,17 @@ def shorten(config: dict) -> None:
     if patch and "timm_model_name" not in vision:
         vision["image_size"] = 4 * patch
     if "timm_model_name" in vision:
-        vision["timm_model_name"] = _SMALLEST.get(_family(vision["timm_model_name"]), vision["timm_model_name"])
+        _take_smallest(vision)
+
+
+def _take_smallest(vision: dict) -> None:
+    """The smallest timm tower of the family, with images of the one size that it may insist on."""
+    import timm
+
+    smallest = _SMALLEST.get(_family(vision["timm_model_name"]))
+    if smallest is not None:
+        vision["timm_model_name"] = smallest
+        vision["image_size"] = timm.get_pretrained_cfg(smallest).input_size[-1]
 
 
 def _name_language_model(config: dict, directory: str) -> None:
