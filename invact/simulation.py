@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -141,8 +142,12 @@ def _additive(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
-class SameDtypes(TorchDispatchMode):
-    """Matrix products of mixed dtypes fail, as they do on real tensors; on fake ones PyTorch lets them pass."""
+class AsRealKernels(TorchDispatchMode):
+    """Makes fake tensors refuse the dtypes, and take the strides, that the kernels behind real ones do.
+
+    On fake tensors PyTorch lets matrix products of mixed dtypes pass, and its batch norm on the CPU lays its output
+    out as the input is: then a reshape after it copies in one case and not in the other.
+    """
 
     _products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution)
 
@@ -155,7 +160,11 @@ class SameDtypes(TorchDispatchMode):
             factors = tensors[:2] if func.overloadpacket is torch.ops.aten.convolution else tensors[-2:]
             if len({factor.dtype for factor in factors}) > 1:
                 raise RuntimeError(f"the factors of {func} have different dtypes: {[f.dtype for f in factors]}")
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.native_batch_norm and args[0].device.type == "cpu":
+            normed, *statistics = out
+            return (normed.contiguous(memory_format=suggest_memory_format(args[0])), *statistics)
+        return out
 
 
 @contextmanager

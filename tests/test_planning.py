@@ -162,6 +162,30 @@ def test_under_autocast_the_cast_output_counts_as_the_output():
     assert report.sites[0].bytes_saved == report.bytes_before - report.bytes_after
 
 
+@pytest.mark.parametrize("shape", [(4, 6, 16), (4, 6, 5, 16), (4, 6, 5, 3, 16), (4, 16)], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+def test_a_batch_norm_of_a_transposed_input_is_laid_out_as_on_real_tensors(shape, training, count_kept):
+    class LastDimension(nn.Module):
+        """Normalises over the last dimension, as PatchTST does; whether the Linear has to copy depends on strides."""
+
+        def __init__(self):
+            super().__init__()
+            kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+            self.norm, self.a, self.act, self.b = kind(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)
+
+        def forward(self, x):
+            x = self.norm(x.transpose(1, -1)).transpose(1, -1)
+            return self.b(self.act(self.a(x))) + x.flatten().square().mean()
+
+    model, x = LastDimension(), torch.randn(shape)
+    if len(shape) == 2:
+        x = x.t().contiguous().t()
+    model.norm.train(training)
+    kept = count_kept(model, (x,))
+    report = invact.patch(model, (x,))
+    assert (report.bytes_before, report.bytes_after) == (kept, count_kept(model, (x,)))
+
+
 def test_checkpointed_regions_are_planned_as_if_they_were_not_and_counted_as_they_are(run_backward):
     from transformers import BertConfig, BertForMaskedLM
 
