@@ -49,6 +49,7 @@ def plan(
     Raises:
         TypeError: `model` is no module, or the inputs are of the wrong kind.
         ValueError: the model belongs to no known library and no inputs were given.
+        TimeoutError: a forward pass of the model takes longer than `invact.probing.TIME_LIMIT`.
         Exception: the model's own, if its forward fails with these inputs.
 
     Example:

@@ -28,7 +28,11 @@ from invact.simulation import (
     fake_tensor_log_silent,
     stand_in,
 )
+from invact.time_limit import TimeLimit, TookTooLongError
 from invact.walking import Found
+
+TIME_LIMIT = 120.0
+"""Seconds that one forward pass may take before it is stopped with an error; a plan takes two or three of them."""
 
 # A probe swaps a model's parameters for fake ones and back: one at a time in a process.
 _ONE_AT_A_TIME = threading.RLock()
@@ -85,6 +89,7 @@ def activation_memory(model: nn.Module, example_inputs: Inputs, *, autocast: tor
 
     Raises:
         TypeError: the model is no module or the inputs are neither dict nor tuple.
+        TimeoutError: the pass takes longer than `TIME_LIMIT`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
@@ -116,16 +121,21 @@ def observe(
         checkpointing: False runs checkpointed regions as if they were not.
 
     Raises:
+        TimeoutError: a forward pass takes longer than `TIME_LIMIT`.
         Exception: the model's own, if it fails in its forward with these inputs on real tensors as well.
     """
     with _ONE_AT_A_TIME:
         try:
             return _observe_fake(model, inputs, setting, watch, checkpointing)
+        except TookTooLongError:
+            raise
         except Exception as fake_error:
             if any(p.is_meta for p in model.parameters()):
                 raise _with_inputs_named(fake_error, inputs) from None
             try:
                 found = _observe_real(model, inputs, setting, watch, checkpointing)
+            except TookTooLongError:
+                raise
             except Exception as error:
                 raise _with_inputs_named(error, inputs) from None
             found.notes.append(
@@ -178,6 +188,8 @@ def _observe_real(
     weights = {name: _own_copy_if_buffer(tensor) for name, tensor in _weights(model).items()}
     try:
         return _observe(model, weights, _smallest_batch(inputs), setting, watch, checkpointing)
+    except TookTooLongError:
+        raise
     except Exception:  # batch norm wants more than one value, some models fixed batches
         weights = {name: _own_copy_if_buffer(tensor) for name, tensor in _weights(model).items()}
         return _observe(model, weights, inputs, setting, watch, checkpointing)
@@ -205,6 +217,7 @@ def _observe(
         if not model.training:
             model.train()
         stack.enter_context(_recorded(model, watch, ledger, calls, dropouts))
+        stack.enter_context(TimeLimit(TIME_LIMIT))
         with ledger:
             output = torch.func.functional_call(model, weights, args, kwargs)
         entries = ledger.entries()

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import time
 
 import pytest
 import torch
@@ -286,6 +287,41 @@ def test_planning_leaves_no_trace(branch):
     assert all(p.grad is None for name, p in model.named_parameters() if name != "a.weight")
     assert (model.calls, model.cache, model.history) == (0, None, [])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Endless(Fussy):
+    """Never comes back; `catches` its errors, too."""
+
+    def __init__(self, branch=False, catches=False):
+        super().__init__(branch)
+        self.catches = catches
+
+    def forward(self, x):
+        x = super().forward(x)
+        try:
+            while True:
+                x = x + 1
+        except TimeoutError:
+            if not self.catches:
+                raise
+        return x
+
+
+@pytest.mark.parametrize("catches", [False, True], ids=["", "catching errors"])
+@pytest.mark.parametrize("branch", [False, True], ids=["on fake tensors", "on real tensors"])
+def test_a_forward_that_does_not_end_is_stopped_and_the_model_is_as_it_was(branch, catches, monkeypatch):
+    monkeypatch.setattr("invact.probing.TIME_LIMIT", 0.5)
+    model = Endless(branch, catches)
+    saved = copy.deepcopy(model.state_dict())
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"had not ended after 0.5 s.*as it was.*Pass smaller example_inputs"):
+        invact.patch(model, (torch.randn(8, 16),))
+    assert time.monotonic() - began < 10
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    assert (model.calls, model.cache, model.history) == (0, None, [])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert isinstance(model.act, nn.GELU)
+    assert len(invact.plan(Fussy(branch), (torch.randn(8, 16),)).inverted) == 1  # the next one has its own time
 
 
 def test_a_model_in_evaluation_mode_is_planned_for_training_and_stays_in_evaluation_mode():

@@ -1,0 +1,53 @@
+"""A limit on how long a forward pass may take, kept without signals or threads."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class TookTooLongError(TimeoutError):
+    """A forward pass was stopped at its time limit."""
+
+
+class TimeLimit(TorchDispatchMode):
+    """Stops this thread at the first tensor operation that ends later than `seconds` after the block was entered.
+
+    Code that calls no tensor operation, such as one that waits for a network, is not stopped.
+
+    Raises:
+        TookTooLongError: from that operation, and at the end of the block where the model caught that.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._deadline = float("inf")
+        self._error: TookTooLongError | None = None
+
+    def __enter__(self) -> TimeLimit:
+        self._deadline = time.monotonic() + self._seconds
+        super().__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        if error is None and self._error is not None:
+            raise self._error
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # C++ asks for a fake tensor's device and the like from where an exception would end the process.
+        if time.monotonic() > self._deadline and isinstance(out, Tensor):
+            self._error = TookTooLongError(
+                f"The model's forward had not ended after {self._seconds:g} s. invact runs it to see what it keeps for "
+                "backward, which takes seconds for most models; the model is as it was. Pass smaller example_inputs, "
+                "or raise invact.probing.TIME_LIMIT (in seconds) if the model only needs longer."
+            )
+            raise self._error
+        return out
