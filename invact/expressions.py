@@ -14,9 +14,10 @@ import inspect
 import operator
 import textwrap
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +110,10 @@ def written_in(module: nn.Module) -> list[Written]:
         source = _source_of(function)
         if source is None or not _runs(module, name, function):
             continue
-        places = _places(source, module)
-        if places and _can_be_rewritten(source, places):
-            found += [
-                Written(name, number, place.curve, place.text, place.computes, place)
-                for number, place in enumerate(places)
-            ]
+        places = _places_that_can_be_rewritten(function, source, module)
+        found += [
+            Written(name, number, place.curve, place.text, place.computes, place) for number, place in enumerate(places)
+        ]
     return found
 
 
@@ -179,6 +178,7 @@ class _Source:
     variables: frozenset[str]
     cells: Mapping[str, Any]
     names: dict[str, Any]  # the globals of the file
+    references: tuple[ast.expr, ...]  # the names and chains of attributes in it, each once
 
 
 def _methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
@@ -219,7 +219,12 @@ def _source_of(function: types.FunctionType) -> _Source | None:
         variables=frozenset(code.co_varnames + code.co_cellvars),
         cells=cells,
         names=inner.__globals__,
+        references=tuple({ast.dump(node): node for node in ast.walk(definition) if _is_reference(node)}.values()),
     )
+
+
+def _is_reference(node: ast.AST) -> TypeGuard[ast.expr]:
+    return isinstance(node, (ast.Name, ast.Attribute))
 
 
 def _has_mangled_names(tree: ast.AST) -> bool:
@@ -243,6 +248,37 @@ class _Place:
     def text(self) -> str:
         hole = self.hole if isinstance(self.hole, ast.Name) else ast.Name("…")
         return ast.unparse(_with_hole(self.node, self.hole, hole))
+
+
+_FOUND: dict[tuple[types.FunctionType, tuple[Any, ...] | None], list[_Place]] = {}
+
+
+def _places_that_can_be_rewritten(function: types.FunctionType, source: _Source, module: nn.Module) -> list[_Place]:
+    """`_places`, looked for once for all modules in which every name of the method stands for the same."""
+    key = _what_names_stand_for(source, module)
+    places = _FOUND.get((function, key))
+    if places is None:
+        places = _places(source, module)
+        places = places if places and _can_be_rewritten(function, places) else []
+        if key is not None:
+            _FOUND[function, key] = places
+    return places
+
+
+def _what_names_stand_for(source: _Source, module: nn.Module) -> tuple[Any, ...] | None:
+    """Equal for two modules only if the method's expressions compute the same in both; None if that can not be told."""
+    key: list[Any] = []
+    for node in source.references:
+        meaning = _meaning(node, source, module)
+        if isinstance(meaning, _CONSTANTS):
+            key.append((type(meaning), repr(meaning)))
+        elif isinstance(meaning, types.ModuleType) or (_is_function(meaning) and _home(meaning) in _LIBRARIES):
+            key.append(weakref.ref(meaning))  # equal to another while both are alive and the same
+        elif _is_function(meaning):
+            return None  # the author's own may read what changes
+        else:
+            key.append(None)  # nothing that a curve is built of
+    return tuple(key)
 
 
 def _places(source: _Source, module: nn.Module) -> list[_Place]:
@@ -323,14 +359,26 @@ def _operands(node: ast.expr, source: _Source, module: nn.Module) -> list[ast.ex
 
 def _may_be_pointwise(function: Any, source: _Source) -> bool:
     """Functions of torch by their names, and the author's own, which recognition will try."""
-    if isinstance(function, (nn.Module, type, types.MethodType)) or not callable(function):
+    if isinstance(function, functools.partial):
+        return _may_be_pointwise(function.func, source)
+    if not _is_function(function):
         return False
-    home, name = getattr(function, "__module__", None) or "torch", getattr(function, "__name__", "")
-    if home.partition(".")[0] in ("torch", "math"):
-        return name in _POINTWISE or home == "math"
-    return isinstance(function, (types.FunctionType, functools.partial)) and home == source.names.get("__name__")
+    if _home(function) == "torch":
+        return getattr(function, "__name__", "") in _POINTWISE
+    own = isinstance(function, types.FunctionType) and function.__module__ == source.names.get("__name__")
+    return own or _home(function) == "math"
 
 
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, (nn.Module, type, types.MethodType))
+
+
+def _home(function: Any) -> str:
+    """The package that a function is from; torch's own builtins do not say."""
+    return (getattr(function, "__module__", None) or "torch").partition(".")[0]
+
+
+_LIBRARIES = ("torch", "math")
 _UNKNOWN = object()
 
 
@@ -357,9 +405,9 @@ def _meaning(node: ast.expr, source: _Source, module: nn.Module) -> Any:
 # --- writing the method anew --------------------------------------------------------------------------
 
 
-def _can_be_rewritten(source: _Source, places: list[_Place]) -> bool:
+def _can_be_rewritten(function: types.FunctionType, places: list[_Place]) -> bool:
     try:
-        _compiled(source, places, {})
+        _factory(function, tuple(places))
     except Exception:  # a decorator or a default that does not stand a second time
         return False
     return True
@@ -367,12 +415,20 @@ def _can_be_rewritten(source: _Source, places: list[_Place]) -> bool:
 
 def _calling(function: types.FunctionType, runners: Mapping[Written, Runner]) -> types.FunctionType:
     """The method with each expression replaced by `runner(self, lambda x: expression, value)`."""
+    make = _factory(function, tuple(written._place for written in runners))
+    numbered = dict(enumerate(runners.values()))
+    made = make(numbered)
+    setattr(made, _RUNNERS, numbered)
+    return made
+
+
+@functools.cache
+def _factory(
+    function: types.FunctionType, places: tuple[_Place, ...]
+) -> Callable[[dict[int, Runner]], types.FunctionType]:
+    """Makes the method anew for given runners; compiled once for all modules of a class."""
     source = _source_of(function)
     assert source is not None
-    return _compiled(source, [written._place for written in runners], dict(enumerate(runners.values())))
-
-
-def _compiled(source: _Source, places: list[_Place], runners: dict[int, Runner]) -> types.FunctionType:
     definition = copy.deepcopy(source.definition)
     _Rewriter(source.self_name, places).visit(definition)
     # Cells become arguments of a function around it; `__class__` among them, so that super() works.
@@ -382,13 +438,13 @@ def _compiled(source: _Source, places: list[_Place], runners: dict[int, Runner])
     tree = ast.fix_missing_locations(ast.Module([factory], type_ignores=[]))
     made: dict[str, Any] = {}
     exec(compile(tree, source.filename, "exec", source.flags, dont_inherit=True), source.names, made)
-    function: types.FunctionType = made["factory"](runners, *source.cells.values())
-    setattr(function, _RUNNERS, runners)
-    return function
+    make = functools.partial(made["factory"], **source.cells)
+    make({})  # the decorators and defaults of the method run here
+    return make
 
 
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self, self_name: str, places: list[_Place]) -> None:
+    def __init__(self, self_name: str, places: tuple[_Place, ...]) -> None:
         self._self_name = self_name
         self._places = {_position(place.node): (number, place) for number, place in enumerate(places)}
 

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -60,6 +62,15 @@ class CallsAttribute(Block):
         return self.down(self.function(self.up(x)))
 
 
+class CallsPartial(Block):
+    def __init__(self):
+        super().__init__()
+        self.function = functools.partial(F.gelu, approximate="tanh")
+
+    def forward(self, x):
+        return self.down(self.function(self.up(x)))
+
+
 class CallsAuthorsFunction(Block):
     def forward(self, x):
         return self.down(author_swish(self.up(x)))
@@ -99,6 +110,7 @@ FOUND = {
     BuiltOfSigmoid: ["forward:silu"],
     BuiltOfAttributes: ["forward:quick_gelu"],
     CallsAttribute: ["forward:gelu"],
+    CallsPartial: ["forward:gelu_tanh"],
     CallsAuthorsFunction: ["forward:silu"],
     CallsInAnotherMethod: ["_feed:silu"],
     Decorated: ["forward:gelu"],
@@ -145,6 +157,54 @@ def test_several_in_one_method_are_told_apart_and_chosen_by_path():
     ]
     chosen = invact.plan(nn.Sequential(Several()), (torch.randn(4, 16),), include="*:gelu.3")
     assert [site.path for site in chosen.inverted] == ["0.forward:gelu.3"]
+
+
+SLOPE = 1.0
+
+
+def authors_own(x):
+    return x * torch.sigmoid(SLOPE * x)
+
+
+class CallsWithGlobals(Block):
+    def forward(self, x):
+        x = self.up(x)
+        return self.down(x * torch.sigmoid(SLOPE * x))
+
+
+class CallsAuthorsOwnWithGlobals(Block):
+    def forward(self, x):
+        return self.down(authors_own(self.up(x)))
+
+
+def test_what_an_expression_computes_is_found_anew_where_a_name_in_it_stands_for_something_else(monkeypatch):
+    slow, fast, other = BuiltOfAttributes(), BuiltOfAttributes(), BuiltOfAttributes()
+    fast.slope, other.slope = 1, 2.5
+    assert [[w.curve for w in written_in(module)] for module in (slow, fast, other, slow)] == [
+        ["quick_gelu"], ["silu"], ["sigmoid"], ["quick_gelu"]
+    ]  # fmt: skip
+    module = CallsAttribute()
+    assert written_in(module)[0].curve == "gelu"
+    module.function = F.silu
+    assert written_in(module)[0].curve == "silu"
+    for kind in (CallsWithGlobals, CallsAuthorsOwnWithGlobals):
+        monkeypatch.setitem(globals(), "SLOPE", 1.0)
+        assert written_in(kind())[0].curve == "silu"
+        monkeypatch.setitem(globals(), "SLOPE", 1.702)
+        assert written_in(kind())[0].curve == "quick_gelu"
+
+
+def test_what_was_found_holds_no_model():
+    def found_and_dropped():
+        model = CallsAttribute()
+        model.function = lambda x: F.gelu(x) if model.training else x
+        model.cache = torch.zeros(3)
+        written_in(model)
+        return weakref.ref(model)
+
+    gone = found_and_dropped()
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize(

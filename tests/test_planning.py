@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import invact
+from invact.planning import decide
 
 
 def plan_one(*layers, x=None, **options):
@@ -351,3 +352,28 @@ def test_planning_for_a_gpu_needs_none_and_counts_attention_as_asked():
     math = decide_for_device(Attends(), x, device="cuda", attention="math").report
     assert math.bytes_before - fused.bytes_before > 2 * matrix
     assert [s.action for s in fused.sites] == [s.action for s in math.sites] == ["invert"]
+
+
+class CallsFunctional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", [False, True], ids=["modules", "expressions"])
+def test_a_model_of_a_thousand_sites_is_planned_in_under_20_seconds_and_patched_in_under_one(written):
+    blocks = [CallsFunctional() if written else nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(1000)]
+    model = nn.Sequential(*blocks, nn.Linear(16, 16))
+    began = time.process_time()
+    decided = decide(model, (torch.randn(4, 16),))
+    planned = time.process_time()
+    decided.apply(model)
+    patched = time.process_time()
+    assert len(decided.report.inverted) == 1000
+    assert planned - began < 20
+    assert patched - planned < 1
+    assert invact.unpatch(model) == 1000
