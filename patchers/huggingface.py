@@ -213,14 +213,19 @@ def _bundled() -> dict[str, Path]:
 def masks_dropped_as_if_real(inputs: Any) -> Iterator[None]:
     """Lets transformers drop a fake attention mask that masks nothing, as it drops a real one.
 
-    It asks the mask for its values, which it does not do with a fake one; the layers would then keep a mask
-    that they do not keep in training, and a GPU would not use flash attention.
+    It asks the mask for its values, and the positions whether several texts are packed into one, which it does not do
+    with fake ones; the layers would then keep a mask that they do not keep in training, and a GPU would not use
+    flash attention.
     """
     masking = sys.modules.get("transformers.masking_utils")
-    masks = [value for name, value in inputs.items() if "mask" in name] if isinstance(inputs, dict) else []
-    pads = any(isinstance(mask, torch.Tensor) and not _masks_nothing(mask) for mask in masks)
-    names = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
+    given = inputs if isinstance(inputs, dict) else {}
+    pads = any(
+        isinstance(mask, torch.Tensor) and not _masks_nothing(mask) for name, mask in given.items() if "mask" in name
+    )
+    names = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa", "find_packed_sequence_indices")
     stock = {name: getattr(masking, name) for name in names if hasattr(masking, name)}
+    find_packed = stock.pop("find_packed_sequence_indices", None)
+    packs = find_packed is not None and _packs(given.get("position_ids"), find_packed)
 
     def without_mask(decide: Callable[..., bool]) -> Callable[..., bool]:
         def ignores(padding_mask: Any, *args: Any, **kwargs: Any) -> bool:
@@ -229,13 +234,27 @@ def masks_dropped_as_if_real(inputs: Any) -> Iterator[None]:
 
         return ignores
 
-    for name, decide in stock.items():
-        setattr(masking, name, without_mask(decide))
+    def find_packed_as_if_real(position_ids: Any) -> Any:
+        return None if isinstance(position_ids, FakeTensor) and not packs else find_packed(position_ids)
+
+    replaced = {name: without_mask(decide) for name, decide in stock.items()}
+    if find_packed is not None:
+        stock["find_packed_sequence_indices"] = find_packed
+        replaced["find_packed_sequence_indices"] = find_packed_as_if_real
+    for name, replacement in replaced.items():
+        setattr(masking, name, replacement)
     try:
         yield
     finally:
-        for name, decide in stock.items():
-            setattr(masking, name, decide)
+        for name, original in stock.items():
+            setattr(masking, name, original)
+
+
+def _packs(position_ids: Any, find_packed: Callable[..., Any]) -> bool:
+    """Whether these positions begin anew in the middle; not where the values are not to be had."""
+    if not isinstance(position_ids, torch.Tensor) or position_ids.is_meta or isinstance(position_ids, FakeTensor):
+        return False
+    return position_ids.dim() == 2 and find_packed(position_ids) is not None
 
 
 def _masks_nothing(mask: torch.Tensor) -> bool:

@@ -144,3 +144,16 @@ def test_an_attention_mask_counts_as_it_does_on_real_tensors(padded, count_kept)
     mask[1, 20:] = 1 - padded
     inputs["attention_mask"] = mask
     assert invact.plan(model, inputs).bytes_before == pytest.approx(count_kept(model.train(), inputs), rel=0.001)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one text a row", "two texts in a row"])
+def test_positions_count_as_on_real_tensors_where_a_decoder_keeps_no_cache(packed, count_kept):
+    """Without a cache, as in training, transformers looks whether the positions begin anew in the middle of a row."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=100, use_cache=False)).train()
+    inputs = {"input_ids": torch.randint(0, 100, (2, 32))}
+    assert invact.plan(model, inputs).bytes_before == count_kept(model, inputs)
+    inputs["position_ids"] = (torch.arange(32) % (16 if packed else 32)).expand(2, 32)
+    assert invact.plan(model, inputs).bytes_before == count_kept(model, inputs)
