@@ -142,13 +142,14 @@ def smooth_loss(output: torch.Tensor) -> torch.Tensor:
 
 
 def vector(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([t.detach().to_dense().flatten().double() for t in tensors])
+    return torch.cat([t.detach().to_dense().flatten() for t in tensors])
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    apart, size = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (found - expected, expected))
+    return float(apart / size.clamp_min(1e-30))
 
 
 def awaken(model: nn.Module) -> None:
@@ -176,10 +177,11 @@ def _is_small_constant(parameter: nn.Parameter) -> bool:
     return low == high and 0 < abs(high) < 0.1
 
 
-def check(model: nn.Module, inputs, alone: bool | None = None) -> dict:
+def check(model: nn.Module, inputs, alone: bool | None = None, settled: bool = False) -> dict:
     """What patching `model` did, and in `failures` which promise it broke.
 
-    Where invact can not but count one real example, that is what is compared, unless `alone` says whether.
+    Where invact can not but count one real example, that is what is compared, unless `alone` says whether. A model
+    that its first forward changes for good, as it does BigBird's, is compared as `settled`.
 
     Raises:
         CannotRunError: stock fails, or differs from itself.
@@ -200,6 +202,8 @@ def check(model: nn.Module, inputs, alone: bool | None = None) -> dict:
     undone = stock.run()
     if not same(undone, before):
         check_deterministic(undone, stock.run())
+        if not settled:
+            return check(model, inputs, alone, settled=True)
 
     found = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -235,10 +239,20 @@ def _as_double(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_first_example(model: nn.Module, inputs) -> dict:
+    """The bytes of one example, and the gradients of the whole batch.
+
+    Of a single example stock gradients can be wrong: on the CPU, PyTorch 2.6 to 2.14 misread the strides of the
+    gradient that SLANet's batch norm is given, since the batch is no dimension to them.
+    """
     try:
-        return check(model, first_example(inputs), alone=True)
+        found = check(model, first_example(inputs), alone=True)
     except CannotRunError:  # batch norm wants more than one value; then invact counts the whole batch as well
         return check(model, inputs, alone=False)
+    if found.get("gradient_error", 0.0) > GRADIENTS_WITHIN:
+        whole = check(model, inputs, alone=False)
+        found |= {key: whole[key] for key in ("gradient_error", "rounding_error", "output_error") if key in whole}
+        found["failures"] = failures(found)
+    return found
 
 
 def first_run(stock: Stock) -> Run:
