@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,7 +181,8 @@ def fake_tensor_log_silent() -> Iterator[None]:
 
 @contextmanager
 def checkpoints_counted(count: list[int], *, run_them: bool) -> Iterator[None]:
-    """Counts the regions under torch.utils.checkpoint; runs them as ordinary code unless `run_them`."""
+    """Counts this thread's regions under torch.utils.checkpoint; runs them as ordinary code unless `run_them`."""
+    thread = threading.get_ident()
     reentrant = torch_checkpoint.CheckpointFunction
     # The generator's name differs between releases of PyTorch; `checkpoint` looks it up here at each call.
     generators = {
@@ -192,17 +194,22 @@ def checkpoints_counted(count: list[int], *, run_them: bool) -> Iterator[None]:
         if hasattr(torch_checkpoint, name)
     }
 
+    def is_ours() -> bool:
+        return threading.get_ident() == thread
+
     def counted_function(function: Any, preserve: bool, *args: Any) -> Any:
-        count[0] += 1
-        return reentrant.apply(function, preserve, *args) if run_them else function(*args)
+        if is_ours():
+            count[0] += 1
+        return function(*args) if is_ours() and not run_them else reentrant.apply(function, preserve, *args)
 
     def counted(generator: Any) -> Any:
         def region(*args: Any, **kwargs: Any) -> Iterator[None]:
-            count[0] += 1
-            if run_them:
-                yield from generator(*args, **kwargs)
-            else:
+            if is_ours():
+                count[0] += 1
+            if is_ours() and not run_them:
                 yield
+            else:
+                yield from generator(*args, **kwargs)
 
         return region
 
