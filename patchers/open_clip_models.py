@@ -17,7 +17,7 @@ from .meta import built_on_meta
 from .registry import InputSizeError, Library, input_dtype, token_ids, unknown_name, waves
 
 CONFIG_FILE = "open_clip_config.json"
-_TOKENS = 77  # as OpenCLIP's tokenizer gives where the text tower (mT5) names no limit: its context length is then 0
+_TOKENS = 77  # as OpenCLIP's tokenizer gives for a text tower from transformers, whatever that could read
 
 
 def names() -> list[str]:
@@ -62,7 +62,10 @@ def example_inputs(
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One batch of images and of texts, as many of each."""
-    tokens = int(model.context_length) or seq_len or _TOKENS
+    if _has_text_tower_of_transformers(model):
+        tokens = seq_len or _TOKENS
+    else:
+        tokens = int(model.context_length)
     if seq_len is not None and seq_len != tokens:
         raise InputSizeError(
             f"This OpenCLIP model reads texts of exactly {tokens} tokens, not {seq_len}. Leave the sequence length out."
@@ -74,6 +77,12 @@ def example_inputs(
         waves((batch_size, 3, height, width), input_dtype(model), device),
         token_ids(batch_size, tokens, vocabulary, device),
     )
+
+
+def _has_text_tower_of_transformers(model: Any) -> bool:
+    from open_clip.hf_model import HFTextEncoder
+
+    return isinstance(getattr(model, "text", None), HFTextEncoder)
 
 
 def _written_config(name: str) -> dict[str, Any]:

@@ -316,10 +316,16 @@ def test_inputs_lead_an_open_clip_model_to_a_training_graph():
     assert text_features.requires_grad
 
 
-def test_a_text_tower_without_a_limit_gets_as_many_tokens_as_open_clips_tokenizer_gives(tmp_path):
-    from transformers import MT5Config
+@pytest.mark.parametrize("kind", ["mt5", "roberta"])
+def test_a_text_tower_of_transformers_gets_as_many_tokens_as_open_clips_tokenizer_gives(kind, tmp_path):
+    from transformers import MT5Config, RobertaConfig
 
-    MT5Config(vocab_size=100, d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text_config = {
+        "mt5": MT5Config(vocab_size=100, d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2),
+        "roberta": RobertaConfig(vocab_size=100, max_position_embeddings=80, **sizes),
+    }[kind]
+    text_config.save_pretrained(tmp_path)
     vision = {"image_size": 64, "layers": 1, "width": 64, "head_width": 32, "patch_size": 32}
     text = {"hf_model_name": str(tmp_path), "hf_tokenizer_name": "", "hf_pooler_type": "mean_pooler"}
     config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
