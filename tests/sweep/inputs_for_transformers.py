@@ -114,6 +114,69 @@ def image_of_its_backbone(model):
     return {**(_text(model) if reads_text else {}), "pixel_values": _values(3, side, side)}
 
 
+def patches_on_a_grid(model):
+    """Cut images in one row, and how many patches each has in time, height and width."""
+    parameters = inspect.signature(model.forward).parameters
+    grid = next(name for name in ("grid_thw", "image_grid_thw") if name in parameters)
+    patches = next(name for name in ("hidden_states", "pixel_values") if name in parameters)
+    config, fields = model.config, vars(model.config)
+    channels = next(
+        fields[name] for name in ("in_channels", "num_channels", "in_chans", "hidden_act") if name in fields
+    )
+    channels = channels if isinstance(channels, int) else 3
+    side = config.patch_size
+    depth = channels * fields.get("temporal_patch_size", 1) * side**2
+    inputs = {grid: torch.tensor([[1, 4, 4]] * BATCH)}
+    if "merge_sizes" in parameters:
+        inputs["merge_sizes"] = torch.ones(BATCH, dtype=torch.long)
+    shapes = [(BATCH * 16, depth), (BATCH * 16, channels, side, side), (1, BATCH * 16, depth), (BATCH, 16, depth)]
+    return _first_that_runs(model, [{**inputs, patches: _waves(*shape)} for shape in shapes])
+
+
+def patches_with_a_mask(model):
+    """Cut images, each in a row of its own with a mask, and their sizes in patches."""
+    if "spatial_shapes" not in inspect.signature(model.forward).parameters:
+        raise ValueError("takes no spatial shapes")
+    vision = getattr(model.config, "vision_config", model.config)
+    return {
+        **(text_only(model) if "input_ids" in inspect.signature(model.forward).parameters else {}),
+        "pixel_values": _values(16, vision.num_channels * vision.patch_size**2),
+        "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]] * BATCH),
+    }
+
+
+def video(model):
+    """A few frames, with a text where the model reads one."""
+    if "pixel_values_videos" not in inspect.signature(model.forward).parameters:
+        raise ValueError("sees no videos")
+    parts = [model.config, *_parts(model.config)]
+    found = {name: value for part in reversed(parts) for name, value in vars(part).items()}
+    side = next(found[name] for name in ("crop_size", "image_size") if name in found)
+    height, width = side if isinstance(side, (tuple, list)) else (side, side)
+    frames = next((found[name] for name in ("num_frames", "frames_per_clip") if name in found), 4)
+    text = _text(model) if "input_ids" in inspect.signature(model.forward).parameters else {}
+    return {**text, "pixel_values_videos": _values(min(frames, 8), 3, height, width)}
+
+
+def image_of_two_sides(model):
+    """An image of the height and width that some part of the configuration names."""
+    sizes = [vars(part).get("image_size") for part in [model.config, *_parts(model.config)]]
+    height, width = next(tuple(size) for size in sizes if isinstance(size, (tuple, list)))
+    return {"pixel_values": _values(3, height, width)}
+
+
+def _first_that_runs(model, candidates: list[dict]) -> dict:
+    for inputs in candidates:
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except Exception:  # another form
+            continue
+        return inputs
+    raise ValueError("no form that we know fits")
+
+
 # --- sound --------------------------------------------------------------------------------------------
 
 
@@ -136,6 +199,57 @@ def with_sound(model):
             continue
         return inputs
     raise ValueError("no form of sound that we know fits")
+
+
+def masked_sound(model):
+    """A spectrogram, with the mask of what is sound in it where the model wants one."""
+    parameters = inspect.signature(model.forward).parameters
+    name = next(name for name in ("input_features", "audio_mel") if name in parameters)
+    mask = next((mask for mask in (f"{name}_mask", "attention_mask") if mask in parameters), None)
+    fields = {key: value for part in [model.config, *_parts(model.config)] for key, value in vars(part).items()}
+    bins = {fields[key] for key in _BINS if isinstance(fields.get(key), int)} | {80, 128}
+    text = text_only(model) if "input_ids" in parameters else _decoder_text(model)
+    candidates = []
+    for count in sorted(bins):
+        for frames in (FRAMES, 2 * fields.get("max_source_positions", FRAMES)):
+            for shape in [(BATCH, frames, count), (BATCH, count, frames), (BATCH, 1, frames, count)]:
+                inputs = {**text, name: _waves(*shape)}
+                if mask is not None and "input_ids" not in parameters:
+                    candidates.append({**inputs, mask: torch.ones(BATCH, frames, dtype=torch.bool)})
+                candidates.append(inputs)
+    return _first_that_runs(model, candidates)
+
+
+_BINS = (
+    "num_mel_bins",
+    "feature_size",
+    "input_dim",
+    "mel_bins",
+    "n_mels",
+    "input_feat_per_channel",
+    "feature_projection_input_dim",
+    "input_feat_size",
+)
+
+
+def one_channel_of_sound(model):
+    """Raw sound with its one channel, as codecs take it, with features or tokens where the model reads them as well."""
+    parameters = inspect.signature(model.forward).parameters
+    name = next(name for name in ("input_values", "hidden_states") if name in parameters)
+    inputs = {name: _values(1, 7680)}  # four tokens of 1920 samples
+    if "input_ids" in parameters:
+        inputs |= _text(model)
+    if "input_features" in parameters:
+        return _first_that_runs(model, [{**inputs, "input_features": _values(24, bins)} for bins in (160, 80, 1024)])
+    return inputs
+
+
+def latents(model):
+    """What the encoder of a codec gives its decoder."""
+    name = next(name for name in ("latents", "hidden_states") if name in inspect.signature(model.forward).parameters)
+    widths = {value for value in vars(model.config).values() if isinstance(value, int) and 8 <= value <= 2048}
+    shapes = [shape for width in sorted(widths) for shape in [(width, 16), (16, width)]]
+    return _first_that_runs(model, [{name: _values(*shape)} for shape in shapes])
 
 
 def sound_wave(model):
@@ -166,12 +280,112 @@ def _patches(model):
     return {**_decoder_text(model), **inputs}
 
 
+def _document(model):
+    places = torch.tensor([0.1, 0.2, 0.3, 0.4]).expand(BATCH, SEQUENCE, 4)
+    return {**_text(model), "bbox": places, "pixel_values": _image(model)}
+
+
+def _short_text_and_image(model):
+    ids = token_ids(BATCH, 16, VOCABULARY // 2, "cpu")
+    return {"input_ids": ids, "pixel_values": _image(model)}
+
+
+def _series(model):
+    """TimesFM: the model proper wants the mask of what is padding and how often values come, the head does not."""
+    past = _values(model.config.context_length)
+    if "past_values_padding" not in inspect.signature(model.forward).parameters:
+        return {"past_values": list(past)}
+    frequency = {"freq": torch.zeros(BATCH, 1, dtype=torch.long)} if "freq" in _takes(model) else {}
+    return {"past_values": past, "past_values_padding": torch.zeros_like(past, dtype=torch.long), **frequency}
+
+
+def _takes(model):
+    return inspect.signature(model.forward).parameters
+
+
+def _sound_and_decoder_text(model):
+    return {"input_values": _values(SAMPLES), "decoder_input_ids": token_ids(BATCH, 8, 64, "cpu")}
+
+
+def _question(model):
+    return {**_text(model), "question_positions": torch.full((BATCH, 1), 3)}
+
+
+def _in_a_language(model):
+    return {**_text(model), "lang_ids": torch.zeros(BATCH, dtype=torch.long)}
+
+
+def _codes_of_codebooks(model):
+    """MusicGen: the codebooks of an example are rows of the batch."""
+    books = getattr(model.config, "decoder", model.config).num_codebooks
+    return {"input_ids": token_ids(BATCH * books, 8, 64, "cpu")}
+
+
+def _columns_of_codes(model):
+    return {
+        "input_ids": token_ids(BATCH * SEQUENCE, model.config.num_codebooks + 1, 64, "cpu").view(BATCH, SEQUENCE, -1)
+    }
+
+
+def _task_and_image(model):
+    return {"pixel_values": _values(3, 224, 224), "task_inputs": token_ids(BATCH, 77, 64, "cpu")}
+
+
+def _array(model):
+    return {"inputs": _values(SEQUENCE, model.config.d_model)}
+
+
+def _queries(model):
+    config = model.config
+    seen = _values(16, config.encoder_hidden_size)
+    return {"query_embeds": _values(8, config.hidden_size), "encoder_hidden_states": seen}
+
+
+def _prompt_images(model):
+    side = model.config.image_size
+    height, width = side if isinstance(side, (tuple, list)) else (side, side)
+    height //= 2 if height == 2 * width else 1
+    image = _values(3, height, width)
+    return {"pixel_values": image, "prompt_pixel_values": image, "prompt_masks": image}
+
+
+def _long_sound(model):
+    features = _values(1, 1001, model.config.audio_config.num_mel_bins)
+    return {**_text(model), "input_features": features, "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool)}
+
+
+def _spoken_text(model):
+    return {**_text(model), "input_features": _values(80, 64)}
+
+
+def _placed_patches(model):
+    config = model.config
+    places = torch.stack([torch.arange(36) % 6, torch.arange(36) // 6], dim=1).expand(BATCH, 36, 2)
+    return {"pixel_values": _values(36, 3 * config.patch_size**2), "pixel_position_ids": places}
+
+
+def _speech(model):
+    mel = _values(16, model.config.num_mel_bins)
+    return {
+        "input_values": token_ids(BATCH, 16, 64, "cpu") if "Text" in type(model).__name__ else mel,
+        "decoder_input_values": mel,
+    }
+
+
+def _image_for_codes(model):
+    return {"input": _values(3, 64, 64)}
+
+
 def _line_of_text(model):
     return {"pixel_values": _values(3, 48, 320)}
 
 
 def _values(*shape: int) -> torch.Tensor:
-    return waves((BATCH, *shape), torch.float32, "cpu")
+    return _waves(BATCH, *shape)
+
+
+def _waves(*shape: int) -> torch.Tensor:
+    return waves(shape, torch.float32, "cpu")
 
 
 def _image(model, *, frames: tuple[int, ...] = (), side: int | None = None) -> torch.Tensor:
@@ -236,6 +450,10 @@ def _decoder_codes(model):
     return {**_text(model), "decoder_input_ids": codes.view(BATCH, 8, -1)}
 
 
+def _characters_and_codes(model):
+    return {**_decoder_codes(model), **_characters(model)}
+
+
 def _trajectory(model):
     config = model.config
     return {
@@ -283,37 +501,57 @@ def _frames(model):
 _SPECIAL = {
     "autoformer": _time_series,
     "blip-2": _queried_image,
+    "blip_2_qformer": _queries,
     "bros": _float_boxes,
     "canine": _characters,
+    "clap": _long_sound,
+    "clvp": _spoken_text,
     "dac": _waveform,
     "decision_transformer": _trajectory,
-    "dia": _decoder_codes,
+    "dia": _characters_and_codes,
     "efficientloftr": _image_pairs,
     "encodec": _waveform,
+    "gemma4_vision": _placed_patches,
+    "glm_image_vqmodel": _image_for_codes,
     "idefics": _interleaved_images,
     "informer": _time_series,
     "instructblip": _queried_image,
     "instructblipvideo": _queried_image,
     "kosmos-2": _embedded_image,
+    "kyutai_speech_to_text": _columns_of_codes,
     "layoutlm": _boxes,
     "layoutlmv3": _boxes,
     "lightglue": _image_pairs,
     "lilt": _boxes,
     "lxmert": _regions,
     "mimi": _waveform,
+    "musicgen": _codes_of_codebooks,
+    "musicgen_melody": _codes_of_codebooks,
+    "oneformer": _task_and_image,
+    "owlv2": _short_text_and_image,
+    "owlvit": _short_text_and_image,
     "patchtsmixer": _channels_over_time,
     "patchtst": _channels_over_time,
+    "perceiver": _array,
     "pix2struct": _patches,
     "pp_ocrv5_mobile_rec": _line_of_text,
     "pp_ocrv5_server_rec": _line_of_text,
     "pp_ocrv6_small_rec": _line_of_text,
     "pp_ocrv6_tiny_rec": _line_of_text,
     "sam": _prompted_image,
+    "seggpt": _prompt_images,
+    "speech-encoder-decoder": _sound_and_decoder_text,
+    "speecht5": _speech,
+    "splinter": _question,
     "superglue": _image_pairs,
     "time_series_transformer": _time_series,
+    "timesfm": _series,
+    "timesfm2_5": _series,
     "timesformer": _frames,
+    "udop": _document,
     "videomae": _frames,
     "vivit": _frames,
+    "xmod": _in_a_language,
 }
 
 
@@ -326,6 +564,13 @@ def input_makers(kind: str) -> list:
         with_images,
         with_sound,
         sound_wave,
+        patches_on_a_grid,
+        patches_with_a_mask,
+        video,
+        image_of_two_sides,
+        masked_sound,
+        one_channel_of_sound,
+        latents,
         image_of_its_backbone,
         text_only,
         text_without_cache,

@@ -103,11 +103,14 @@ _OPEN = {
 }
 # Where a configuration class's own defaults do not fit each other.
 _REPAIRS = {
+    "blip-2": {"image_token_index": VOCABULARY - 1},
+    "instructblip": {"image_token_index": VOCABULARY - 1},
+    "instructblipvideo": {"video_token_index": VOCABULARY - 1},
     "aya_vision": {"vision_config.num_attention_heads": 8},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [4, 8]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
 }
 _EXPERTS = re.compile("^(n_routed_experts|num_experts|num_local_experts|moe_num_experts)$")
