@@ -168,7 +168,7 @@ def _observe_fake(
         weights = {name: _fake(mode, tensor, device) for name, tensor in _weights(model).items()}
         fake_inputs = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device), inputs)
         as_on_gpu = AsOnGpu(setting) if setting.device.type == "cuda" else nullcontext()
-        with as_on_gpu, AsRealKernels(), fake_tensor_log_silent():
+        with as_on_gpu, AsRealKernels(setting), fake_tensor_log_silent():
             found = _observe(model, weights, fake_inputs, setting, watch, checkpointing)
     if device.type != setting.device.type and setting.autocast is not None:
         found.notes.append(

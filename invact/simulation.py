@@ -147,10 +147,15 @@ class AsRealKernels(TorchDispatchMode):
     """Makes fake tensors refuse the dtypes, and take the strides, that the kernels behind real ones do.
 
     On fake tensors PyTorch lets matrix products of mixed dtypes pass, and its batch norm on the CPU lays its output
-    out as the input is: then a reshape after it copies in one case and not in the other.
+    out as the input is: then a reshape after it copies in one case and not in the other. How much oneDNN's LSTM keeps
+    it does not know at all.
     """
 
     _products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution)
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self._for_cpu = setting.device.type == "cpu"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -161,6 +166,8 @@ class AsRealKernels(TorchDispatchMode):
             factors = tensors[:2] if func.overloadpacket is torch.ops.aten.convolution else tensors[-2:]
             if len({factor.dtype for factor in factors}) > 1:
                 raise RuntimeError(f"the factors of {func} have different dtypes: {[f.dtype for f in factors]}")
+        if func.overloadpacket is torch.ops.aten.mkldnn_rnn_layer and self._for_cpu:
+            raise NotImplementedError("only oneDNN knows how much its LSTM keeps")
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket is torch.ops.aten.native_batch_norm and args[0].device.type == "cpu":
             normed, *statistics = out

@@ -62,10 +62,8 @@ def example_inputs(
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One batch of images and of texts, as many of each."""
-    if _has_text_tower_of_transformers(model):
-        tokens = seq_len or _TOKENS
-    else:
-        tokens = int(model.context_length)
+    free = _has_text_tower_of_transformers(model)
+    tokens = (seq_len or _TOKENS) if free else int(model.context_length)
     if seq_len is not None and seq_len != tokens:
         raise InputSizeError(
             f"This OpenCLIP model reads texts of exactly {tokens} tokens, not {seq_len}. Leave the sequence length out."

@@ -188,6 +188,21 @@ def test_a_batch_norm_of_a_transposed_input_is_laid_out_as_on_real_tensors(shape
     assert (report.bytes_before, report.bytes_after) == (kept, count_kept(model, (x,)))
 
 
+def test_what_the_fused_lstm_of_the_cpu_keeps_for_itself_is_counted(count_kept):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.act, self.out = nn.LSTM(16, 32, batch_first=True), nn.GELU(), nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.out(self.act(self.lstm(x)[0]))
+
+    model, x = Reads(), torch.randn(1, 10, 16)
+    kept = count_kept(model, (x,))
+    report = invact.patch(model, (x,))
+    assert (report.bytes_before, report.bytes_after) == (kept, count_kept(model, (x,)))
+
+
 def test_checkpointed_regions_are_planned_as_if_they_were_not_and_counted_as_they_are(run_backward):
     from transformers import BertConfig, BertForMaskedLM
 
