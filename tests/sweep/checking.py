@@ -153,20 +153,23 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def awaken(model: nn.Module) -> None:
-    """Gives every linear layer an output of unit size for an input of unit size, and layer scales a say.
+    """Gives every linear layer an output of unit size for an input of unit size, and layer scales and gates a say.
 
-    Fresh transformers are initialised so small that no activation comes near its minimum, the hard place.
+    Fresh transformers are initialised so small that no activation comes near its minimum, the hard place; and behind
+    a head or a branch that begins at zero no gradient comes at all.
     """
     with torch.no_grad():
         for layer in model.modules():
             weight = getattr(layer, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(layer, nn.Embedding):
-                fan_in = weight.shape[0] if type(layer).__name__ == "Conv1D" else weight.shape[1]
+            if isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.ndim >= 2:
+                fan_in = weight.shape[0] if type(layer).__name__ == "Conv1D" else weight[0].numel()
                 gain = float(weight.std()) * fan_in**0.5 if weight.numel() > 1 else 0.0
-                if 0 < gain < 1:
+                if gain == 0:
+                    weight.normal_(std=fan_in**-0.5)
+                elif gain < 1 and weight.ndim == 2 and not isinstance(layer, nn.Embedding):
                     weight.div_(gain)
-        for parameter in model.parameters():
-            if _is_small_constant(parameter):  # a layer scale
+        for name, parameter in model.named_parameters():
+            if _is_small_constant(parameter) and not name.endswith("bias"):  # a layer scale, a norm of a branch
                 parameter.fill_(0.5)
 
 
@@ -174,7 +177,7 @@ def _is_small_constant(parameter: nn.Parameter) -> bool:
     if not parameter.is_floating_point() or not parameter.numel():
         return False
     low, high = float(parameter.min()), float(parameter.max())
-    return low == high and 0 < abs(high) < 0.1
+    return low == high and abs(high) < 0.1
 
 
 def check(model: nn.Module, inputs, alone: bool | None = None, settled: bool = False) -> dict:
@@ -291,6 +294,8 @@ def failures(found: dict) -> list[str]:
         broken.append(f"outputs are {found['output_error']:.1e} off")
     if not found["gradient_error"] <= max(GRADIENTS_WITHIN, 3 * found.get("rounding_error", 0.0)):
         broken.append(f"gradients are {found['gradient_error']:.1e} off")
+    if found["inverted"] and found["gradient_error"] == 0:
+        broken.append("nothing compared: no gradient comes through what is inverted")
     if found["restored"] != found["inverted"]:
         broken.append(f"{found['restored']} sites restored of {found['inverted']}")
     if not found["bitwise_after_unpatch"]:
