@@ -161,9 +161,9 @@ def awaken(model: nn.Module) -> None:
     with torch.no_grad():
         for layer in model.modules():
             weight = getattr(layer, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.ndim >= 2:
+            if _is_matrix(weight):
                 fan_in = weight.shape[0] if type(layer).__name__ == "Conv1D" else weight[0].numel()
-                gain = float(weight.std()) * fan_in**0.5 if weight.numel() > 1 else 0.0
+                gain = float(weight.std()) * fan_in**0.5
                 if gain == 0:
                     weight.normal_(std=fan_in**-0.5)
                 elif gain < 1 and weight.ndim == 2 and not isinstance(layer, nn.Embedding):
@@ -171,6 +171,11 @@ def awaken(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if _is_small_constant(parameter) and not name.endswith("bias"):  # a layer scale, a norm of a branch
                 parameter.fill_(0.5)
+
+
+def _is_matrix(weight) -> bool:
+    is_weight = isinstance(weight, nn.Parameter) and weight.is_floating_point()
+    return is_weight and weight.ndim >= 2 and weight.numel() > 1
 
 
 def _is_small_constant(parameter: nn.Parameter) -> bool:

@@ -13,7 +13,7 @@ BATCH = 2
 SEQUENCE = 32  # tokens
 FRAMES = 64  # of a spectrogram
 VOCABULARY = 1024
-SAMPLES = 8000  # of raw sound: half a second at 16 kHz
+SAMPLES = 7680  # of raw sound: about half a second at 16 kHz, and four tokens of a codec
 
 
 def from_patcher(model):
@@ -125,7 +125,7 @@ def patches_on_a_grid(model):
     )
     channels = channels if isinstance(channels, int) else 3
     side = config.patch_size
-    depth = channels * fields.get("temporal_patch_size", 1) * side**2
+    depth = channels * fields.get("temporal_patch_size", fields.get("patch_temporal", 1)) * side**2
     inputs = {grid: torch.tensor([[1, 4, 4]] * BATCH)}
     if "merge_sizes" in parameters:
         inputs["merge_sizes"] = torch.ones(BATCH, dtype=torch.long)
@@ -156,7 +156,7 @@ def video(model):
     height, width = side if isinstance(side, (tuple, list)) else (side, side)
     frames = next((found[name] for name in ("num_frames", "frames_per_clip") if name in found), 4)
     text = _text(model) if "input_ids" in inspect.signature(model.forward).parameters else {}
-    return {**text, "pixel_values_videos": _values(min(frames, 8), 3, height, width)}
+    return {**text, "pixel_values_videos": _values(min(frames, 16), 3, height, width)}
 
 
 def image_of_two_sides(model):
@@ -236,7 +236,7 @@ def one_channel_of_sound(model):
     """Raw sound with its one channel, as codecs take it, with features or tokens where the model reads them as well."""
     parameters = inspect.signature(model.forward).parameters
     name = next(name for name in ("input_values", "hidden_states") if name in parameters)
-    inputs = {name: _values(1, 7680)}  # four tokens of 1920 samples
+    inputs = {name: _values(1, SAMPLES)}
     if "input_ids" in parameters:
         inputs |= _text(model)
     if "input_features" in parameters:
@@ -374,6 +374,14 @@ def _speech(model):
 
 def _image_for_codes(model):
     return {"input": _values(3, 64, 64)}
+
+
+def _sized_image(model):
+    side = model.config.image_size
+    return {
+        "pixel_values": _values(3, side, side),
+        "target_sizes": torch.tensor([[side // model.config.patch_size] * 2] * BATCH),
+    }
 
 
 def _line_of_text(model):
@@ -525,6 +533,8 @@ _SPECIAL = {
     "lilt": _boxes,
     "lxmert": _regions,
     "mimi": _waveform,
+    "minicpm_ocr_vision": _sized_image,
+    "minicpmv4_7_vision": _sized_image,
     "musicgen": _codes_of_codebooks,
     "musicgen_melody": _codes_of_codebooks,
     "oneformer": _task_and_image,

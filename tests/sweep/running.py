@@ -86,10 +86,10 @@ def _checked(library: str, name: str) -> dict:
         try:
             model = build()
             check_size(model)
+            awaken(model)
         except Exception as error:
             reasons["not built"].append(_in_words(error))
             continue
-        awaken(model)
         for make_inputs in input_makers:
             try:
                 inputs = make_inputs(model)

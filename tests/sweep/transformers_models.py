@@ -110,7 +110,7 @@ _REPAIRS = {
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
-    "reformer": {"is_decoder": True, "axial_pos_shape": [4, 8]},
+    "reformer": {"is_decoder": True, "axial_pos_shape": (4, 8)},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
 }
 _EXPERTS = re.compile("^(n_routed_experts|num_experts|num_local_experts|moe_num_experts)$")
