@@ -376,14 +376,6 @@ def _image_for_codes(model):
     return {"input": _values(3, 64, 64)}
 
 
-def _sized_image(model):
-    side = model.config.image_size
-    return {
-        "pixel_values": _values(3, side, side),
-        "target_sizes": torch.tensor([[side // model.config.patch_size] * 2] * BATCH),
-    }
-
-
 def _line_of_text(model):
     return {"pixel_values": _values(3, 48, 320)}
 
@@ -533,8 +525,6 @@ _SPECIAL = {
     "lilt": _boxes,
     "lxmert": _regions,
     "mimi": _waveform,
-    "minicpm_ocr_vision": _sized_image,
-    "minicpmv4_7_vision": _sized_image,
     "musicgen": _codes_of_codebooks,
     "musicgen_melody": _codes_of_codebooks,
     "oneformer": _task_and_image,
