@@ -228,6 +228,8 @@ def check(model: nn.Module, inputs, alone: bool | None = None, settled: bool = F
         "bitwise_after_unpatch": same(undone, before),
         "notes": report.notes,
     }
+    if found["inverted"] and found["gradient_error"] == 0:
+        raise CannotRunError("nothing to compare: no gradient comes through what is inverted")
     if found["gradient_error"] > GRADIENTS_WITHIN:
         found["rounding_error"] = rounding_error(model, inputs, before)
     return {**found, "failures": failures(found)}
@@ -299,8 +301,6 @@ def failures(found: dict) -> list[str]:
         broken.append(f"outputs are {found['output_error']:.1e} off")
     if not found["gradient_error"] <= max(GRADIENTS_WITHIN, 3 * found.get("rounding_error", 0.0)):
         broken.append(f"gradients are {found['gradient_error']:.1e} off")
-    if found["inverted"] and found["gradient_error"] == 0:
-        broken.append("nothing compared: no gradient comes through what is inverted")
     if found["restored"] != found["inverted"]:
         broken.append(f"{found['restored']} sites restored of {found['inverted']}")
     if not found["bitwise_after_unpatch"]:

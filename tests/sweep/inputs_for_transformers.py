@@ -207,7 +207,7 @@ def masked_sound(model):
     name = next(name for name in ("input_features", "audio_mel") if name in parameters)
     mask = next((mask for mask in (f"{name}_mask", "attention_mask") if mask in parameters), None)
     fields = {key: value for part in [model.config, *_parts(model.config)] for key, value in vars(part).items()}
-    bins = {fields[key] for key in _BINS if isinstance(fields.get(key), int)} | {80, 128}
+    bins = {fields[key] for key in _BINS if isinstance(fields.get(key), int)} | {80, 128, 320}
     text = text_only(model) if "input_ids" in parameters else _decoder_text(model)
     candidates = []
     for count in sorted(bins):
@@ -215,7 +215,8 @@ def masked_sound(model):
             for shape in [(BATCH, frames, count), (BATCH, count, frames), (BATCH, 1, frames, count)]:
                 inputs = {**text, name: _waves(*shape)}
                 if mask is not None and "input_ids" not in parameters:
-                    candidates.append({**inputs, mask: torch.ones(BATCH, frames, dtype=torch.bool)})
+                    # Gemma 3n marks what is padding, the others what is not.
+                    candidates.append({**inputs, mask: torch.full((BATCH, frames), name != "audio_mel")})
                 candidates.append(inputs)
     return _first_that_runs(model, candidates)
 
@@ -355,7 +356,7 @@ def _long_sound(model):
 
 
 def _spoken_text(model):
-    return {**_text(model), "input_features": _values(80, 64)}
+    return {**_text(model), "input_features": _values(model.config.decoder_config.feature_size, 64)}
 
 
 def _placed_patches(model):
@@ -370,10 +371,6 @@ def _speech(model):
         "input_values": token_ids(BATCH, 16, 64, "cpu") if "Text" in type(model).__name__ else mel,
         "decoder_input_values": mel,
     }
-
-
-def _image_for_codes(model):
-    return {"input": _values(3, 64, 64)}
 
 
 def _line_of_text(model):
@@ -512,7 +509,6 @@ _SPECIAL = {
     "efficientloftr": _image_pairs,
     "encodec": _waveform,
     "gemma4_vision": _placed_patches,
-    "glm_image_vqmodel": _image_for_codes,
     "idefics": _interleaved_images,
     "informer": _time_series,
     "instructblip": _queried_image,
