@@ -111,9 +111,10 @@ def written_in(module: nn.Module) -> list[Written]:
         if source is None or not _runs(module, name, function):
             continue
         places = _places_that_can_be_rewritten(function, source, module)
-        found += [
-            Written(name, number, place.curve, place.text, place.computes, place) for number, place in enumerate(places)
-        ]
+        for number, place in enumerate(places):
+            # Made for this module, and not kept with the place: what is read once outlives the module.
+            computes = _Function(_evaluable(place.node, place.hole, source, module))
+            found.append(Written(name, number, place.curve, place.text, computes, place))
     return found
 
 
@@ -242,7 +243,6 @@ class _Place:
     node: ast.expr
     hole: ast.expr
     curve: Curve
-    computes: nn.Module
 
     @property
     def text(self) -> str:
@@ -309,10 +309,9 @@ def _place(node: ast.Call | ast.BinOp, source: _Source, module: nn.Module) -> _P
         if len(holes) > 1 and not isinstance(holes[0], ast.Name):  # a value that is computed twice is two values
             continue
         if any(isinstance(part, ast.Call) and part not in ast.walk(holes[0]) for part in ast.walk(node)):
-            function = _Function(_evaluable(node, holes[0], source, module))
-            curve = recognise(function)
+            curve = recognise(_Function(_evaluable(node, holes[0], source, module)))
             if curve is not None:
-                return _Place(node, holes[0], curve, function)
+                return _Place(node, holes[0], curve)
     return None
 
 

@@ -180,18 +180,18 @@ class CallsAuthorsOwnWithGlobals(Block):
 def test_what_an_expression_computes_is_found_anew_where_a_name_in_it_stands_for_something_else(monkeypatch):
     slow, fast, other = BuiltOfAttributes(), BuiltOfAttributes(), BuiltOfAttributes()
     fast.slope, other.slope = 1, 2.5
-    assert [[w.curve for w in written_in(module)] for module in (slow, fast, other, slow)] == [
+    assert [[w.curve.name for w in written_in(module)] for module in (slow, fast, other, slow)] == [
         ["quick_gelu"], ["silu"], ["sigmoid"], ["quick_gelu"]
     ]  # fmt: skip
     module = CallsAttribute()
-    assert written_in(module)[0].curve == "gelu"
+    assert written_in(module)[0].curve.name == "gelu"
     module.function = F.silu
-    assert written_in(module)[0].curve == "silu"
+    assert written_in(module)[0].curve.name == "silu"
     for kind in (CallsWithGlobals, CallsAuthorsOwnWithGlobals):
         monkeypatch.setitem(globals(), "SLOPE", 1.0)
-        assert written_in(kind())[0].curve == "silu"
+        assert written_in(kind())[0].curve.name == "silu"
         monkeypatch.setitem(globals(), "SLOPE", 1.702)
-        assert written_in(kind())[0].curve == "quick_gelu"
+        assert written_in(kind())[0].curve.name == "quick_gelu"
 
 
 def test_what_was_found_holds_no_model():
@@ -221,7 +221,7 @@ def test_what_is_no_activation_of_one_value_is_not_taken_for_one(body):
         pass
 
     Lookalike.forward = body
-    assert not [w for w in written_in(Lookalike()) if w.curve not in ("gelu", "sigmoid")]
+    assert not [w for w in written_in(Lookalike()) if w.curve.name not in ("gelu", "sigmoid")]
 
 
 def test_other_instances_of_the_class_and_other_threads_are_not_touched():
@@ -268,3 +268,20 @@ def test_pytorchs_own_transformer_layer_calls_its_activation_as_an_attribute(run
     report = invact.patch(model, (x,))
     assert [site.path for site in report.inverted] == ["_ff_block:gelu"]
     assert (run_backward(model, (x,))[1] - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_what_is_read_once_keeps_no_model_alive():
+    class Gelu(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.b(torch.nn.functional.gelu(self.a(x)))
+
+    model = Gelu()
+    assert len(invact.patch(model, (torch.randn(2, 4),)).inverted) == 1
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
