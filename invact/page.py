@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from invact.layers import Layer
@@ -26,6 +27,8 @@ _REST_COLOUR = "#888888"
 _LINES = ("-", "--", "-.", ":", (0, (1, 3)), (0, (5, 5)))
 # Drawn in this colour, which nothing else has, and turned into the page's own colour of text.
 _INK = "#010203"
+_MOST_BARS = 16
+_LONGEST_LABEL = 22  # characters
 _WIDTH = 4.8  # inches: 10 points stay readable when that is shrunk to the width of a phone
 
 
@@ -115,18 +118,19 @@ def memory_chart(layers: Sequence[Layer]) -> Chart:
         totals.update(layer.before)
         totals.update(layer.after)
     classes = [name for name, _ in totals.most_common(len(_COLOURS))]
-    unit, unit_bytes = _unit(max(sum(kept.values()) for layer in layers for kept in (layer.before, layer.after)))
+    rows = _rows(layers)
+    unit, unit_bytes = _unit(max(sum(kept.values()) for layer in rows for kept in (layer.before, layer.after)))
     colours: dict[str | None, str] = {**dict(zip(classes, _COLOURS, strict=False)), None: _REST_COLOUR}
-    figure, axes = _drawing(height=1.3 + 0.42 * len(layers))
+    figure, axes = _drawing(height=1.3 + 0.42 * len(rows))
     for side, offset, alpha in (("before", -0.2, 0.5), ("after", 0.2, 1)):
-        kept: list[dict[str, int]] = [getattr(layer, side) for layer in layers]
-        start = [0.0] * len(layers)
+        kept: list[dict[str, int]] = [getattr(layer, side) for layer in rows]
+        start = [0.0] * len(rows)
         for name, colour in colours.items():
             widths = [_kept_by(by_class, name, classes) / unit_bytes for by_class in kept]
-            axes.barh([row + offset for row in range(len(layers))], widths, 0.36, start, color=colour, alpha=alpha)
+            axes.barh([row + offset for row in range(len(rows))], widths, 0.36, start, color=colour, alpha=alpha)
             start = [begin + width for begin, width in zip(start, widths, strict=True)]
-    axes.set_yticks(range(len(layers)), [layer.name for layer in layers])
-    axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), [_label(layer.name) for layer in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(f"{unit} kept for backward")
     labels = [name or "others" for name in colours if name or len(totals) > len(classes)]
     _legend(figure, [Patch(color=colour) for colour in colours.values()][: len(labels)], labels)
@@ -134,11 +138,32 @@ def memory_chart(layers: Sequence[Layer]) -> Chart:
     largest = max(layers, key=lambda layer: sum(layer.before.values()) - sum(layer.after.values()))
     return Chart(
         _svg(figure, "memory"),
-        "Memory by layer: the upper, paler bar before patching, the lower one after it.",
+        "Memory by layer: the upper, fainter bar before patching, the lower one after it.",
         f"Bars of what {len(layers)} layers keep for backward: {format_bytes(before)} before, {format_bytes(after)} "
         f"after. Most is saved in {largest.name}: {format_bytes(sum(largest.before.values()))} before, "
         f"{format_bytes(sum(largest.after.values()))} after.",
     )
+
+
+def _rows(layers: Sequence[Layer]) -> Sequence[Layer]:
+    """The bars to draw: in a deep model neighbours that keep the same share one, so that it can be read on paper."""
+    if len(layers) <= _MOST_BARS:
+        return layers
+    rows = []
+    for _, alike in groupby(layers, lambda layer: (layer.name.rstrip("0123456789"), layer.before, layer.after)):
+        first, *others = alike
+        last = others[-1].name.rpartition(".")[2] if others else ""
+        rows.append(Layer(f"{first.name}-{last}, each", first.before, first.after) if last else first)
+    return rows
+
+
+def _label(name: str) -> str:
+    """In two lines if it would take the width from the bars."""
+    stem, dot, end = name.rpartition(".")
+    if len(name) <= _LONGEST_LABEL or not dot:
+        return name
+    stem, dot, middle = stem.rpartition(".")
+    return f"{stem}{dot}\n{middle}.{end}"
 
 
 def _kept_by(kept: dict[str, int], name: str | None, classes: Sequence[str]) -> int:

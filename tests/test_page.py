@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -40,15 +41,11 @@ def html() -> str:
     return trial_page(trial, "invact trial --steps 3").html()
 
 
-@pytest.fixture(scope="module")
-def opened(html: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The page's document as the browser has it, in its title what was fetched for it; and the browser's log."""
+def shown(page: str, folder: Path) -> tuple[str, str]:
+    """The document as the browser has it when it is loaded, and the browser's log."""
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed: apt-get install chromium")
-    folder = tmp_path_factory.mktemp("page")
-    fetched = "performance.getEntriesByType('resource').map(entry => entry.name).join() || 'nothing'"
-    script = f"<script>addEventListener('load', () => document.title = 'fetched: ' + ({fetched}))</script>"
-    (folder / "page.html").write_text(html.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    (folder / "page.html").write_text(page, encoding="utf-8")
     profile, address = f"--user-data-dir={folder / 'profile'}", (folder / "page.html").as_uri()
     browser = subprocess.run(
         [CHROMIUM, *QUIET.split(), *ALONE.split(), profile, "--dump-dom", address],
@@ -57,6 +54,14 @@ def opened(html: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, st
         timeout=300,
     )
     return browser.stdout, browser.stderr
+
+
+@pytest.fixture(scope="module")
+def opened(html: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The page's document, in its title what was fetched for it; and the browser's log."""
+    fetched = "performance.getEntriesByType('resource').map(entry => entry.name).join() || 'nothing'"
+    script = f"<script>addEventListener('load', () => document.title = 'fetched: ' + ({fetched}))</script>"
+    return shown(html.replace("</body>", f"{script}</body>"), tmp_path_factory.mktemp("page"))
 
 
 def test_the_browser_shows_verdict_charts_tables_and_command(opened):
@@ -74,6 +79,20 @@ def test_the_browser_has_nothing_to_say(opened):
 
 def test_the_browser_asks_for_nothing(opened):
     assert "<title>fetched: nothing</title>" in opened[0]
+
+
+@pytest.mark.parametrize(("pixels", "table"), [(390, "block"), (900, "table")])
+def test_nothing_is_to_be_scrolled_sideways_for_on_a_phone_nor_on_a_desk(html, tmp_path: Path, pixels: int, table: str):
+    # In a frame: a window of the browser is never as narrow as a phone.
+    script = (
+        "const page = frame.contentDocument, all = [page.documentElement, ...page.querySelectorAll('.wide')];"
+        "document.title = all.filter(one => one.scrollWidth > one.clientWidth).length + ' too wide, '"
+        "+ frame.contentWindow.getComputedStyle(page.querySelector('table')).display"
+    )
+    frame = f'<iframe id="frame" style="width: {pixels}px; height: 3000px" srcdoc="{escape(html)}"></iframe>'
+    whole = f"<title></title>{frame}<script>addEventListener('load', () => {{ {script} }})</script>"
+    document, _ = shown(whole, tmp_path)
+    assert f"<title>0 too wide, {table}</title>" in document
 
 
 def test_nothing_on_the_page_points_outside(html: str):
@@ -111,6 +130,20 @@ def test_the_chart_says_where_most_is_saved():
     layers = [Layer("one", {"GELU": 30}, {"GELU": 20}), Layer("two", {"GELU": 90, "Linear": 5}, {"Linear": 5})]
     chart = memory_chart(layers)
     assert "125 B before, 25 B after. Most is saved in two: 95 B before, 5 B after" in chart.alternative
+
+
+def test_neighbours_that_keep_the_same_share_a_bar_in_a_deep_model_only():
+    def drawing(depth: int) -> str:
+        blocks = [Layer(f"blocks.{number}", {"GELU": 9}, {"GELU": 5}) for number in range(depth)]
+        return memory_chart([*blocks, Layer("blocks.99", {"GELU": 7}, {"GELU": 5})]).svg
+
+    assert re.findall(r">(blocks[^<]*)<", drawing(30)) == ["blocks.0-29, each", "blocks.99"]
+    assert re.findall(r">(blocks[^<]*)<", drawing(3)) == ["blocks.0", "blocks.1", "blocks.2", "blocks.99"]
+
+
+def test_the_name_of_a_layer_deep_inside_takes_two_lines():
+    svg = memory_chart([Layer("visual.transformer.resblocks.0", {"GELU": 9}, {"GELU": 5})]).svg
+    assert re.findall(r">(visual[^<]*|resblocks[^<]*)<", svg) == ["visual.transformer.", "resblocks.0"]
 
 
 def test_dry_run_writes_the_page_without_training(tmp_path: Path):
