@@ -286,14 +286,17 @@ def final_loss(task, activation, seed: int, steps: int) -> float:
 
 
 @pytest.mark.slow
-def test_500_steps_of_gpt2_end_where_the_baseline_ends_and_one_bit_of_derivative_does_not(gpt2: Path):
-    """Measured 2026-11-23, CPU, torch 2.15, seeds 0, 1, 2:
+def test_500_steps_of_gpt2_end_where_the_baseline_ends_and_with_one_bit_of_derivative_visibly_worse(gpt2: Path):
+    """Measured 2026-11-23, CPU, torch 2.14.1, seeds 0, 1, 2:
 
-    baseline 2.3121 2.3484 2.2144, invact 2.3121 2.3481 2.2144, one bit 2.1386 2.1892 2.0980
+    baseline 1.8942 1.8952 1.8781, invact the same to 1e-6, one bit 1.9438 1.9468 1.9320
 
-    So one bit of derivative is another training, hundreds of times further off than the inverted activation. Here
-    it ends lower; the literature, which fine-tunes large models, has it end worse. Neither is what was asked for.
+    Weights start with a standard deviation of 1/sqrt(width), so that what the activation is given has one of 1. With
+    GPT-2's own 0.02 so narrow a model starts with 0.16: there the slope of GELU is nearly 1/2 everywhere, and two
+    levels far apart, though wrong, train faster. They then end 0.12 to 0.17 below the baseline.
     """
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps({**config, "initializer_range": config["n_embd"] ** -0.5}))
     task = make_task(str(gpt2))
     ends = {
         name: [final_loss(task, activation, seed, 500) for seed in range(3)]
@@ -301,9 +304,9 @@ def test_500_steps_of_gpt2_end_where_the_baseline_ends_and_one_bit_of_derivative
     }
     print(ends)
     spread = max(ends["baseline"]) - min(ends["baseline"])
-    differences = {
-        name: [abs(stock - other) for stock, other in zip(ends["baseline"], ends[name], strict=True)]
+    worse = {
+        name: [other - stock for stock, other in zip(ends["baseline"], ends[name], strict=True)]
         for name in ("invact", "one bit")
     }
-    assert max(differences["invact"]) < 0.05 * spread
-    assert min(differences["one bit"]) > 50 * max(differences["invact"])
+    assert max(map(abs, worse["invact"])) < 0.1 * spread
+    assert min(worse["one bit"]) > 2 * spread
