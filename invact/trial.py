@@ -39,6 +39,7 @@ def train_in_ways(
     seeds: Sequence[int] = (0,),
     ways: Sequence[str] = WAYS,
     setting: Setting | None = None,
+    side_bits: int = 1,
     memory_bytes: int | None = None,
     on_step: Callable[[str], None] = lambda way: None,
 ) -> Trial:
@@ -50,6 +51,7 @@ def train_in_ways(
     Args:
         ways: of `WAYS` and `COMPILED_WAYS`; the baseline and "invact" among them.
         setting: the device, and the dtype of torch.autocast if any; fp16 is trained with scaled gradients.
+        side_bits: per element, for curves with two sides; see `invact.patch`.
         memory_bytes: of a GPU, to predict the largest batch for.
         on_step: called with the name of the way after every step.
 
@@ -67,7 +69,7 @@ def train_in_ways(
     interrupted = False
     try:
         for seed in seeds:
-            trainees = [_Trainee(way, task, setting, seed, batch_size) for way in ways]
+            trainees = [_Trainee(way, task, setting, seed, batch_size, side_bits) for way in ways]
             seeds_done.append(trainees)
             for step in range(steps):
                 first = step % len(trainees)
@@ -81,8 +83,8 @@ def train_in_ways(
         seeds_done = _complete_rounds(seeds_done)
         if not seeds_done:
             raise
-    trial = _compared(task, setting, seeds_done, batch_size, memory_bytes)
-    trial.setting = _in_words(setting, steps, batch_size, len(seeds))
+    trial = _compared(task, setting, seeds_done, batch_size, side_bits, memory_bytes)
+    trial.setting = _in_words(setting, steps, batch_size, len(seeds), side_bits)
     if interrupted:
         trial.interrupted = True
         taken = sum(len(trainees[0].losses) for trainees in seeds_done)
@@ -93,7 +95,7 @@ def train_in_ways(
 class _Trainee:
     """One model that is trained in one way from one seed."""
 
-    def __init__(self, way: str, task: Task, setting: Setting, seed: int, batch_size: int) -> None:
+    def __init__(self, way: str, task: Task, setting: Setting, seed: int, batch_size: int, side_bits: int) -> None:
         self.way = way
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -107,7 +109,7 @@ class _Trainee:
         if "checkpointing" in way:
             enable_checkpointing(self._model)
         if way.startswith("invact"):
-            patch(self._model, self._batch(0).inputs, autocast=setting.autocast)
+            patch(self._model, self._batch(0).inputs, autocast=setting.autocast, side_bits=side_bits)
         self._forward = torch.compile(self._model) if "compile" in way else self._model
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=_LEARNING_RATE)
         self._scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
@@ -206,7 +208,12 @@ def _complete_rounds(seeds_done: list[list[_Trainee]]) -> list[list[_Trainee]]:
 
 
 def _compared(
-    task: Task, setting: Setting, seeds_done: list[list[_Trainee]], batch_size: int, memory_bytes: int | None
+    task: Task,
+    setting: Setting,
+    seeds_done: list[list[_Trainee]],
+    batch_size: int,
+    side_bits: int,
+    memory_bytes: int | None,
 ) -> Trial:
     by_way = [list(trainees) for trainees in zip(*seeds_done, strict=True)]
     runs = [_run(trainees, baselines=by_way[0]) for trainees in by_way]
@@ -216,7 +223,7 @@ def _compared(
         return on_device(task.batch(0, 0, size), setting.device).inputs
 
     inputs = inputs_of(batch_size)
-    decided = decide(model, inputs, autocast=setting.autocast)
+    decided = decide(model, inputs, autocast=setting.autocast, side_bits=side_bits)
     if memory_bytes is not None:
         predicted = needs(model, inputs_of, setting, decided)
         for run in runs:
@@ -257,7 +264,10 @@ def _largest_difference(curves: Sequence[Sequence[float]]) -> float:
     return max(max(losses) - min(losses) for losses in by_step)
 
 
-def _in_words(setting: Setting, steps: int, batch_size: int, seeds: int) -> str:
+def _in_words(setting: Setting, steps: int, batch_size: int, seeds: int, side_bits: int) -> str:
     device = torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else "CPU"
     precision = "fp32" if setting.autocast is None else f"autocast to {str(setting.autocast).removeprefix('torch.')}"
-    return f"{steps} steps of {batch_size} samples, {seeds} {'seed' if seeds == 1 else 'seeds'}, {precision}, {device}"
+    words = [f"{steps} steps of {batch_size} samples", f"{seeds} {'seed' if seeds == 1 else 'seeds'}", precision]
+    if side_bits > 1:
+        words.append(f"{side_bits} bits an element")
+    return ", ".join([*words, device])

@@ -102,9 +102,21 @@ def test_autocast_is_trained_under_and_planned_for(dtype: torch.dtype):
     assert str(dtype).removeprefix("torch.") in result.setting
 
 
+def test_side_bits_are_those_of_patch_and_are_said():
+    kept = {}
+    for side_bits in (1, 4):
+        result = train_in_ways(make_task(), steps=1, batch_size=2, ways=["baseline", "invact"], side_bits=side_bits)
+        kept[side_bits] = result.run("invact").activation_bytes
+        assert result.report.bytes_after == pytest.approx(kept[side_bits], rel=0.01)
+        assert ("4 bits an element" in result.setting) == (side_bits == 4)
+    elements = 2 * 64 * (2 * 512 + 128)  # of the three activations
+    assert kept[4] - kept[1] == elements * 3 // 8
+
+
 def test_json_is_the_only_thing_on_standard_output(gpt2: Path, tmp_path: Path):
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 30)
-    result = run("--model", gpt2, "--data", tmp_path / "text.txt", "--steps", 1, "--seeds", 1, "--json")
+    options = ["--steps", 1, "--seeds", 1, "--side-bits", 2, "--dtype", "bf16", "--seq-len", 32, "--json"]
+    result = run("--model", gpt2, "--data", tmp_path / "text.txt", *options)
     assert result.exit_code == 0, result.output
     runs = json.loads(result.stdout)["runs"]
     assert [run["name"] for run in runs] == list(WAYS)
@@ -196,6 +208,11 @@ def test_bad_input_exits_2_with_one_sentence_and_no_traceback(arguments, message
     assert result.stdout == ""
     assert message in " ".join(result.stderr.replace("│", "").split())
     assert "Traceback" not in result.stderr
+
+
+def test_bad_input_leaves_no_empty_page_behind(tmp_path: Path):
+    assert run("--data", "no/such/file.txt", "--html", tmp_path / "page.html").exit_code == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_no_number_stops_the_trial_with_a_sentence():

@@ -80,8 +80,11 @@ def check_writable(path: Path | None, option: str) -> None:
     """Before the work, not after it."""
     if path is None:
         return
+    there_before = path.exists()
     try:
         path.open("a").close()
+        if not there_before:
+            path.unlink()
     except OSError as error:
         fail(f"{path} can not be written: {error.strerror}. Pass another file to {option}.")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from invact.commands.options import Dtype, GpuMemory, HtmlFile, torch_dtype
+from invact.commands.options import Bits, Dtype, GpuMemory, HtmlFile, SideBits, torch_dtype
 from invact.commands.output import check_page_can_be_made, command, fail, library_chatter_on_stderr, print_report, write
 from invact.sizes import size_in_words
 
@@ -37,12 +37,6 @@ class Autocast(str, Enum):
 class Attention(str, Enum):
     fused = "fused"
     math = "math"
-
-
-class SideBits(str, Enum):
-    one = "1"
-    two = "2"
-    four = "4"
 
 
 class Optimizer(str, Enum):
@@ -74,10 +68,7 @@ def patch(
     attention: Annotated[
         Attention, typer.Option(help="Count attention as a fused kernel, or with its N x N matrix.")
     ] = Attention.fused,
-    side_bits: Annotated[
-        SideBits,
-        typer.Option(help="Per element, for curves with two sides; 4 make bf16 gradients as exact as stock's."),
-    ] = SideBits.one,
+    side_bits: SideBits = Bits.one,
     gpu_memory: GpuMemory = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Whose states share the GPU; with --gpu-memory.")] = (
         Optimizer.adamw

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from invact.commands.options import Dtype, GpuMemory, HtmlFile, torch_dtype
+from invact.commands.options import Bits, Dtype, GpuMemory, HtmlFile, SideBits, torch_dtype
 from invact.commands.output import (
     check_page_can_be_made,
     command,
@@ -41,6 +41,7 @@ def trial(
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the spread between them is the yardstick.")] = 3,
     compiled: Annotated[bool, typer.Option("--compile", help="Train under torch.compile as well.")] = False,
+    side_bits: SideBits = Bits.one,
     gpu_memory: GpuMemory = None,
     html: HtmlFile = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON and nothing else.")] = False,
@@ -59,6 +60,7 @@ def trial(
             dtype=dtype,
             seeds=range(seed, seed + seeds),
             compiled=compiled,
+            side_bits=int(side_bits.value),
             gpu_memory=gpu_memory,
         )
         page = _trial_page(result) if html else None
@@ -83,6 +85,7 @@ def _trained(
     dtype: Dtype | None,
     seeds: range,
     compiled: bool,
+    side_bits: int,
     gpu_memory: int | None,
 ) -> Trial:
     try:
@@ -107,6 +110,7 @@ def _trained(
                     seeds=seeds,
                     ways=ways,
                     setting=Setting(device, None if dtype is Dtype.fp32 else torch_dtype(dtype.value)),
+                    side_bits=side_bits,
                     memory_bytes=gpu_memory,
                     on_step=on_step,
                 )
@@ -119,7 +123,7 @@ def _trained(
         ) as error:
             fail(str(error))
     except KeyboardInterrupt:
-        typer.echo("Interrupted before every way had taken a step: there is nothing to report.", err=True)
+        typer.echo("Interrupted before there was anything to report.", err=True)
         raise typer.Exit(code=130) from None
 
 
