@@ -4,7 +4,7 @@ Where f levels out, y is rounded more coarsely than x was, and f' is what y stil
 is -1, and its f' comes out as 0 and not as 0.0003. Each curve says where that is. Everywhere else f' is within two
 units in the last place of stock autograd's.
 
-A new curve is one entry here and in `catalogue`, with a branch in `triton_monotone.slope` that makes it fast on a GPU.
+A new curve is one entry here, and with parameters one in `catalogue`; CONTRIBUTING.md names what else it needs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The curves that fall to one minimum and rise again: y and a bit that tells the side of the minimum give f'.
 
 A new one is one entry here, and one in `fit.DEFINITIONS` from which ``python -m invact.kernels.fit`` makes its
-coefficients.
+coefficients; CONTRIBUTING.md names what else it needs.
 """
 
 from __future__ import annotations

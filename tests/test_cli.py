@@ -8,10 +8,12 @@ import sys
 
 import pytest
 from huggingface_hub import constants
+from invact.patchers import libraries
 from typer.testing import CliRunner, Result
 
 import invact
 from invact.cli import app
+from invact.commands.patch import LibraryName
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,10 @@ def test_json_is_the_only_thing_on_standard_output(name):
 def test_library_option_stands_for_the_prefix():
     result = run("patch", "--library", "timm", "--model", "test_vit", "--json")
     assert json.loads(result.stdout)["title"].startswith("test_vit · VisionTransformer")
+
+
+def test_every_library_is_an_option():
+    assert [library.value for library in LibraryName] == list(libraries)
 
 
 def test_autocast_keeps_the_parameters_in_fp32():
