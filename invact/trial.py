@@ -62,7 +62,11 @@ def train_in_ways(
     """
     setting = setting or Setting(torch.device("cpu"))
     if batch_size > task.samples:
-        raise DataError(f"{task.title} has {task.samples} samples, fewer than a batch of {batch_size}.")
+        samples = "one sample" if task.samples == 1 else f"{task.samples} samples"
+        raise DataError(
+            f"A batch of {batch_size} is larger than the data: {task.title}, {samples}. "
+            "Pass a smaller --batch-size, or more data."
+        )
     if not can_checkpoint(task.build()):
         ways = [way for way in ways if "checkpointing" not in way]
     seeds_done: list[list[_Trainee]] = []

@@ -45,9 +45,10 @@ def load_text(source: str | None) -> Text:
     """
     if source is None:
         return _as_ranks("Python's language reference", _language_reference())
-    if source == DIGITS or Path(source).is_dir():
-        raise DataError(f"This model reads text, and {source} has images. Pass a text file as --data, or leave it out.")
     path = _existing(source)
+    if source == DIGITS or path.is_dir():
+        what = "images" if source == DIGITS else "a folder"
+        raise DataError(f"This model reads text, and {source} is {what}. Pass a text file as --data, or leave it out.")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -67,9 +68,9 @@ def load_images(source: str | None, size: tuple[int, int, int]) -> Images:
     """
     if source in (None, DIGITS):
         return _digits(size)
-    if Path(str(source)).is_file():
-        raise DataError(f"This model reads images, and {source} is a file. Pass a folder of images or `{DIGITS}`.")
     folder = _existing(str(source))
+    if folder.is_file():
+        raise DataError(f"This model reads images, and {source} is a file. Pass a folder of images or `{DIGITS}`.")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
     if not files:
         raise DataError(f"No image was found in the folder {source}. Put images into it, or pass --data {DIGITS}.")
@@ -82,7 +83,8 @@ def load_images(source: str | None, size: tuple[int, int, int]) -> Images:
 
 def _existing(source: str) -> Path:
     path = Path(source)
-    if not path.exists():
+    if not source or not (path.exists() or source == DIGITS):
+        source = source or "file without a name"
         raise DataError(f"There is no {source}. Pass as --data a text file, a folder of images, or `{DIGITS}`.")
     return path
 

@@ -125,7 +125,8 @@ def _language_task(title: str, model: Any, build: Callable[[], nn.Module], text:
     kind = _language_loss(model)
     if kind is None:
         raise NotTrainableError(
-            f"{type(model).__name__} is not trainable here: it is no language model, masked, causal or encoder-decoder."
+            f"{type(model).__name__} is not trainable here: it is no masked, causal or encoder-decoder language model. "
+            "Name one that is, such as bert-base-uncased or gpt2."
         )
     windows = len(text.ranks) // seq_len
     if windows == 0:

@@ -232,7 +232,8 @@ def load(
         image_size: pixels to a side, for models that are built for one size.
 
     Raises:
-        ModelNameError: nothing goes by that name; the message gives the nearest names.
+        ModelNameError: nothing goes by that name, and the message gives the nearest names; or a directory's
+            configuration can not be built.
         MissingLibraryError: the library is not installed; the message gives the pip command.
 
     Example:
@@ -243,7 +244,17 @@ def load(
     """
     owner, own_name = resolve(name, library)
     owner.require()
-    return owner.load(own_name, dtype, image_size).to("meta").train()
+    try:
+        return owner.load(own_name, dtype, image_size).to("meta").train()
+    except (InputSizeError, MissingLibraryError, ModelNameError):
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if not Path(own_name).is_dir():
+            raise  # a published model that can not be built is a fault here
+        why = str(error).strip().partition("\n")[0]
+        raise ModelNameError(
+            f"{owner.name} makes no model of the configuration in {own_name}: {type(error).__name__}: {why}"
+        ) from error
 
 
 def nearest_names(name: str, candidates: Iterable[str], count: int = 3, cutoff: float = 0.6) -> list[str]:

@@ -189,10 +189,14 @@ def test_a_model_without_a_switch_is_trained_without_checkpointing():
     ("arguments", "message"),
     [
         (["--data", "no/such/file.txt"], "There is no no/such/file.txt"),
-        (["--data", "digits"], "reads text, and digits has images"),
+        (["--data", ""], "There is no file without a name"),
+        (["--data", "digits"], "reads text, and digits is images"),
+        (["--data", "{empty}"], "is a folder. Pass a text file"),
         (["--model", "timm/test_vit", "--data", __file__], "reads images"),
         (["--model", "timm/test_vit", "--data", "{empty}"], "No image was found in the folder"),
-        (["--batch-size", 100_000], "samples, fewer than a batch of 100000"),
+        (["--model", "timm/test_vit", "--data", ""], "There is no file without a name"),
+        (["--batch-size", 100_000], "A batch of 100000 is larger than the data"),
+        (["--model", "{broken}"], "must be divisible"),
         (["--model", "whisper-tiny"], "reads audio"),
         (["--model", "electra-base-discriminator"], "not trainable"),
         (["--model", "bert-base-uncasd"], "bert-base-uncased"),
@@ -203,7 +207,11 @@ def test_a_model_without_a_switch_is_trained_without_checkpointing():
 )
 def test_bad_input_exits_2_with_one_sentence_and_no_traceback(arguments, message, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    result = run(*(str(argument).replace("{empty}", str(tmp_path)) for argument in arguments))
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    broken.mkdir()
+    (broken / "config.json").write_text(json.dumps({**TINY_GPT2, "n_head": 3}))
+    result = run(*(str(argument).format(empty=empty, broken=broken) for argument in arguments))
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     assert message in " ".join(result.stderr.replace("│", "").split())
