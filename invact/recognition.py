@@ -14,6 +14,7 @@ from invact.kernels import FIXED_CURVES, GUESSES, Curve
 # Modules that compute inside in float32 are off by about 1e-7; the closest pair of curves, GELU and
 # its tanh form, differ by 4.7e-4.
 _TOLERANCE = 2e-6
+_SLOPE_TOLERANCE = 1e-5  # of f'; the closest pair differs by 1e-3
 
 _EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 
@@ -23,7 +24,8 @@ def recognise(module: nn.Module) -> Curve | None:
 
     A leaf without parameters or buffers is evaluated in float64 on the CPU, on a copy, over several grids
     of different shapes and neighbours, in training and in evaluation mode. It is recognised when every
-    result is the same known curve of each element alone and nothing about the module has changed.
+    result is the same known curve of each element alone, its gradient is that of the curve (a straight-through
+    estimator's is not) and nothing about the module has changed.
 
     Example:
         >>> recognise(torch.nn.GELU(approximate="tanh"))
@@ -94,8 +96,9 @@ def _own_state(module: nn.Module) -> str:
 def _grids() -> list[Tensor]:
     """float64 grids whose elements have other neighbours, means and shapes from one to the next."""
     generator = torch.Generator().manual_seed(0)
-    far = torch.tensor([-1e3, -100.0, -30.0, 30.0, 100.0, 1e3, 0.0, -0.0], dtype=torch.float64)
-    near = torch.linspace(-11.0, 13.0, 184, dtype=torch.float64)
+    # 1e6 is beyond the largest fp16, where some clamp.
+    far = torch.tensor([-1e6, -1e3, -100.0, -30.0, 30.0, 100.0, 1e3, 1e6, 0.0, -0.0], dtype=torch.float64)
+    near = torch.linspace(-11.0, 13.0, 182, dtype=torch.float64)
     values = torch.cat([far, near])
     shuffled = values[torch.randperm(len(values), generator=generator)]
     positive = values.abs()
@@ -120,9 +123,10 @@ def _agreeing(samples: list[tuple[Tensor, Tensor]], module: nn.Module) -> Iterat
     """The curves that agree with every sample: those that have no parameters first, then those with guessed ones."""
     if not all(_is_plain(x, y) for x, y in samples):
         return
-    values = _values(module, samples[0][0].shape)
+    shape = samples[0][0].shape
+    values = _values(module, shape)
     for curve in (*FIXED_CURVES, *(guess(values) for guess in GUESSES)):
-        if curve is not None and all(_agree(curve.f(x), y) for x, y in samples):
+        if curve is not None and all(_agree(curve.f(x), y) for x, y in samples) and _has_slope_of(curve, module, shape):
             yield curve
 
 
@@ -135,6 +139,16 @@ def _values(module: nn.Module, shape: torch.Size) -> Callable[[float], float]:
         return result
 
     return value
+
+
+def _has_slope_of(curve: Curve, module: nn.Module, shape: torch.Size) -> bool:
+    """Whether autograd gives f' for the module, away from kinks, where one side is as good as the other."""
+    x = torch.linspace(-10.93, 11.07, shape.numel(), dtype=torch.float64).view(shape)
+    with torch.enable_grad():
+        # a copy, since an in-place activation may not change a leaf
+        y = module.train().forward(x.requires_grad_().clone())
+        (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return torch.allclose(slope, curve.derivative(x.detach()), rtol=_SLOPE_TOLERANCE, atol=_SLOPE_TOLERANCE)
 
 
 def _is_plain(x: Tensor, y: object) -> bool:

@@ -30,16 +30,17 @@ class Monotone(Curve):
         rise: the derivative of f' by y.
         of_output: f' from y, which may be infinite or NaN; None where a subclass has its own `slope`.
         constants: the parameters as `triton_monotone.slope` takes them.
-        jump: the x beyond which y is x itself, if y falls back there: then one bit tells which it was.
+        beyond_jump: whether y is x itself, if y falls back where it becomes so: then one bit tells which it was.
     """
 
     rise: Callable[[Tensor], Tensor]
     of_output: Callable[[Tensor], Tensor] | None = None
     constants: tuple[float, ...] = ()
-    jump: float = math.inf
+    beyond_jump: Callable[[Tensor], Tensor] | None = None
 
     def codes(self, x: Tensor, y: Tensor) -> Tensor:
-        return x > self.jump
+        assert self.beyond_jump is not None
+        return self.beyond_jump(x)
 
     def slope(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         assert self.of_output is not None
@@ -204,8 +205,12 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Monotone:
     """
     _check_positive("softplus", "beta", beta)
 
+    def is_x_itself(x: Tensor) -> Tensor:
+        # In fp32 for 16-bit types, as the stock operator compares: threshold / beta would be rounded.
+        return beta * (x.float() if x.dtype.itemsize < 4 else x) > threshold
+
     def derivative(x: Tensor) -> Tensor:
-        return torch.where(beta * x > threshold, 1.0, torch.sigmoid(beta * x))
+        return torch.where(is_x_itself(x), 1.0, torch.sigmoid(beta * x))
 
     jumps = threshold < SMOOTH_THRESHOLD
     return Monotone(
@@ -215,7 +220,7 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Monotone:
         of_output=lambda y: -torch.expm1(-beta * y),
         rise=lambda y: beta * torch.exp(-beta * y),
         constants=(beta,),
-        jump=threshold / beta if jumps else math.inf,
+        beyond_jump=is_x_itself if jumps else None,
         side_bits=1 if jumps else 0,
         parameters=_unless_default(("beta", beta, 1.0), ("threshold", threshold, 20.0)),
         source="Dugas et al., Incorporating Second-Order Functional Knowledge, 2000",
@@ -324,22 +329,26 @@ Values = Callable[[float], float]
 """f at one point, in float64."""
 
 
+FAR = 1e6
+"""Where a curve that levels out has done so."""
+
+
 def guessed_elu(f: Values) -> Monotone | None:
-    return elu(-f(-1e3)) if f(-1e3) < 0 else None
+    return elu(-f(-FAR)) if f(-FAR) < 0 else None
 
 
 def guessed_celu(f: Values) -> Monotone | None:
-    return celu(-f(-1e3)) if f(-1e3) < 0 else None
+    return celu(-f(-FAR)) if f(-FAR) < 0 else None
 
 
 def guessed_leaky_relu(f: Values) -> Monotone | None:
-    slope = f(-1e3) / -1e3
+    slope = -f(-1.0)
     return leaky_relu(slope) if slope > 0 and slope != 1 else None  # with 1 it is no activation at all
 
 
 def guessed_hardtanh(f: Values) -> Monotone | None:
-    low, high = f(-1e3), f(1e3)
-    return hardtanh(low, high) if -1e3 < low < high < 1e3 else None
+    low, high = f(-FAR), f(FAR)
+    return hardtanh(low, high) if -FAR < low < high < FAR else None
 
 
 def guessed_softplus(f: Values) -> Monotone | None:
@@ -349,6 +358,8 @@ def guessed_softplus(f: Values) -> Monotone | None:
     low, high = 0.0, SMOOTH_THRESHOLD / beta
     if f(math.nextafter(high, 0)) != math.nextafter(high, 0):
         return softplus(_without_rounding(beta))
+    if f(1e-300) == 1e-300:
+        return softplus(_without_rounding(beta), 0.0)
     while high - low > 1e-13 * high:  # where does y become x?
         middle = (low + high) / 2
         low, high = (low, middle) if f(middle) == middle else (middle, high)
@@ -356,8 +367,9 @@ def guessed_softplus(f: Values) -> Monotone | None:
 
 
 def _without_rounding(value: float) -> float:
-    """0.7 rather than 0.7000000000000001, which arithmetic made of it."""
-    return float(f"{value:.10g}")
+    """0.7 rather than 0.7000000000000001, which arithmetic made of it; 1/3 stays."""
+    short = float(f"{value:.10g}")
+    return short if math.isclose(short, value, rel_tol=1e-12) else value
 
 
 GUESSES = (guessed_leaky_relu, guessed_elu, guessed_celu, guessed_hardtanh, guessed_softplus)

@@ -12,10 +12,12 @@ def significant_bits(dtype: torch.dtype) -> int:
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:
-    """The number of the dtype next to `value`, which must not be one of its denormals."""
-    fraction, exponent = math.frexp(value)
-    bits = significant_bits(dtype)
-    return math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)
+    """The number of the dtype next to `value`, as if it had no largest number."""
+    if value in (math.inf, -math.inf):  # torch.compile cannot follow math.isinf
+        return value
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # a denormal
+    unit = max(math.ldexp(1.0, math.frexp(value)[1] - significant_bits(dtype)), smallest)
+    return round(value / unit) * unit
 
 
 def rounded_up(value: float, dtype: torch.dtype) -> float:

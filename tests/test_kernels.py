@@ -8,6 +8,7 @@ from invact.kernels import CURVES, Curve, backward, forward, monotone, storage_o
 from invact.kernels.monotone import Monotone
 from invact.kernels.packing import packed, unpacked
 from invact.kernels.pytorch import sides
+from invact.kernels.rounding import rounded
 from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor
 
@@ -127,6 +128,31 @@ def test_the_gradient_of_y_may_be_infinite_or_nan(curve: Curve) -> None:
     torch.testing.assert_close(dx, dy, equal_nan=True)  # f' is positive there
 
 
+@pytest.mark.parametrize("dtype", [*SHORT_DTYPES, torch.float32], ids=str)
+def test_a_softplus_tells_x_from_its_other_branch_exactly_where_stock_does(dtype: torch.dtype) -> None:
+    for beta, threshold in ((1.0, 0.3), (0.3, 0.7), (7.7, -3.0), (1e-3, 0.7)):
+        curve = monotone.softplus(beta, threshold)
+        jump = torch.tensor(threshold / beta, dtype=dtype)
+        kind = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        x = (jump.view(kind) + torch.arange(-9, 10)).to(kind).view(dtype)  # the numbers around it
+        torch.testing.assert_close(derivative_from_output(x, curve), stock_gradient(x, curve), atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    "curve", [monotone.hardtanh(0.0, torch.inf), monotone.hardtanh(-torch.inf, 6.0), monotone.hardtanh(-1e-6, 1e-6)]
+)
+@pytest.mark.parametrize("dtype", [*SHORT_DTYPES, torch.float32, torch.float64], ids=str)
+def test_the_bounds_of_a_hardtanh_may_be_infinite_or_denormal(curve: Curve, dtype: torch.dtype) -> None:
+    x = torch.tensor([-1e4, -7.0, -1.0, -1e-7, 1e-7, 1.0, 7.0, 1e4], dtype=dtype)
+    assert torch.equal(derivative_from_output(x, curve), stock_gradient(x, curve))
+
+
+@pytest.mark.parametrize("dtype", [*SHORT_DTYPES, torch.float32], ids=str)
+def test_numbers_are_rounded_as_torch_rounds_them(dtype: torch.dtype) -> None:
+    for value in (0.0, -0.0, 0.1, -0.3, 1e-6, 3e-8, -2e-8, 1.0 / 3.0, 2.0**-14, 6e4, torch.inf, -torch.inf):
+        assert rounded(value, dtype) == torch.tensor(value, dtype=torch.float64).to(dtype).item()
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 1000])
 def test_sides_take_one_bit_each_and_come_back(count: int) -> None:
     bits = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.5
@@ -204,6 +230,8 @@ MONOTONE = [
     monotone.softplus(2.0),
     monotone.softplus(2.0, threshold=5.0),
     monotone.softplus(threshold=0.5),
+    monotone.softplus(0.3, threshold=0.7),
+    monotone.softplus(7.7, threshold=-3.0),
 ]
 
 

@@ -27,6 +27,12 @@ class FromAutogradFunction(nn.Module):
             ctx.save_for_backward(x)
             return x * torch.sigmoid(x)
 
+        @staticmethod
+        def backward(ctx, dy):
+            (x,) = ctx.saved_tensors
+            s = torch.sigmoid(x)
+            return dy * s * (1 + x * (1 - s))
+
     def forward(self, x):
         return self.Swish.apply(x)
 
@@ -64,6 +70,16 @@ class OnlyImages(nn.Module):
         (nn.Hardtanh(), "hardtanh"),
         (nn.Hardtanh(-0.3, 0.7), "hardtanh(min_val=-0.3, max_val=0.7)"),
         (nn.ReLU6(inplace=True), "relu6"),
+        (nn.LeakyReLU(1.7), "leaky_relu(negative_slope=1.7)"),
+        (nn.LeakyReLU(1e-9), "leaky_relu(negative_slope=1e-09)"),
+        (nn.CELU(alpha=1000.0), "celu(alpha=1000)"),
+        (nn.Softplus(beta=1, threshold=0), "softplus(beta=1, threshold=0)"),
+        (nn.Hardtanh(0, 2000.0), "hardtanh(min_val=0, max_val=2000)"),
+        (Lambda(lambda x: torch.relu(x).clamp(max=65504)), "hardtanh(min_val=0, max_val=65504)"),
+        (nn.Threshold(0.0, 0.0), "relu"),
+        (Lambda(lambda x: nn.functional.relu(x) ** 2), "squared_relu"),
+        (Lambda(lambda x: x / (1 + x.abs())), "softsign"),
+        (Lambda(lambda x: -nn.functional.softplus(-x)), "log_sigmoid"),
         (Lambda(lambda x: x.clamp(min=0)), "relu"),
         (Lambda(lambda x: torch.where(x > 0, x, 0.3 * x)), "leaky_relu(negative_slope=0.3)"),
         (Lambda(lambda x: torch.logaddexp(x, torch.zeros_like(x))), "softplus"),
@@ -105,6 +121,19 @@ def test_timm_open_clip_and_bloom_activations_are_found():
     assert str(recognise(GELUTanh())) == "gelu_tanh"
     assert str(recognise(Swish(inplace=True))) == "silu"
     assert str(recognise(BloomGelu())) == "gelu_tanh"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.ELU(1 / 3), nn.CELU(1 / 3), nn.CELU(50.0), nn.LeakyReLU(1 / 3), nn.Softplus(1 / 3), nn.Softplus(0.1, 1 / 7)],
+    ids=str,
+)
+def test_the_parameters_found_give_the_modules_own_output(module):
+    x = torch.linspace(-60, 60, 10007)
+    curve = recognise(module)
+    assert torch.equal(curve.f(x), module(x))
+    found, own = curve.f(x.double()), module(x.double())
+    torch.testing.assert_close(found, own, rtol=1e-15, atol=1e-15)
 
 
 class Counts(nn.Module):
@@ -152,6 +181,13 @@ class WithBias(nn.Module):
         Lambda(lambda x: nn.functional.gelu(x) + 1e-4 * x.mean()),
         Lambda(lambda x: nn.functional.gelu(x) + 1e-4 * x.roll(1, -1)),
         Lambda(lambda x: nn.functional.gelu(x).clamp(max=10)),
+        Lambda(lambda x: nn.functional.gelu(x).clamp(max=65504)),  # the largest fp16
+        Lambda(lambda x: x.clamp(max=1)),
+        Lambda(lambda x: torch.relu(x) ** 3),
+        Lambda(lambda x: nn.functional.softplus(x) - math.log(2)),
+        Lambda(lambda x: x + (nn.functional.gelu(x) - x).detach()),  # straight through
+        Lambda(lambda x: x.detach() * torch.sigmoid(x)),
+        Lambda(lambda x: torch.relu(x).detach()),
         Lambda(lambda x: nn.functional.gelu(1.001 * x)),
         Lambda(lambda x: nn.functional.gelu(x) + 1e-3 * torch.randn_like(x)),
         Lambda(lambda x: (nn.functional.gelu(x), x)),
