@@ -273,5 +273,5 @@ def _in_words(setting: Setting, steps: int, batch_size: int, seeds: int, side_bi
     precision = "fp32" if setting.autocast is None else f"autocast to {str(setting.autocast).removeprefix('torch.')}"
     words = [f"{steps} steps of {batch_size} samples", f"{seeds} {'seed' if seeds == 1 else 'seeds'}", precision]
     if side_bits > 1:
-        words.append(f"{side_bits} bits an element")
+        words.append(f"{side_bits} side bits")
     return ", ".join([*words, device])

@@ -108,7 +108,7 @@ def test_side_bits_are_those_of_patch_and_are_said():
         result = train_in_ways(make_task(), steps=1, batch_size=2, ways=["baseline", "invact"], side_bits=side_bits)
         kept[side_bits] = result.run("invact").activation_bytes
         assert result.report.bytes_after == pytest.approx(kept[side_bits], rel=0.01)
-        assert ("4 bits an element" in result.setting) == (side_bits == 4)
+        assert ("4 side bits" in result.setting) == (side_bits == 4)
     elements = 2 * 64 * (2 * 512 + 128)  # of the three activations
     assert kept[4] - kept[1] == elements * 3 // 8
 
