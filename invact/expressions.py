@@ -33,41 +33,74 @@ Runner = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]
 _POINTWISE = frozenset(
     [
         "abs",
+        "absolute",
         "add",
         "celu",
+        "celu_",
         "clamp",
+        "clamp_",
+        "clamp_max",
+        "clamp_min",
+        "clamp_min_",
+        "clip",
+        "clip_",
         "div",
+        "divide",
         "elu",
+        "elu_",
         "erf",
+        "erfc",
         "exp",
         "float",
         "gelu",
         "hardsigmoid",
         "hardswish",
         "hardtanh",
+        "hardtanh_",
         "leaky_relu",
+        "leaky_relu_",
+        "log",
         "log1p",
-        "logsigmoid",
+        "log_sigmoid",
+        "logaddexp",
+        "max",
+        "maximum",
+        "min",
+        "minimum",
         "mish",
         "mul",
+        "multiply",
         "neg",
+        "negative",
         "pow",
+        "reciprocal",
         "relu",
         "relu6",
         "relu_",
         "rsqrt",
         "selu",
+        "selu_",
         "sigmoid",
         "sigmoid_",
         "silu",
         "softplus",
         "softsign",
+        "special_erf",
+        "special_erfc",
+        "special_expit",
+        "special_ndtr",
         "sqrt",
         "square",
         "sub",
+        "subtract",
         "tanh",
         "tanh_",
+        "threshold",
+        "threshold_",
         "to",
+        "true_divide",
+        "where",
+        "zeros_like",
     ]
 )
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
@@ -286,7 +319,7 @@ def _places(source: _Source, module: nn.Module) -> list[_Place]:
     places: list[_Place] = []
 
     def walk(node: ast.AST) -> None:
-        place = _place(node, source, module) if isinstance(node, (ast.Call, ast.BinOp)) else None
+        place = _place(node, source, module) if isinstance(node, (ast.Call, ast.BinOp, ast.UnaryOp)) else None
         if place is not None:
             places.append(place)
             walk(place.hole)
@@ -299,7 +332,7 @@ def _places(source: _Source, module: nn.Module) -> list[_Place]:
     return places
 
 
-def _place(node: ast.Call | ast.BinOp, source: _Source, module: nn.Module) -> _Place | None:
+def _place(node: ast.Call | ast.BinOp | ast.UnaryOp, source: _Source, module: nn.Module) -> _Place | None:
     """The expression as a function of the one value it is computed of, if that is a known curve."""
     deep, direct = _holes(node, source, module), _operands(node, source, module) or []
     shallow = [part for part in direct if _holes(part, source, module)]  # for x.exp().relu(), where deep is x
@@ -345,6 +378,8 @@ def _operands(node: ast.expr, source: _Source, module: nn.Module) -> list[ast.ex
         return [node.left, node.right]
     if isinstance(node, ast.UnaryOp):
         return [node.operand]
+    if isinstance(node, ast.Compare):
+        return [node.left, *node.comparators]
     if isinstance(node, (ast.Constant, ast.Name, ast.Attribute)):
         return [] if isinstance(_meaning(node, source, module), _CONSTANTS) else None
     if not isinstance(node, ast.Call) or any(keyword.arg is None for keyword in node.keywords):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ class Curve:
         parameters: what the curve was made with, such as ``(("alpha", 0.7),)``, where that is not the default.
         side_bits: bits kept for each element besides y: 0, 1, 2 or 4.
         needs_exact_output: f' jumps to 0 at an output that many x share, so that y must not be off by a rounding.
-        slope_at_infinity: what stock autograd gives at ``x = +inf``; NaN where its formula meets ``inf * 0``.
     """
 
     name: str
@@ -32,7 +30,6 @@ class Curve:
     parameters: tuple[tuple[str, float], ...] = ()
     side_bits: int = 0
     needs_exact_output: bool = False
-    slope_at_infinity: float = math.nan
 
     def __str__(self) -> str:
         """The name, and the parameters that are not the default ones: "elu(alpha=0.7)"."""

@@ -111,7 +111,6 @@ def _exponential_linear(
         constants=(bottom, input_scale, scale),
         parameters=parameters,
         source=source,
-        slope_at_infinity=scale,
     )
 
 
@@ -158,7 +157,6 @@ def leaky_relu(negative_slope: float = 0.01) -> Monotone:
         constants=(negative_slope,),
         parameters=_unless_default(("negative_slope", negative_slope, 0.01)),
         source="Maas et al., Rectifier Nonlinearities Improve Neural Network Acoustic Models, 2013",
-        slope_at_infinity=1.0,
     )
 
 
@@ -188,7 +186,6 @@ def _clamped(name: str, low: float, high: float, parameters: tuple[tuple[str, fl
         parameters=parameters,
         needs_exact_output=True,
         source="Collobert, Large Scale Machine Learning, 2004; ReLU6: Krizhevsky, 2010",
-        slope_at_infinity=0.0,
     )
 
 
@@ -224,7 +221,6 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Monotone:
         side_bits=1 if jumps else 0,
         parameters=_unless_default(("beta", beta, 1.0), ("threshold", threshold, 20.0)),
         source="Dugas et al., Incorporating Second-Order Functional Knowledge, 2000",
-        slope_at_infinity=1.0,
     )
 
 
@@ -261,7 +257,6 @@ LOG_SIGMOID = Monotone(
     of_output=lambda y: -torch.expm1(y),
     rise=lambda y: -torch.exp(y),
     source="log(sigmoid(x)), whose derivative is 1 - sigmoid(x); nothing is lost",
-    slope_at_infinity=0.0,
 )
 SOFTSIGN = Monotone(
     name="softsign",
@@ -279,7 +274,6 @@ HARDSIGMOID = Monotone(
     rise=torch.zeros_like,
     needs_exact_output=True,
     source="relu6(x + 3) / 6, Courbariaux et al., arXiv 1511.00363; lost where y rounds to 1 although x is less than 3",
-    slope_at_infinity=0.0,
 )
 SQUARED_RELU = Monotone(
     name="squared_relu",
@@ -289,7 +283,6 @@ SQUARED_RELU = Monotone(
     rise=lambda y: torch.where(y > 0, y.rsqrt(), 0.0),
     source="relu(x)^2, So et al., Primer, arXiv 2109.08668; lost where the square falls below the dtype's least number "
     "or grows beyond its largest",
-    slope_at_infinity=math.inf,
 )
 # Stock PyTorch computes the derivatives of these three from their output already. They are here to be recognised where
 # a model writes them out in other operations.
@@ -300,7 +293,6 @@ RELU = Monotone(
     of_output=lambda y: torch.where(y <= 0, 0.0, torch.ones_like(y)),
     rise=torch.zeros_like,
     source="max(x, 0), Nair & Hinton, 2010",
-    slope_at_infinity=1.0,
 )
 SIGMOID = Monotone(
     name="sigmoid",
@@ -309,7 +301,6 @@ SIGMOID = Monotone(
     of_output=lambda y: y * (1 - y),
     rise=lambda y: 1 - 2 * y,
     source="1 / (1 + exp(-x))",
-    slope_at_infinity=0.0,
 )
 TANH = Monotone(
     name="tanh",
@@ -318,7 +309,6 @@ TANH = Monotone(
     of_output=lambda y: 1 - y * y,
     rise=lambda y: -2 * y,
     source="tanh(x)",
-    slope_at_infinity=0.0,
 )
 FIXED = (SELU, RELU6, LOG_SIGMOID, SOFTSIGN, HARDSIGMOID, SQUARED_RELU, RELU, SIGMOID, TANH)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -70,11 +68,10 @@ def root_near_minimum(distance: Tensor, fit: Fit) -> Tensor:
 def root_expansion(fit: Fit) -> tuple[float, float, float]:
     """r as a power series in ``x - x_min``: it solves ``dr/dx = near(r) / 2``, since f' is ``2 r dr/dx``."""
     scale, shift = scale_and_shift(fit.near)
-    terms = fit.near.coefficients
-    n0, n1, n2 = (
-        sum(math.comb(k, order) * terms[k] * shift ** (k - order) for k in range(order, len(terms))) * scale**order
-        for order in range(3)
-    )
+    n0 = n1 = n2 = 0.0  # near, its derivative and half its second one, at r = 0, by Horner's rule
+    for term in reversed(fit.near.coefficients):
+        n0, n1, n2 = n0 * shift + term, n1 * shift + n0, n2 * shift + n1
+    n1, n2 = n1 * scale, n2 * scale * scale
     first = n0 / 2
     second = n1 * first / 4
     return first, second, (n1 * second + n2 * first * first) / 6

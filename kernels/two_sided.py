@@ -51,8 +51,8 @@ class TwoSided(Curve):
 
     def slope(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         values = slopes.slope(y, *self._read(code), self.fit_for(rounded_to), rounded_to)
-        # y - y is 0, but NaN at infinity, where stock's formulas say NaN too
-        return values + (y - y) if math.isnan(self.slope_at_infinity) else values
+        # y - y is 0, but NaN at infinity, where the formulas of stock's smooth curves say NaN too
+        return values if self.fit.tail is None else values + (y - y)
 
     def slope_rise(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         return slopes.slope_rise(y, *self._read(code), self.fit_for(rounded_to), rounded_to)
@@ -186,6 +186,5 @@ TWO_SIDED = (
         fit=FITS["hardswish"],
         short_fit=SHORT_FITS["hardswish"],
         source="Howard et al., Searching for MobileNetV3, arXiv 1905.02244: x relu6(x + 3) / 6",
-        slope_at_infinity=1.0,
     ),
 )

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import importlib.util
 import pickle
 import weakref
 
@@ -140,6 +141,72 @@ def test_expressions_are_found_inverted_and_put_back(kind, count_kept, run_backw
     assert torch.equal(run_backward(model, (x,))[1], gradient)
 
 
+@pytest.fixture
+def block_that_computes(tmp_path):
+    """Makes a block with the source of one expression of x between its layers."""
+
+    def make(expression):
+        path = tmp_path / "block.py"
+        path.write_text(
+            "import math\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n"
+            "class Block(nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)\n\n"
+            "    def forward(self, x):\n"
+            "        x = self.up(x)\n"
+            f"        return self.down({expression})\n"
+        )
+        spec = importlib.util.spec_from_file_location("block", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.Block()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("expression", "curve"),
+    [
+        ("F.elu(x, 0.7)", "elu(alpha=0.7)"),
+        ("F.leaky_relu(x, 0.2)", "leaky_relu(negative_slope=0.2)"),
+        ("torch.where(x > 0, x, 0.1 * x)", "leaky_relu(negative_slope=0.1)"),
+        ("torch.maximum(x, 0.3 * x)", "leaky_relu(negative_slope=0.3)"),
+        ("F.softplus(x, beta=2)", "softplus(beta=2, threshold=20)"),
+        ("x / (1 + torch.abs(x))", "softsign"),
+        ("F.logsigmoid(x)", "log_sigmoid"),
+        ("-F.softplus(-x)", "log_sigmoid"),
+        ("torch.clamp(x, 0, 6)", "relu6"),
+        ("x.clip(0, 6)", "relu6"),
+        ("x.clamp_(0, 6)", "relu6"),
+        ("x.clamp_min(0)", "relu"),
+        ("F.hardtanh_(x)", "hardtanh"),
+        ("x.clamp_min(-2).clamp_max(0.5)", "hardtanh(min_val=-2, max_val=0.5)"),
+        ("F.relu(x) ** 2", "squared_relu"),
+        ("x.clamp(min=0).square()", "squared_relu"),
+        ("0.5 * x * torch.erfc(-x * math.sqrt(0.5))", "gelu"),
+        ("0.5 * x * (1 + torch.special.erf(x / math.sqrt(2)))", "gelu"),
+        ("torch.multiply(x, torch.special.expit(x))", "silu"),
+        ("torch.divide(x, 1 + torch.exp(-x))", "silu"),
+    ],
+)
+def test_an_activation_is_found_in_whatever_operations_it_is_written(
+    expression, curve, block_that_computes, count_kept, run_backward
+):
+    model, x = block_that_computes(expression), torch.randn(4, 16)
+    _, expected = run_backward(model, (x,))
+    report = invact.patch(model, (x,))
+    assert [(site.activation, site.action) for site in report.sites] == [(curve, "invert")]
+    assert count_kept(model, (x,)) == report.bytes_after
+    torch.testing.assert_close(run_backward(model, (x,))[1], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["elu", "celu", "selu", "leaky_relu"])
+def test_what_stock_computes_in_place_from_its_output_stays(name, block_that_computes):
+    (site,) = invact.plan(block_that_computes(f"F.{name}_(x)"), (torch.randn(4, 16),)).sites
+    assert (site.action, site.reason) == ("keep", "stock PyTorch already keeps only its output")
+
+
 def test_several_in_one_method_are_told_apart_and_chosen_by_path():
     class Several(Block):
         def forward(self, x):
@@ -208,20 +275,21 @@ def test_what_was_found_holds_no_model():
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("expression", "found"),
     [
-        lambda self, x: self.down(F.gelu(self.up(x)) + F.softmax(x.sum(), 0)),
-        lambda self, x: F.dropout(self.up(x), 0.1, self.training),
-        lambda self, x: self.up(x) * torch.sigmoid(self.up(x)),
-        lambda self, x: self.up(x).exp(),
+        ("F.gelu(self.up(x)) + F.softmax(x.sum(), 0)", ["gelu"]),
+        ("F.dropout(x, 0.1, self.training)", []),
+        ("self.up(x) * torch.sigmoid(self.up(x))", ["sigmoid"]),
+        ("x.exp()", []),
+        ("x * torch.sigmoid(x.detach())", ["sigmoid"]),
+        ("torch.max(x, 1)[0] + x", []),
+        ("torch.where(x > 0, x, x - 1)", []),
+        ("F.prelu(x, self.up.bias[:1])", []),
+        ("F.rrelu(x, 0.1, 0.3)", []),
     ],
 )
-def test_what_is_no_activation_of_one_value_is_not_taken_for_one(body):
-    class Lookalike(Block):
-        pass
-
-    Lookalike.forward = body
-    assert not [w for w in written_in(Lookalike()) if w.curve.name not in ("gelu", "sigmoid")]
+def test_what_is_no_activation_of_one_value_is_not_taken_for_one(expression, found, block_that_computes):
+    assert [str(written.curve) for written in written_in(block_that_computes(expression))] == found
 
 
 def test_other_instances_of_the_class_and_other_threads_are_not_touched():

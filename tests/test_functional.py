@@ -290,6 +290,21 @@ def test_torch_compile_gives_the_same_and_keeps_the_same(curve: Curve, dtype: to
 
 
 @pytest.mark.parametrize(
+    "module",
+    [invact.nn.GELU(), invact.nn.Hardswish(), invact.nn.SiLU(side_bits=4), invact.nn.ELU(0.7), invact.nn.Hardtanh()],
+    ids=str,
+)
+def test_modules_compile_whole_with_every_number_dynamic(module: torch.nn.Module) -> None:
+    torch.compiler.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(7, 7), module)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    x, x_eager = (torch.linspace(-5, 5, 35).view(5, 7).requires_grad_() for _ in range(2))
+    compiled(x).square().sum().backward()
+    model(x_eager).square().sum().backward()
+    torch.testing.assert_close(x.grad, x_eager.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
     ("module", "stock"),
     [
         (invact.nn.GELU(), torch.nn.GELU()),
