@@ -40,9 +40,9 @@ def announced(x: Tensor, curve: Curve) -> Tensor:
         RuntimeError: in backward, where something besides `dropped` has taken y.
     """
     y: Tensor
-    if type(x) is not Tensor and is_traceable_wrapper_subclass(x):  # such as a DTensor
+    if x.is_nested or (type(x) is not Tensor and is_traceable_wrapper_subclass(x)):  # such as a DTensor
         return invert(x, curve)
-    if torch.compiler.is_compiling():  # the compiled graph decides by itself what it keeps
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the graph decides by itself what it keeps
         y = curve.f(x)
         return y
     y, side = _Announced.apply(x, curve)

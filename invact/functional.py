@@ -169,9 +169,10 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    """``torch.nn.functional.hardtanh``, inverted: x, held between two values. Nothing is lost.
+    """``torch.nn.functional.hardtanh``, inverted: x, held between two values.
 
-    Formula: Collobert, 2004. Raises ValueError where max_val is not larger than min_val.
+    Formula: Collobert, 2004. Lost where x is a bound as its dtype rounds it: f' is 0 there. Raises ValueError where
+    max_val is not larger than min_val.
 
     >>> hardtanh(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-1.,  0.,  1.])
@@ -260,10 +261,10 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
             f"{curve.name} was given a tensor of {x.dtype}: an activation and its gradient need a floating type. "
             "Convert it first, for example with x.float()."
         )
-    if type(x) is not Tensor and is_traceable_wrapper_subclass(x):
+    if x.is_nested or (type(x) is not Tensor and is_traceable_wrapper_subclass(x)):
         return _of_parts(x, curve)
     y: Tensor
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not (torch.is_grad_enabled() and x.requires_grad) or torch.jit.is_tracing():  # a trace has its own autograd
         y = curve.f(x)
     elif torch.compiler.is_compiling():
         y = Inverted.apply(x, curve)[0]
@@ -276,7 +277,7 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
 
 
 def _of_parts(x: Tensor, curve: Curve) -> Tensor:
-    """The curve of a tensor that wraps others: of a DTensor the curve of each shard, of any other the stock one."""
+    """The curve of a tensor that holds others: of a DTensor the curve of each shard, of any other the stock one."""
     sharding = sys.modules.get("torch.distributed.tensor")
     if sharding is None or not isinstance(x, sharding.DTensor):
         stock: Tensor = curve.f(x)

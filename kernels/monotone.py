@@ -162,7 +162,7 @@ def leaky_relu(negative_slope: float = 0.01) -> Monotone:
 
 @functools.cache
 def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Monotone:
-    """x, held between two values; f' is 1 between them. Nothing is lost."""
+    """x, held between two values; f' is 1 between them. Lost where x is a bound, rounded: f' is 0 there."""
     if not min_val < max_val:
         raise ValueError(
             f"hardtanh was given min_val={min_val} and max_val={max_val}: there is nothing between them. "

@@ -237,6 +237,27 @@ def test_a_tensor_that_is_not_floating_is_refused(curve: Curve, dtype: torch.dty
         functional.invert(torch.zeros(3, dtype=dtype), curve)
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_a_nested_tensor_is_given_to_the_stock_operator(layout: torch.layout) -> None:
+    parts = [torch.randn(2, 3), torch.randn(4, 3)]
+    x, x_stock = (torch.nested.nested_tensor(parts, layout=layout, requires_grad=True) for _ in range(2))
+    for function, of in ((functional.gelu, x), (F.gelu, x_stock)):
+        torch.cat([part.flatten() for part in function(of).unbind()]).square().sum().backward()
+    assert x.grad is not None
+    assert x_stock.grad is not None
+    for ours, stock in zip(x.grad.unbind(), x_stock.grad.unbind(), strict=True):
+        assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("module", [invact.nn.GELU(), invact.nn.ELU(0.7), invact.nn.Softplus(threshold=0.5)], ids=str)
+def test_a_trace_holds_the_stock_operator_and_trains(module: torch.nn.Module) -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), module), torch.randn(4, 8)
+    traced = torch.jit.trace(model, x)
+    assert torch.equal(traced(x), model(x))
+    (ours,), (own,) = (torch.autograd.grad(f(x).sum(), [model[0].weight]) for f in (traced, model))
+    torch.testing.assert_close(ours, own, atol=1e-4, rtol=1e-4)
+
+
 def test_an_unknown_approximation_is_refused() -> None:
     with pytest.raises(ValueError, match='"none" or approximate="tanh"'):
         functional.gelu(torch.zeros(3), approximate="fast")
