@@ -67,7 +67,7 @@ EXACT = {
         tail_start=0.0,
         tail_offset=1.0,
         near=Piece(-math.sqrt(0.375), 1.0, (HARDSWISH_SLOPE,)),
-        right=Piece(1.0, math.sqrt(3.375) * (1 - 5e-7), (HARDSWISH_SLOPE,)),
+        right=Piece(1.0, math.sqrt(3.375), (HARDSWISH_SLOPE,)),
         tail=None,
     )
 }

@@ -30,7 +30,7 @@ class Fit(NamedTuple):
     ``s = sqrt(log(y_min / y))``. So
 
     * ``near``:  ``f' = r * near(r)``   on the left up to ``y = tail_start``, on the right up to ``r = near.high``;
-    * ``right``: ``f' = r * right(r)``  from there to ``r = right.high``; beyond it f' is 1;
+    * ``right``: ``f' = r * right(r)``  from there to ``y = right.high^2 + y_min``; from there on f' is 1;
     * ``tail``:  ``f' = y * tail(1 / (s + tail_offset))`` on the left from ``y = tail_start`` to 0; no tail: f' is 0.
     """
 

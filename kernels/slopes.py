@@ -19,6 +19,11 @@ def minimum_in_two(fit: Fit, dtype: torch.dtype) -> tuple[float, float]:
     return high, fit.y_min - high
 
 
+def saturation(fit: Fit) -> float:
+    """The y from which on f' is 1. Hardswish jumps there, at 3: y tells the side of that exactly, its root does not."""
+    return round(fit.right.high**2 + fit.y_min, 12)
+
+
 def roots_of_stretch(y: Tensor, fit: Fit, rounded_to: torch.dtype) -> tuple[Tensor, Tensor]:
     """Between which two sqrt(y - y_min) lies for all y that round to this one.
 
@@ -95,7 +100,7 @@ def tail_variables(y: Tensor, fit: Fit, tail: Piece) -> tuple[Tensor, Tensor]:
 def slope(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to: torch.dtype) -> Tensor:
     """f' from y and where x was, in y's precision, where y was rounded to a dtype that may be shorter."""
     r = signed_root(y, right, within, fit, rounded_to)
-    outer = torch.where(r > fit.right.high, 1.0, r * polynomial(fit.right, r))
+    outer = torch.where(y >= saturation(fit), 1.0, r * polynomial(fit.right, r))
     values = torch.where(r > fit.near.high, outer, r * polynomial(fit.near, r))
     far = 0.0 if fit.tail is None else y * polynomial(fit.tail, tail_variables(y, fit, fit.tail)[1])
     return torch.where(right, values, torch.where(y < fit.tail_start, values, far))
@@ -104,7 +109,7 @@ def slope(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to
 def slope_rise(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to: torch.dtype) -> Tensor:
     """The derivative of `slope` by y."""
     r = signed_root(y, right, within, fit, rounded_to)
-    outer = torch.where(r > fit.right.high, 0.0, product_rise(fit.right, r))
+    outer = torch.where(y >= saturation(fit), 0.0, product_rise(fit.right, r))
     values = torch.where(r > fit.near.high, outer, product_rise(fit.near, r))
     far: Tensor | float = 0.0
     if fit.tail is not None:

@@ -21,7 +21,7 @@ from . import triton_polynomials
 from .curve import Curve
 from .monotone import Monotone
 from .rounding import half_ulp, rounded, rounded_up
-from .slopes import NEAR, minimum_in_two, root_expansion
+from .slopes import NEAR, minimum_in_two, root_expansion, saturation
 from .triton_math import exponential, tanh
 from .triton_monotone import monotone_slope
 from .two_sided import TwoSided
@@ -124,7 +124,7 @@ def backward_kernel(
     Y_MIN_LOW: tl.constexpr,
     HALF_ULP: tl.constexpr,
     NEAR_HIGH: tl.constexpr,
-    RIGHT_HIGH: tl.constexpr,
+    SATURATION: tl.constexpr,
     TAIL_START: tl.constexpr,
     TAIL_OFFSET: tl.constexpr,
     TAIL_LOW: tl.constexpr,
@@ -149,7 +149,7 @@ def backward_kernel(
         within = ((code >> 1).to(tl.float32) + 0.5) * (1.0 / (1 << (BITS - 1)))
         root = lower * (1.0 - within) + upper * within
     r = tl.where(right, root, -root)
-    outer = tl.where(r > RIGHT_HIGH, 1.0, r * right_polynomial(r, CURVE, SHORT))
+    outer = tl.where(y >= SATURATION, 1.0, r * right_polynomial(r, CURVE, SHORT))
     slope = tl.where(r > NEAR_HIGH, outer, r * near_polynomial(r, CURVE, SHORT))
     if CURVE == "hardswish":
         slope = tl.where(right | (y < TAIL_START), slope, 0.0)
@@ -276,7 +276,7 @@ def backward_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
     fit = curve.fit_for(dtype)
     return {
         "NEAR_HIGH": fit.near.high,
-        "RIGHT_HIGH": fit.right.high,
+        "SATURATION": saturation(fit),
         "TAIL_START": fit.tail_start,
         "TAIL_OFFSET": fit.tail_offset,
         "TAIL_LOW": fit.tail.low if fit.tail else 0.0,

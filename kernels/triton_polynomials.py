@@ -150,10 +150,10 @@ def near(v, CURVE: tl.constexpr, SHORT: tl.constexpr):
 @triton.jit
 def right(v, CURVE: tl.constexpr, SHORT: tl.constexpr):
     if CURVE == "hardswish" and SHORT:
-        u = v * 2.389154038084346 + -3.3891540380843455
+        u = v * 2.389151416494639 + -3.389151416494639
         p = tl.zeros_like(u) + 0.8164965809277261
     elif CURVE == "hardswish":
-        u = v * 2.389154038084346 + -3.3891540380843455
+        u = v * 2.389151416494639 + -3.389151416494639
         p = tl.zeros_like(u) + 0.8164965809277261
     elif CURVE == "gelu" and SHORT:
         u = v * 1.5662360326404992 + -2.566236032640499

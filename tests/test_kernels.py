@@ -153,6 +153,15 @@ def test_numbers_are_rounded_as_torch_rounds_them(dtype: torch.dtype) -> None:
         assert rounded(value, dtype) == torch.tensor(value, dtype=torch.float64).to(dtype).item()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_hardswish_jumps_at_3_and_not_before(dtype: torch.dtype) -> None:
+    three = torch.tensor(3.0, dtype=dtype)
+    x = torch.stack([torch.nextafter(three, torch.zeros_like(three)), three, torch.nextafter(three, 2 * three)])
+    torch.testing.assert_close(
+        derivative_from_output(x, CURVES["hardswish"]), torch.tensor([1.5, 1.0, 1.0], dtype=dtype), atol=1e-2, rtol=0
+    )
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 1000])
 def test_sides_take_one_bit_each_and_come_back(count: int) -> None:
     bits = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.5
