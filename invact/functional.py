@@ -264,10 +264,12 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     if x.is_nested or (type(x) is not Tensor and is_traceable_wrapper_subclass(x)):
         return _of_parts(x, curve)
     y: Tensor
-    if not (torch.is_grad_enabled() and x.requires_grad) or torch.jit.is_tracing():  # a trace has its own autograd
+    if not (torch.is_grad_enabled() and x.requires_grad):
         y = curve.f(x)
     elif torch.compiler.is_compiling():
         y = Inverted.apply(x, curve)[0]
+    elif torch._C._is_tracing():  # of torch.jit, whose traces have an autograd of their own
+        y = curve.f(x)
     elif torch._C._are_functorch_transforms_active():
         y = InvertedBothWays.apply(x, curve)[0]
     else:
