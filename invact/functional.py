@@ -262,7 +262,7 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
             "Convert it first, for example with x.float()."
         )
     if x.is_nested or (type(x) is not Tensor and is_traceable_wrapper_subclass(x)):
-        return _of_parts(x, curve)
+        return _of_parts(x, curve, inplace)
     y: Tensor
     if not (torch.is_grad_enabled() and x.requires_grad):
         y = curve.f(x)
@@ -278,8 +278,11 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     return x.copy_(y) if inplace and y is not x else y
 
 
-def _of_parts(x: Tensor, curve: Curve) -> Tensor:
-    """The curve of a tensor that holds others: of a DTensor the curve of each shard, of any other the stock one."""
+def _of_parts(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
+    """The curve of a tensor that holds others: of a DTensor the curve of each shard, of any other the stock one.
+
+    The stock one of these others is never in place.
+    """
     sharding = sys.modules.get("torch.distributed.tensor")
     if sharding is None or not isinstance(x, sharding.DTensor):
         stock: Tensor = curve.f(x)
@@ -290,7 +293,7 @@ def _of_parts(x: Tensor, curve: Curve) -> Tensor:
     y: Tensor = sharding.DTensor.from_local(
         invert(local, curve), x.device_mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
     )
-    return y
+    return x.copy_(y) if inplace else y
 
 
 def gradient(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int, ...]) -> Tensor:

@@ -266,6 +266,25 @@ def test_tensor_parallel_training_gets_the_gradients_of_one_process(two_processe
     two_processes(tensor_parallel, patch_first=patch_first, local=local)
 
 
+def in_place_on_a_dtensor(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, whole = init_device_mesh("cpu", (RANKS,)), torch.linspace(-3, 3, 32).view(4, 8)
+    expected = torch.func.grad(lambda x: torch.nn.functional.silu(x).sum())(whole)
+    x = distribute_tensor(whole, mesh, [Shard(1)]).requires_grad_()
+    inner = x * 1.0
+    y = invact.functional.silu(inner, inplace=True)
+    assert y is inner
+    assert torch.equal(y.full_tensor(), torch.nn.functional.silu(whole))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad.full_tensor(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_in_place_on_a_dtensor_changes_it(two_processes):
+    two_processes(in_place_on_a_dtensor)
+
+
 def tensor_parallel_in_transformers(rank, folder):
     from transformers import LlamaForCausalLM
 
