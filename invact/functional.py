@@ -264,12 +264,10 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     if x.is_nested or (type(x) is not Tensor and is_traceable_wrapper_subclass(x)):
         return _of_parts(x, curve, inplace)
     y: Tensor
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not (torch.is_grad_enabled() and x.requires_grad) or torch._C._is_tracing():  # a trace is of stock operators
         y = curve.f(x)
     elif torch.compiler.is_compiling():
         y = Inverted.apply(x, curve)[0]
-    elif torch._C._is_tracing():  # of torch.jit, whose traces have an autograd of their own
-        y = curve.f(x)
     elif torch._C._are_functorch_transforms_active():
         y = InvertedBothWays.apply(x, curve)[0]
     else:

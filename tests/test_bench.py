@@ -228,7 +228,7 @@ def test_a_model_without_a_switch_for_checkpointing_is_timed_without():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--curve", "relu6"], "There is no curve 'relu6' here. Choose from gelu,"),
+        (["--curve", "relu7"], "There is no curve 'relu7' here. Choose from gelu,"),
         (["--against", "jax"], "There is no contender 'jax' here. Choose from stock, compile, checkpointing,"),
         (["--only", "steps", "--model", "bert-base-uncasd"], "bert-base-uncased"),
         (["--only", "steps", "--model", "timm/test_vit", "--image-size", 7], "--image-size"),
