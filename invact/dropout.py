@@ -42,7 +42,7 @@ def announced(x: Tensor, curve: Curve) -> Tensor:
     y: Tensor
     if x.is_nested or (type(x) is not Tensor and is_traceable_wrapper_subclass(x)):  # such as a DTensor
         return invert(x, curve)
-    if torch.compiler.is_compiling() or torch._C._is_tracing():  # the graph decides by itself what it keeps
+    if torch.compiler.is_compiling():  # the compiled graph decides by itself what it keeps
         y = curve.f(x)
         return y
     y, side = _Announced.apply(x, curve)

@@ -264,7 +264,7 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     if x.is_nested or (type(x) is not Tensor and is_traceable_wrapper_subclass(x)):
         return _of_parts(x, curve, inplace)
     y: Tensor
-    if not (torch.is_grad_enabled() and x.requires_grad) or torch._C._is_tracing():  # a trace is of stock operators
+    if not wants_gradient(x):
         y = curve.f(x)
     elif torch.compiler.is_compiling():
         y = Inverted.apply(x, curve)[0]
@@ -274,6 +274,12 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
         y = InvertedEagerly.apply(x, curve, inplace)
     # Eagerly they are the same; in the other cases the copy makes x another name of y.
     return x.copy_(y) if inplace and y is not x else y
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether autograd records what is done with x. Under torch.jit.trace, which knows stock operators alone: no."""
+    traced = not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return torch.is_grad_enabled() and x.requires_grad and not traced
 
 
 def _of_parts(x: Tensor, curve: Curve, inplace: bool) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from invact import dropout, functional
@@ -90,7 +89,7 @@ class Inverted(StandIn):
         self.__dict__["inversion"] = inversion
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and _needs_gradient(x):
+        if self.training and functional.wants_gradient(x):
             return self.inversion(x)
         return self.original.forward(x)  # type: ignore[no-any-return]
 
@@ -125,13 +124,9 @@ class InvertedExpression:
     inversion: Inversion
 
     def __call__(self, module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if module.training and _needs_gradient(x):
+        if module.training and functional.wants_gradient(x):
             return self.inversion(x)
         return original(x)
-
-
-def _needs_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
 
 
 @dataclass

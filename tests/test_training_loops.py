@@ -556,6 +556,16 @@ def test_traced_in_evaluation_mode_a_patched_model_computes_the_same():
     assert torch.equal(torch.jit.load(file)(x), stock.eval()(x))
 
 
+def test_traced_in_training_mode_a_patched_model_is_the_stock_one():
+    x = rows()
+    stock, patched, _ = stock_and_patched(Stack(), x)
+    traced = torch.jit.trace(patched, (x,))
+    traced(x).square().sum().backward()
+    stock(x).square().sum().backward()
+    for ours, own in zip(traced.parameters(), stock.parameters(), strict=True):
+        assert torch.equal(ours.grad, own.grad)
+
+
 # --- unusual orders of forward and backward -----------------------------------------------------------
 
 
