@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -109,3 +110,9 @@ def test_side_bits_cost_what_the_report_says():
     )
     assert [one - four for one, four in zip(ones, fours, strict=True)] == [3 * elements // 8] * 12
     assert CliRunner().invoke(app, ["patch", "--model", "bert-base-uncased", "--side-bits", "3"]).exit_code == 2
+
+
+def test_a_command_run_from_python_leaves_logging_as_it_was():
+    before = logging.root.manager.disable
+    CliRunner().invoke(app, ["patch", "--model", "no such model"])
+    assert logging.root.manager.disable == before

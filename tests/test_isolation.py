@@ -20,7 +20,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
 import invact
-from invact.planning import plan_for_device
+from invact.planning import decide_for_device
 
 
 class Attends(nn.Module):
@@ -113,7 +113,7 @@ def fails(error, model, x):
 DOES = {
     "plan": lambda model: invact.plan(model, (X,)),
     "plan under autocast": lambda model: invact.plan(model, (X,), autocast=torch.bfloat16),
-    "plan for a GPU": lambda model: plan_for_device(model, (X,), device="cuda", autocast=torch.float16),
+    "plan for a GPU": lambda model: decide_for_device(model, (X,), device="cuda", autocast=torch.float16),
     "patch": lambda model: invact.patch(model, (X,)),
     "patch and unpatch": lambda model: (invact.patch(model, (X,)), invact.unpatch(model)),
     "plan with the wrong inputs": lambda model: fails(AssertionError, model, X[..., :3]),

@@ -30,10 +30,14 @@ def fail(message: str) -> NoReturn:
 @contextlib.contextmanager
 def library_chatter_on_stderr() -> Iterator[None]:
     """Standard output is the report's alone; of what libraries log and warn, only errors are shown."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager
