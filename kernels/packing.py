@@ -12,11 +12,12 @@ from torch import Tensor
 
 def packed(codes: Tensor, bits: int = 1) -> Tensor:
     """Flat codes, bool for one bit and uint8 for more, as bytes."""
-    filled = torch.nn.functional.pad(codes, (0, -codes.numel() % 8))
+    if torch.compiler.is_compiling() or codes.numel() % 8:
+        codes = torch.nn.functional.pad(codes, (0, -codes.numel() % 8))
     if bits == 1 and not torch.compiler.is_compiling():
         # Eight bools are the eight bytes of one integer; the product brings byte i's lowest bit to bit 56 + i.
-        return (filled.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
-    rows = filled.view(-1, 8 // bits).to(torch.uint8)
+        return (codes.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
+    rows = codes.view(-1, 8 // bits).to(torch.uint8)
     return (rows << shifts(bits, codes.device)).sum(1, dtype=torch.uint8)
 
 

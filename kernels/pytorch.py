@@ -16,9 +16,7 @@ from .curve import Curve
 from .packing import packed, unpacked
 from .two_sided import TwoSided
 
-# Elements worked on at a time on the CPU. The temporaries stay in its cache; and PyTorch does not split an operator of
-# this size between threads, which costs milliseconds each time where other processes want the cores too.
-CHUNK = 1 << 15
+CHUNK = 1 << 16  # elements that a thread of the CPU works on at a time, so that the temporaries stay in its cache
 
 
 def sides(x: Tensor, y: Tensor, curve: Curve) -> Tensor:
@@ -87,8 +85,9 @@ def has_memory(tensor: Tensor) -> bool:
 
 def chunks(count: int, bits: int) -> Iterator[tuple[slice, slice]]:
     """Pieces of a flat tensor, and of its packed codes."""
-    for start in range(0, count, CHUNK):
-        yield slice(start, start + CHUNK), slice(start // 8 * bits, (start + CHUNK) // 8 * bits)
+    step = CHUNK * torch.get_num_threads()
+    for start in range(0, count, step):
+        yield slice(start, start + step), slice(start // 8 * bits, (start + step) // 8 * bits)
 
 
 def widened(values: Tensor) -> Tensor:

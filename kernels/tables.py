@@ -28,7 +28,7 @@ def short_codes(x: Tensor, curve: Curve) -> Tensor:
 
 @functools.lru_cache(KEPT_TABLES)
 def code_table(curve: Curve, dtype: torch.dtype) -> Tensor:
-    """The code of every bit pattern of a 16-bit x, in the order of the patterns as integers."""
+    """The code of every bit pattern of a 16-bit x, in the order of the patterns as unsigned integers."""
     x = every_value(dtype)
     return curve.codes(x, curve.f(x))
 
@@ -37,13 +37,13 @@ def short_slope(y: Tensor, code: Tensor | None, curve: Curve) -> Tensor:
     """`Curve.slope` for 16-bit y, in fp32."""
     index = pattern(y)
     if code is not None:
-        index.add_(code.int() << 16)
+        index.add_(code, alpha=1 << 16)
     return slope_table(curve, y.dtype).index_select(0, index)
 
 
 @functools.lru_cache(KEPT_TABLES)
 def slope_table(curve: Curve, dtype: torch.dtype) -> Tensor:
-    """f' for every bit pattern of a 16-bit y, in the order of the patterns as integers, for one code after another."""
+    """f' for every bit pattern of a 16-bit y, in the order of the patterns as unsigned integers, code after code."""
     y = every_value(dtype).double().repeat(1 << curve.side_bits)
     code = (torch.arange(len(y)) >> 16).to(torch.uint8) if curve.side_bits else None
     return curve.slope(y, code.bool() if curve.side_bits == 1 and code is not None else code, dtype).float()
@@ -51,11 +51,11 @@ def slope_table(curve: Curve, dtype: torch.dtype) -> Tensor:
 
 def pattern(values: Tensor) -> Tensor:
     """Where in a table of all 16-bit values these stand."""
-    return values.view(torch.int16).int().add_(1 << 15)
+    return values.view(torch.uint16).to(torch.int32)
 
 
 def every_value(dtype: torch.dtype) -> Tensor:
-    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
 SKIPPED_BITS = 14
