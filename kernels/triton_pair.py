@@ -219,8 +219,8 @@ def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
 
 
 def words(side: Tensor, curve: Curve) -> Tensor:
-    """The packed codes as one number for eight elements."""
-    return side.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[curve.side_bits])
+    """The packed codes as one unsigned number for eight elements: Triton 3.2's interpreter writes int32 as int64."""
+    return side.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[curve.side_bits])
 
 
 def grid(n: int) -> tuple[int]:

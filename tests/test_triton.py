@@ -163,7 +163,7 @@ def kernels(curve: Curve, dtype: torch.dtype, rows: int, wide: bool, target: Any
         constants = {**triton_pair.monotone_constants(curve, dtype), **shape}
         return [compiled(triton_pair.monotone_backward_kernel, backward, constants, target)]
     assert isinstance(curve, TwoSided)
-    word = {1: "*u8", 2: "*i16", 4: "*i32"}[curve.side_bits]
+    word = {1: "*u8", 2: "*u16", 4: "*u32"}[curve.side_bits]
     forward = {"x_ptr": kind, "y_ptr": kind, "side_ptr": word, **length}
     backward = {"dy_ptr": kind, "y_ptr": kind, "side_ptr": word, "dx_ptr": kind, **length}
     return [
