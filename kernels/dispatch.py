@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import pytorch
 from .curve import Curve
+from .rounding import widened
 
 # Triton decides when it is imported whether it runs on CPU tensors
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -61,7 +62,9 @@ def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
         y, of x's shape and dtype, and `side`: the packed codes of the elements in the order of `storage_order(y)`,
         uint8; empty for a curve that needs none.
     """
-    if curve.side_bits and (triton_pair := triton_pair_for(x, curve)):
+    if not curve.side_bits:
+        return curve.f(x), x.new_empty(0, dtype=torch.uint8)
+    if triton_pair := triton_pair_for(x, curve):
         order = storage_order(torch.empty_like(x))
         y, side = triton_pair.forward(flat(x, order), curve)
         return shaped(y, x, order), side
@@ -90,4 +93,4 @@ def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int
 def second(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int, ...]) -> Tensor:
     """The derivative of `backward` by y: times f' it is ``dy * f''(x)``."""
     rise = pytorch.second(flat(y, order), side, curve)
-    return shaped((pytorch.widened(flat(dy, order)) * rise).to(y.dtype), y, order)
+    return shaped((widened(flat(dy, order)) * rise).to(y.dtype), y, order)

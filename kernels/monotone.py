@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .curve import Curve
-from .rounding import rounded
+from .rounding import rounded, widened
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -60,8 +60,7 @@ class Clamped(Monotone):
     """A curve whose f' is 1 between two outputs: `constants`, each rounded as the outputs are."""
 
     def slope(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
-        low, high = self.constants_for(rounded_to)
-        return torch.where((y <= low) | (y >= high), 0.0, torch.ones_like(y))
+        return _one_between(y, *self.constants_for(rounded_to))
 
     def constants_for(self, dtype: torch.dtype) -> tuple[float, ...]:
         return tuple(rounded(value, dtype) for value in self.constants)
@@ -148,11 +147,15 @@ def celu(alpha: float = 1.0) -> Monotone:
 def leaky_relu(negative_slope: float = 0.01) -> Monotone:
     """``x`` for x > 0, else ``negative_slope x``. Nothing is lost: the sign of y is that of x."""
     _check_positive("leaky_relu", "negative_slope", negative_slope, zero_too=True)
+
+    def slope(values: Tensor) -> Tensor:  # of x and y alike
+        return torch.where(values > 0, 1.0, torch.full_like(values, negative_slope))
+
     return Monotone(
         name="leaky_relu",
         f=lambda x: F.leaky_relu(x, negative_slope),
-        derivative=lambda x: torch.where(x > 0, 1.0, torch.full_like(x, negative_slope)),
-        of_output=lambda y: torch.where(y > 0, 1.0, torch.full_like(y, negative_slope)),
+        derivative=slope,
+        of_output=slope,
         rise=torch.zeros_like,
         constants=(negative_slope,),
         parameters=_unless_default(("negative_slope", negative_slope, 0.01)),
@@ -173,14 +176,15 @@ def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Monotone:
     )
 
 
-def _clamped(name: str, low: float, high: float, parameters: tuple[tuple[str, float], ...] = ()) -> Clamped:
-    def inside(values: Tensor) -> Tensor:
-        return torch.where((values <= low) | (values >= high), 0.0, torch.ones_like(values))
+def _one_between(values: Tensor, low: float, high: float) -> Tensor:
+    return torch.where((values <= low) | (values >= high), 0.0, torch.ones_like(values))
 
+
+def _clamped(name: str, low: float, high: float, parameters: tuple[tuple[str, float], ...] = ()) -> Clamped:
     return Clamped(
         name=name,
         f=lambda x: F.hardtanh(x, low, high),
-        derivative=inside,
+        derivative=lambda x: _one_between(x, low, high),
         rise=torch.zeros_like,
         constants=(low, high),
         parameters=parameters,
@@ -204,7 +208,7 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Monotone:
 
     def is_x_itself(x: Tensor) -> Tensor:
         # In fp32 for 16-bit types, as the stock operator compares: threshold / beta would be rounded.
-        return beta * (x.float() if x.dtype.itemsize < 4 else x) > threshold
+        return beta * widened(x) > threshold
 
     def derivative(x: Tensor) -> Tensor:
         return torch.where(is_x_itself(x), 1.0, torch.sigmoid(beta * x))
@@ -226,6 +230,10 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Monotone:
 
 def _squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
+
+
+def _one_above_zero(values: Tensor) -> Tensor:
+    return torch.where(values <= 0, 0.0, torch.ones_like(values))
 
 
 def _unless_default(*parameters: tuple[str, float, float]) -> tuple[tuple[str, float], ...]:
@@ -289,8 +297,8 @@ SQUARED_RELU = Monotone(
 RELU = Monotone(
     name="relu",
     f=torch.relu,
-    derivative=lambda x: torch.where(x <= 0, 0.0, torch.ones_like(x)),
-    of_output=lambda y: torch.where(y <= 0, 0.0, torch.ones_like(y)),
+    derivative=_one_above_zero,
+    of_output=_one_above_zero,
     rise=torch.zeros_like,
     source="max(x, 0), Nair & Hinton, 2010",
 )

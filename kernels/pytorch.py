@@ -14,15 +14,14 @@ from torch import Tensor
 from . import tables
 from .curve import Curve
 from .packing import packed, unpacked
+from .rounding import widened
 from .two_sided import TwoSided
 
 CHUNK = 1 << 16  # elements that a thread of the CPU works on at a time, so that the temporaries stay in its cache
 
 
 def sides(x: Tensor, y: Tensor, curve: Curve) -> Tensor:
-    """The packed codes. This is all of forward that is not the stock operator."""
-    if not curve.side_bits:
-        return x.new_empty(0, dtype=torch.uint8)
+    """The packed codes of a curve that needs any. This is all of forward that is not the stock operator."""
     if not on_real_cpu(x):
         return packed(curve.codes(x, y), curve.side_bits)
     side = torch.empty(curve.side_nbytes(x.numel()), dtype=torch.uint8)
@@ -88,7 +87,3 @@ def chunks(count: int, bits: int) -> Iterator[tuple[slice, slice]]:
     step = CHUNK * torch.get_num_threads()
     for start in range(0, count, step):
         yield slice(start, start + step), slice(start // 8 * bits, (start + step) // 8 * bits)
-
-
-def widened(values: Tensor) -> Tensor:
-    return values.float() if values.dtype.itemsize < 4 else values

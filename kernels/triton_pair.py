@@ -188,10 +188,8 @@ def knows(curve: Curve) -> bool:
     return isinstance(curve, TwoSided) or (isinstance(curve, Monotone) and not curve.side_bits)
 
 
-def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, curve: TwoSided) -> tuple[Tensor, Tensor]:
     """``y = f(x)`` and the packed codes."""
-    if not isinstance(curve, TwoSided):
-        return curve.f(x), x.new_empty(0, dtype=torch.uint8)
     n = x.numel()
     y = torch.empty_like(x)
     side = torch.empty(curve.side_nbytes(n), dtype=torch.uint8, device=x.device)

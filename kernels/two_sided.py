@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from . import slopes
 from .coefficients import FITS, SHORT_FITS
 from .curve import Curve, check_side_bits
 from .pieces import Fit
-from .rounding import rounded_up
+from .rounding import rounded_up, widened
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -96,7 +97,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def quick_gelu(x: Tensor) -> Tensor:
     """In fp32 for 16-bit types, rounded once: stock PyTorch has no such operator to agree with."""
-    wide = x.float() if x.dtype.itemsize < 4 else x
+    wide = widened(x)
     return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
 
 
@@ -138,53 +139,48 @@ def hardswish_derivative(x: Tensor) -> Tensor:
     return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, inside))
 
 
+def _fitted(
+    *, name: str, f: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor], source: str
+) -> TwoSided:
+    """The curve with the fits that `coefficients` has for it."""
+    return TwoSided(name=name, f=f, derivative=derivative, source=source, fit=FITS[name], short_fit=SHORT_FITS[name])
+
+
 TWO_SIDED = (
-    TwoSided(
+    _fitted(
         name="gelu",
         f=F.gelu,
         derivative=gelu_derivative,
-        fit=FITS["gelu"],
-        short_fit=SHORT_FITS["gelu"],
         source="Hendrycks & Gimpel, Gaussian Error Linear Units, arXiv 1606.08415: x Phi(x)",
     ),
-    TwoSided(
+    _fitted(
         name="gelu_tanh",
         f=gelu_tanh,
         derivative=gelu_tanh_derivative,
-        fit=FITS["gelu_tanh"],
-        short_fit=SHORT_FITS["gelu_tanh"],
         source="arXiv 1606.08415: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))",
     ),
-    TwoSided(
+    _fitted(
         name="quick_gelu",
         f=quick_gelu,
         derivative=quick_gelu_derivative,
-        fit=FITS["quick_gelu"],
-        short_fit=SHORT_FITS["quick_gelu"],
         source="arXiv 1606.08415, as OpenAI's CLIP (2021) uses it: x sigmoid(1.702 x)",
     ),
-    TwoSided(
+    _fitted(
         name="silu",
         f=F.silu,
         derivative=silu_derivative,
-        fit=FITS["silu"],
-        short_fit=SHORT_FITS["silu"],
         source="arXiv 1606.08415; Elfwing et al., arXiv 1702.03118; Swish, arXiv 1710.05941: x sigmoid(x)",
     ),
-    TwoSided(
+    _fitted(
         name="mish",
         f=F.mish,
         derivative=mish_derivative,
-        fit=FITS["mish"],
-        short_fit=SHORT_FITS["mish"],
         source="Misra, Mish, arXiv 1908.08681: x tanh(softplus(x))",
     ),
-    TwoSided(
+    _fitted(
         name="hardswish",
         f=F.hardswish,
         derivative=hardswish_derivative,
-        fit=FITS["hardswish"],
-        short_fit=SHORT_FITS["hardswish"],
         source="Howard et al., Searching for MobileNetV3, arXiv 1905.02244: x relu6(x + 3) / 6",
     ),
 )

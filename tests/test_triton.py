@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 
 COMPARISON = """
 import torch
-from invact.kernels import CURVES, monotone, pytorch, triton_pair
+from invact.kernels import CURVES, dispatch, monotone, pytorch, triton_pair
 from invact.kernels.packing import unpacked
 from invact.kernels.two_sided import TWO_SIDED
 
@@ -85,7 +85,7 @@ for curve in (*CURVES.values(), monotone.elu(0.7), monotone.celu(2.0), monotone.
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         odd = torch.tensor([0.0, -0.0, 1e-30, torch.inf, -torch.inf, torch.nan])
         x = torch.cat([torch.linspace(-30, 30, 10007), odd])
-        y, side = triton_pair.forward(x.to(dtype), curve)
+        y, side = dispatch.forward(x.to(dtype), curve)
         assert torch.equal(y.nan_to_num(), curve.f(x.to(dtype)).nan_to_num())
         assert side.numel() == 0
         dy = torch.linspace(-2, 2, x.numel()).to(dtype)
