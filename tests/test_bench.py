@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +29,8 @@ from invact.contenders import PUBLISHED
 from invact.real_models import with_weights
 from invact.timing import Race
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 ELEMENTS = 4096
 KERNELS = ("--only", "kernels", "--curve", "hardswish", "--elements", ELEMENTS, "--rounds", 2)
@@ -37,14 +38,6 @@ KERNELS = ("--only", "kernels", "--curve", "hardswish", "--elements", ELEMENTS, 
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["bench", *(str(argument) for argument in arguments)])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,10 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from invact.cli import app
@@ -21,18 +19,11 @@ from invact.report import Report, Site
 from invact.trial import train_in_ways
 from invact.trial_task import make_task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 QUIET = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
 ALONE = "--disable-component-update --disable-sync --enable-logging=stderr --v=0"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that spin while they wait take ten times as long where others use the same cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

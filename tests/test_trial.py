@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,20 +23,13 @@ from invact.trial import COMPILED_WAYS, WAYS, train_in_ways
 from invact.trial_result import Trial
 from invact.trial_task import Batch, Task, make_task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY_GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 2}
 
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["trial", *(str(argument) for argument in arguments)])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that spin while they wait take ten times as long where others use the same cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
