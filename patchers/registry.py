@@ -23,15 +23,19 @@ ExampleInputs = dict[str, Any] | tuple[Any, ...]
 """A dict is passed to the model as keyword arguments, a tuple as positional ones."""
 
 
-class ModelNameError(ValueError):
+class RequestError(Exception):
+    """What was asked for can not be had; the message says why, and what to do."""
+
+
+class ModelNameError(RequestError, ValueError):
     """No model goes by the given name."""
 
 
-class InputSizeError(ValueError):
+class InputSizeError(RequestError, ValueError):
     """A batch, sequence or image size that the model cannot take, or inputs that cannot be made up."""
 
 
-class MissingLibraryError(ImportError):
+class MissingLibraryError(RequestError, ImportError):
     """The library that a model comes from is not installed."""
 
 

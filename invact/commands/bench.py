@@ -12,6 +12,7 @@ from invact.commands.options import Dtype, torch_dtype
 from invact.commands.output import (
     check_writable,
     command,
+    end_interrupted,
     fail,
     library_chatter_on_stderr,
     print_report,
@@ -90,8 +91,7 @@ def bench(
     if output:
         write(result.to_json() + "\n", output)
     if result.interrupted:
-        typer.echo("Interrupted: the figures are of the rounds that were complete.", err=True)
-        raise typer.Exit(code=130)
+        end_interrupted("Interrupted: the figures are of the rounds that were complete.")
 
 
 def _measured(**options: Any) -> Bench:
@@ -103,14 +103,7 @@ def _measured(**options: Any) -> Bench:
         try:
             with progress(total=None) as on_turn:
                 return run(**options, on_turn=on_turn)
-        except (
-            BenchError,
-            StepError,
-            patchers.ModelNameError,
-            patchers.MissingLibraryError,
-            patchers.InputSizeError,
-        ) as error:
+        except (BenchError, StepError, patchers.RequestError) as error:
             fail(str(error))
     except KeyboardInterrupt:
-        typer.echo("Interrupted before the first round was complete: there is nothing to report.", err=True)
-        raise typer.Exit(code=130) from None
+        end_interrupted("Interrupted before the first round was complete: there is nothing to report.")

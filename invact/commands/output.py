@@ -27,6 +27,12 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(code=2)
 
 
+def end_interrupted(message: str) -> NoReturn:
+    """As a shell expects it after Ctrl-C."""
+    typer.echo(message, err=True)
+    raise typer.Exit(code=130) from None
+
+
 @contextlib.contextmanager
 def library_chatter_on_stderr() -> Iterator[None]:
     """Standard output is the report's alone; of what libraries log and warn, only errors are shown."""

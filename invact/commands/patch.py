@@ -141,7 +141,7 @@ def _dry_run(
             side_bits=side_bits,
             title=" · ".join([name, type(model).__name__, size_in_words(inputs), precision]),
         )
-    except (patchers.ModelNameError, patchers.MissingLibraryError, patchers.InputSizeError) as error:
+    except patchers.RequestError as error:
         fail(str(error))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         # A size that only the model itself can reject is bad input; anything else is a fault, with its traceback.

@@ -11,6 +11,7 @@ from invact.commands.options import Bits, Dtype, GpuMemory, HtmlFile, SideBits, 
 from invact.commands.output import (
     check_page_can_be_made,
     command,
+    end_interrupted,
     fail,
     library_chatter_on_stderr,
     print_report,
@@ -71,8 +72,7 @@ def trial(
     if page and html:
         write(page.html(), html)
     if result.interrupted:
-        typer.echo("Interrupted: the figures are of the steps taken so far.", err=True)
-        raise typer.Exit(code=130)
+        end_interrupted("Interrupted: the figures are of the steps taken so far.")
 
 
 def _trained(
@@ -114,17 +114,10 @@ def _trained(
                     memory_bytes=gpu_memory,
                     on_step=on_step,
                 )
-        except (
-            DataError,
-            NotTrainableError,
-            patchers.ModelNameError,
-            patchers.MissingLibraryError,
-            patchers.InputSizeError,
-        ) as error:
+        except (DataError, NotTrainableError, patchers.RequestError) as error:
             fail(str(error))
     except KeyboardInterrupt:
-        typer.echo("Interrupted before there was anything to report.", err=True)
-        raise typer.Exit(code=130) from None
+        end_interrupted("Interrupted before there was anything to report.")
 
 
 def _trial_page(result: Trial) -> Page:
