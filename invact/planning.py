@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from invact.arguments import Inputs, check_autocast, check_inputs, check_model, device_of
-from invact.expressions import Written
 from invact.kernels import Curve, check_side_bits
 from invact.ledger import Entry, Key
 from invact.patchers import example_inputs as make_inputs
 from invact.probing import Call, Observation, observe
 from invact.recognition import Rounding, own_rounding
 from invact.report import INVERT, KEEP, Report, Site
+from invact.rewriting import Written
 from invact.simulation import Setting
 from invact.swapping import Inversion, Inverted, Swaps, swap_in
 from invact.walking import Found, walk

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from invact.arguments import Inputs, check_autocast, check_inputs, check_model, device_of
-from invact.expressions import Runner, Written, install, uninstall
 from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, module_hooks, storage_sizes
 from invact.patchers import as_on_real_tensors
+from invact.rewriting import Runner, Written, install, uninstall
 from invact.simulation import (
     AsOnGpu,
     AsRealKernels,

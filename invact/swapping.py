@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from invact import dropout, functional
-from invact.expressions import Written, install, runners_in, uninstall
 from invact.kernels import Curve
+from invact.rewriting import Written, install, runners_in, uninstall
 
 _HOOKS = (
     "_forward_hooks",
@@ -119,7 +119,7 @@ def _share_hooks(source: nn.Module, target: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class InvertedExpression:
-    """Runs in an expression's place; see `invact.expressions`. `Inverted` for what is no module."""
+    """Runs in an expression's place; see `invact.rewriting`. `Inverted` for what is no module."""
 
     inversion: Inversion
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from invact.expressions import Written, written_in
+from invact.expressions import written_in
 from invact.kernels import Curve
 from invact.recognition import recognise
+from invact.rewriting import Written
 from invact.swapping import Inverted
 
 
