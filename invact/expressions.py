@@ -9,14 +9,16 @@ import ast
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from invact.recognition import recognise
-from invact.rewriting import Place, Source, Written, as_lambda, can_be_rewritten, methods_of, source_of
+from invact.rewriting import Place, Source, Written, as_lambda, cells_of, methods_of, source_of
+from invact.settings import Reading, Settings, UnseenError, readings_of_value
 
 # What an activation may be built of: torch functions and tensor methods that work element by element.
 # fmt: off
@@ -105,44 +107,82 @@ def written_in(module: nn.Module) -> list[Written]:
     """
     found = []
     for name, function in methods_of(type(module)):
-        source = source_of(function)
-        if source is None or not _runs(module, name, function):
+        if name in module.__dict__:  # a method that was given to this module alone
             continue
-        places = _places_that_can_be_rewritten(function, source, module)
+        method = _method(function, module)
+        places = _places_once(method) if method else []
         for number, place in enumerate(places):
+            assert method is not None
             # Made for this module, and not kept with the place: what is read once outlives the module.
-            computes = _Function(_evaluable(place.node, place.hole, source, module))
-            found.append(Written(name, number, place.curve, place.text, computes, place))
+            computes = _Function(_evaluable(place.node, place.hole, method))
+            found.append(Written(name, number, place.curve, place.text, computes, place, _settings(place, method)))
     return found
 
 
-def _runs(module: nn.Module, name: str, function: types.FunctionType) -> bool:
-    """Whether `module` calls its class's method by that name, and not one that was given to it alone."""
-    own = module.__dict__.get(name)
-    # A pickle of a patched module comes back with its class's method, bound, as an attribute.
-    return own is None or (isinstance(own, types.MethodType) and own.__func__ is function)
+@dataclass(frozen=True)
+class _Method:
+    """A method's source, and what its names stand for in one module."""
+
+    function: types.FunctionType
+    source: Source
+    module: nn.Module
+    cells: dict[str, types.CellType]
 
 
-_FOUND: dict[tuple[types.FunctionType, tuple[Any, ...] | None], list[Place]] = {}
+def _method(function: types.FunctionType, module: nn.Module) -> _Method | None:
+    source = source_of(function)
+    return None if source is None else _Method(function, source, module, cells_of(function))
 
 
-def _places_that_can_be_rewritten(function: types.FunctionType, source: Source, module: nn.Module) -> list[Place]:
+KEPT_PLACES = 64  # a method is read anew for modules in which its names stand for something else
+_PLACES: weakref.WeakKeyDictionary[types.FunctionType, dict[tuple[Any, ...], list[Place]]]
+_PLACES = weakref.WeakKeyDictionary()
+
+
+def _places_once(method: _Method) -> list[Place]:
     """`_places`, looked for once for all modules in which every name of the method stands for the same."""
-    key = _what_names_stand_for(source, module)
-    places = _FOUND.get((function, key))
-    if places is None:
-        places = _places(source, module)
-        places = places if places and can_be_rewritten(function, places) else []
-        if key is not None:
-            _FOUND[function, key] = places
-    return places
+    key = _what_names_stand_for(method)
+    if key is None:
+        return _places(method)
+    known = _PLACES.setdefault(method.function, {})
+    if key not in known:
+        if len(known) >= KEPT_PLACES:
+            known.clear()
+        known[key] = _places(method)
+    return known[key]
 
 
-def _what_names_stand_for(source: Source, module: nn.Module) -> tuple[Any, ...] | None:
+def _settings(place: Place, method: _Method) -> Settings | None:
+    try:
+        return Settings(_readings(place, method))
+    except UnseenError:
+        return None
+
+
+def _readings(place: Place, method: _Method) -> Iterator[Reading]:
+    """What an expression reads besides its value."""
+    inside = set(ast.walk(place.hole))
+    seen: set[int] = set()
+    for node in ast.walk(place.node):
+        if not isinstance(node, (ast.Name, ast.Attribute)) or node in inside:
+            continue
+        value = _meaning(node, method)
+        if value is _UNKNOWN or value is method.module:
+            continue
+        if isinstance(node, ast.Attribute):
+            if _meaning(node.value, method) is method.module:
+                yield from readings_of_value(None, node.attr, value, seen)
+        elif node.id in method.cells:
+            yield from readings_of_value(method.cells[node.id], node.id, value, seen)
+        else:
+            yield from readings_of_value(method.function.__globals__, node.id, value, seen)
+
+
+def _what_names_stand_for(method: _Method) -> tuple[Any, ...] | None:
     """Equal for two modules only if the method's expressions compute the same in both; None if that can not be told."""
     key: list[Any] = []
-    for node in source.references:
-        meaning = _meaning(node, source, module)
+    for node in method.source.references:
+        meaning = _meaning(node, method)
         if isinstance(meaning, _CONSTANTS):
             key.append((type(meaning), repr(meaning)))
         elif isinstance(meaning, types.ModuleType) or (_is_function(meaning) and _home(meaning) in _LIBRARIES):
@@ -154,12 +194,12 @@ def _what_names_stand_for(source: Source, module: nn.Module) -> tuple[Any, ...] 
     return tuple(key)
 
 
-def _places(source: Source, module: nn.Module) -> list[Place]:
+def _places(method: _Method) -> list[Place]:
     """The outermost recognised expressions of a method, in the order of the source, those in their values included."""
     places: list[Place] = []
 
     def walk(node: ast.AST) -> None:
-        place = _place(node, source, module) if isinstance(node, (ast.Call, ast.BinOp, ast.UnaryOp)) else None
+        place = _place(node, method) if isinstance(node, (ast.Call, ast.BinOp, ast.UnaryOp)) else None
         if place is not None:
             places.append(place)
             walk(place.hole)
@@ -167,31 +207,32 @@ def _places(source: Source, module: nn.Module) -> list[Place]:
             for child in ast.iter_child_nodes(node):
                 walk(child)
 
-    for statement in source.definition.body:
+    for statement in method.source.definition.body:
         walk(statement)
     return places
 
 
-def _place(node: ast.Call | ast.BinOp | ast.UnaryOp, source: Source, module: nn.Module) -> Place | None:
+def _place(node: ast.Call | ast.BinOp | ast.UnaryOp, method: _Method) -> Place | None:
     """The expression as a function of the one value it is computed of, if that is a known curve."""
-    deep, direct = _holes(node, source, module), _operands(node, source, module) or []
-    shallow = [part for part in direct if _holes(part, source, module)]  # for x.exp().relu(), where deep is x
+    deep, direct = _holes(node, method), _operands(node, method) or []
+    shallow = [part for part in direct if _holes(part, method)]  # for x.exp().relu(), where deep is x
     for holes in (deep, shallow):
         if not holes or holes[0] is node or len({ast.dump(hole) for hole in holes}) > 1:
             continue
         if len(holes) > 1 and not isinstance(holes[0], ast.Name):  # a value that is computed twice is two values
             continue
         if any(isinstance(part, ast.Call) and part not in ast.walk(holes[0]) for part in ast.walk(node)):
-            curve = recognise(_Function(_evaluable(node, holes[0], source, module)))
+            curve = recognise(_Function(_evaluable(node, holes[0], method)))
             if curve is not None:
                 return Place(node, holes[0], curve)
     return None
 
 
-def _evaluable(node: ast.expr, hole: ast.expr, source: Source, module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _evaluable(node: ast.expr, hole: ast.expr, method: _Method) -> Callable[[Tensor], Tensor]:
     tree = ast.fix_missing_locations(ast.Expression(as_lambda(node, hole)))
-    code = compile(tree, source.filename, "eval", source.flags, dont_inherit=True)
-    function: Callable[[Tensor], Tensor] = eval(code, {**source.names, **source.cells, source.self_name: module})
+    code = compile(tree, method.source.filename, "eval", method.source.flags, dont_inherit=True)
+    names = {**method.function.__globals__, **_contents(method), method.source.self_name: method.module}
+    function: Callable[[Tensor], Tensor] = eval(code, names)
     return function
 
 
@@ -204,15 +245,15 @@ class _Function(nn.Module):
         return self.function(x)
 
 
-def _holes(node: ast.expr, source: Source, module: nn.Module) -> list[ast.expr]:
+def _holes(node: ast.expr, method: _Method) -> list[ast.expr]:
     """The parts of an expression that are not elementwise operations on others, nor constants; itself if it is none."""
-    parts = _operands(node, source, module)
+    parts = _operands(node, method)
     if parts is None:
         return [node]
-    return [hole for part in parts for hole in _holes(part, source, module)]
+    return [hole for part in parts for hole in _holes(part, method)]
 
 
-def _operands(node: ast.expr, source: Source, module: nn.Module) -> list[ast.expr] | None:
+def _operands(node: ast.expr, method: _Method) -> list[ast.expr] | None:
     """What an elementwise operation works on, nothing for a constant, None for anything else."""
     if isinstance(node, ast.BinOp):
         return [node.left, node.right]
@@ -221,25 +262,25 @@ def _operands(node: ast.expr, source: Source, module: nn.Module) -> list[ast.exp
     if isinstance(node, ast.Compare):
         return [node.left, *node.comparators]
     if isinstance(node, (ast.Constant, ast.Name, ast.Attribute)):
-        return [] if isinstance(_meaning(node, source, module), _CONSTANTS) else None
+        return [] if isinstance(_meaning(node, method), _CONSTANTS) else None
     if not isinstance(node, ast.Call) or any(keyword.arg is None for keyword in node.keywords):
         return None
     arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-    function = _meaning(node.func, source, module)
+    function = _meaning(node.func, method)
     if function is _UNKNOWN and isinstance(node.func, ast.Attribute) and node.func.attr in _POINTWISE:
         return [node.func.value, *arguments]  # x.sigmoid()
-    return arguments if _may_be_pointwise(function, source) else None
+    return arguments if _may_be_pointwise(function, method) else None
 
 
-def _may_be_pointwise(function: Any, source: Source) -> bool:
+def _may_be_pointwise(function: Any, method: _Method) -> bool:
     """Functions of torch by their names, and the author's own, which recognition will try."""
     if isinstance(function, functools.partial):
-        return _may_be_pointwise(function.func, source)
+        return _may_be_pointwise(function.func, method)
     if not _is_function(function):
         return False
     if _home(function) == "torch":
         return getattr(function, "__name__", "") in _POINTWISE
-    own = isinstance(function, types.FunctionType) and function.__module__ == source.names.get("__name__")
+    own = isinstance(function, types.FunctionType) and function.__module__ == method.function.__module__
     return own or _home(function) == "math"
 
 
@@ -256,21 +297,27 @@ _LIBRARIES = ("torch", "math")
 _UNKNOWN = object()
 
 
-def _meaning(node: ast.expr, source: Source, module: nn.Module) -> Any:
+def _contents(method: _Method) -> dict[str, Any]:
+    """What the closure of a method holds."""
+    return {name: cell.cell_contents for name, cell in method.cells.items() if cell != types.CellType()}
+
+
+def _meaning(node: ast.expr, method: _Method) -> Any:
     """What a constant, a name or a chain of attributes stands for, if that is fixed before the method runs."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name):
-        if node.id == source.self_name:
-            return module
-        if node.id in source.variables:
+        if node.id == method.source.self_name:
+            return method.module
+        if node.id in method.source.variables:
             return _UNKNOWN
-        return source.cells.get(node.id, source.names.get(node.id, _UNKNOWN))
+        contents = _contents(method)
+        return contents.get(node.id, method.function.__globals__.get(node.id, _UNKNOWN))
     if isinstance(node, ast.Attribute):
-        owner = _meaning(node.value, source, module)
+        owner = _meaning(node.value, method)
         # Of self only what stands in the instance: properties and methods may do anything.
-        if owner is module:
-            return _UNKNOWN if node.attr == "training" else module.__dict__.get(node.attr, _UNKNOWN)
+        if owner is method.module:
+            return _UNKNOWN if node.attr == "training" else method.module.__dict__.get(node.attr, _UNKNOWN)
         if isinstance(owner, types.ModuleType):
             return getattr(owner, node.attr, _UNKNOWN)
     return _UNKNOWN

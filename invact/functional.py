@@ -278,7 +278,7 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
 
 def wants_gradient(x: Tensor) -> bool:
     """Whether autograd records what is done with x. Under torch.jit.trace, which knows stock operators alone: no."""
-    traced = not torch.compiler.is_compiling() and torch._C._is_tracing()
+    traced = not torch.compiler.is_compiling() and torch.jit.is_tracing()
     return torch.is_grad_enabled() and x.requires_grad and not traced
 
 
@@ -312,6 +312,14 @@ def gradient(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int
     return dx
 
 
+def stock_gradient(dy: Tensor, x: Tensor, curve: Curve) -> Tensor:
+    """``dy * f'`` from x, as stock autograd works it out; differentiable again where gradients are recorded."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        (dx,) = torch.autograd.grad(curve.f(x), x, dy, create_graph=recorded)
+    return dx
+
+
 def _may_be_differentiated() -> bool:
     """Whether what is computed now has a gradient or a tangent of its own."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
@@ -323,7 +331,7 @@ class InvertedEagerly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, curve: Curve, inplace: bool) -> Tensor:
         y, side = dispatch.forward(x, curve)
-        ctx.curve, ctx.inplace = curve, inplace
+        ctx.curve, ctx.inplace, ctx.input = curve, inplace, None
         ctx.order = dispatch.storage_order(y)  # saved-tensor hooks may hand y back with other strides
         if inplace:
             y = x.copy_(y)
@@ -334,6 +342,8 @@ class InvertedEagerly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.input is not None:
+            return stock_gradient(dy, ctx.input, ctx.curve), None, None
         y, side = ctx.saved_tensors
         return gradient(dy, y, side, ctx.curve, ctx.order), None, None
 

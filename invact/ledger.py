@@ -200,6 +200,8 @@ def module_hooks(
     """Calls `before` and `after` with the dotted path around the forward of every module of `model`."""
     with ExitStack() as stack:
         for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks from outside
+                continue
             if before is not None:
                 stack.callback(module.register_forward_pre_hook(_bound(before, path), prepend=True).remove)
             stack.callback(module.register_forward_hook(_bound(after, path), always_call=True).remove)

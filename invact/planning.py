@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -19,7 +19,7 @@ from invact.recognition import Rounding, own_rounding
 from invact.report import INVERT, KEEP, Report, Site
 from invact.rewriting import Written
 from invact.simulation import Setting
-from invact.swapping import Inversion, Inverted, Swaps, swap_in
+from invact.swapping import Inversion, InvertedExpression, Patched, Swaps, swap_in
 from invact.walking import Found, walk
 
 
@@ -44,7 +44,7 @@ def plan(
         include: glob patterns over site paths; only these sites may be inverted.
         exclude: glob patterns over site paths; these sites are kept.
         side_bits: 1, 2 or 4 bits per element for curves with two sides; more make gradients more exact near the
-            minimum, and with 4 those in bf16 are as exact as stock's. A site fused with a dropout has 1.
+            minimum, and with 4 those in bf16 are as exact as stock's.
 
     Raises:
         TypeError: `model` is no module, or the inputs are of the wrong kind.
@@ -86,7 +86,7 @@ class Decided:
 
     report: Report
     modules: dict[str, Inversion]  # by path
-    expressions: dict[str, dict[Written, Inversion]]  # by the path of the module in whose methods they stand
+    expressions: dict[str, dict[Written, InvertedExpression]]  # by the path of the module in whose methods they stand
 
     def apply(self, model: nn.Module) -> Swaps:
         """Replaces what the report calls "invert"; all of it or, after an error, nothing."""
@@ -121,7 +121,7 @@ def _decide(
     side_bits: int = 1,
 ) -> Decided:
     """Walk, probe, choose; then probe again with the choice applied, so that both totals are counts."""
-    already = [(path, module) for path, module in model.named_modules() if isinstance(module, Inverted)]
+    already = [site for path, module in model.named_modules() for site in _already_inverted(path, module)]
     found = [replace(site, curve=site.curve.with_side_bits(side_bits)) for site in walk(model)]
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
 
@@ -129,14 +129,14 @@ def _decide(
     choice = _Choice(found, decisive, allowed)
     sites = choice.sites()
     chosen = {site.path for site in sites if site.action == INVERT}
-    decided = Decided(Report(sites=[*sites, *(_already_inverted(path, module) for path, module in already)]), {}, {})
+    decided = Decided(Report(sites=[*sites, *already]), {}, {})
     for site in found:
         if site.path in chosen:
             inversion = choice.inversion(site)
             if site.written is None:
                 decided.modules[site.path] = inversion
             else:
-                decided.expressions.setdefault(site.module_path, {})[site.written] = inversion
+                decided.expressions.setdefault(site.module_path, {})[site.written] = InvertedExpression(inversion)
     before = after = observe(model, inputs, setting) if decisive.checkpoints else decisive
     if chosen:
         swaps = decided.apply(model)
@@ -180,8 +180,6 @@ class _Choice:
             self.keepers.setdefault(entry.key, set()).add(entry.path)
             if entry.cast_of is not None:
                 self.casts.setdefault(entry.cast_of, []).append(entry)
-        self.dropouts = observed.dropouts
-        self.fused: dict[str, frozenset[str]] = {}  # by path, the dropouts that a site is fused with
         self.roundings: dict[tuple[str, Curve, torch.dtype], Rounding | None] = {}
         self.calls: dict[str, list[Call]] = {}
         for call in observed.calls:
@@ -201,14 +199,6 @@ class _Choice:
             reason = self._why_it_pays(found.path) + self._own_rounding(found)
             self._invert(found.path)
             return replace(site, action=INVERT, reason=reason, bytes_saved=saved)
-        dropouts = self._dropouts_behind(found)
-        saved = self._bytes_saved_fused(found, dropouts) if dropouts else 0
-        if saved > 0:
-            self.fused[found.path] = dropouts
-            self._fuse(found.path, dropouts)
-            reason = "only a dropout takes its output: fused with it, its input and the mask can go"
-            reason += self._own_rounding(found)
-            return replace(site, action=INVERT, reason=reason, bytes_saved=saved)
         return replace(site, reason=self._why_it_does_not_pay(found.path))
 
     def _obstacle(self, found: Found) -> str | None:
@@ -216,16 +206,20 @@ class _Choice:
         calls = self.calls.get(found.path, [])
         if self._keeps_only_outputs(found.path):
             return "stock PyTorch already keeps only its output"
-        if found.path == "":
-            return "it is the model itself, so there is nothing to replace it in"
         if found.path not in self.allowed:
             return "left out by include or exclude"
+        if found.settings is None:
+            return "it computes with something that can change unseen"
+        if found.replaced:
+            return "somebody has put another forward on it, which would go on to call the stock one"
         if not calls:
             return "not called in this forward pass"
         if not all(call.simple for call in calls):
             return "called with something other than one tensor"
         if not any(call.needs_grad for call in calls):
             return "no gradient flows through it here"
+        if any(call.hooked for call in calls):
+            return "a hook changes or exchanges its output"
         if any(call.changed_later for call in calls):
             return "its output is changed in place later"
         if len({call.in_place for call in calls}) > 1:
@@ -234,9 +228,8 @@ class _Choice:
 
     def inversion(self, found: Found) -> Inversion:
         """How a chosen site is inverted."""
-        dropouts = self.fused.get(found.path, frozenset())
-        in_place = any(call.in_place for call in self.calls[found.path])
-        return Inversion(found.curve.with_side_bits(1) if dropouts else found.curve, in_place, dropouts)
+        assert found.settings is not None
+        return Inversion(found.curve, found.settings, any(call.in_place for call in self.calls[found.path]))
 
     def _keeps_only_outputs(self, path: str) -> bool:
         own = {key for key, keepers in self.keepers.items() if path in keepers}
@@ -269,39 +262,6 @@ class _Choice:
             if call.needs_grad:
                 self.keepers.setdefault(self._output_key(call), set()).add(path + _INVERTED)
                 self.sizes.setdefault(call.y_key, call.y_nbytes)
-        self.keepers = {key: keepers for key, keepers in self.keepers.items() if keepers}
-
-    def _dropouts_behind(self, found: Found) -> frozenset[str]:
-        """The dropouts that take every output of this site, nothing else, and alone; none if that is not so.
-
-        None either where f' jumps at an output that what is dropped, scaled and rounded, does not tell exactly.
-        """
-        calls = [call for call in self.calls[found.path] if call.needs_grad]
-        if found.curve.needs_exact_output:
-            return frozenset()
-        dropped = [call.dropped for call in calls if call.dropped is not None]
-        taken = Counter(drop.path for drop in dropped)
-        if len(dropped) < len(calls) or any(self.dropouts[drop] != count for drop, count in taken.items()):
-            return frozenset()
-        return frozenset(taken)
-
-    def _bytes_saved_fused(self, found: Found, dropouts: frozenset[str]) -> int:
-        """Bytes no longer kept, less the dropped outputs that nobody else keeps and the bits of sides and masks."""
-        together = {found.path, *dropouts}
-        freed = sum(self.sizes[key] for key, keepers in self.keepers.items() if keepers <= together)
-        calls = [call for call in self.calls[found.path] if call.needs_grad]
-        outputs = {call.dropped.z_key: call.dropped.z_nbytes for call in calls if call.dropped is not None}
-        added = sum(nbytes for key, nbytes in outputs.items() if not self.keepers.get(key, set()) - together)
-        bits = 1 + found.curve.with_side_bits(1).side_bits  # of the mask and of the side
-        return freed - added - bits * sum(call.bit_nbytes for call in calls)
-
-    def _fuse(self, path: str, dropouts: frozenset[str]) -> None:
-        for keepers in self.keepers.values():
-            keepers -= {path, *dropouts}
-        for call in self.calls[path]:
-            if call.dropped is not None:
-                self.keepers.setdefault(call.dropped.z_key, set()).add(path + _INVERTED)
-                self.sizes.setdefault(call.dropped.z_key, call.dropped.z_nbytes)
         self.keepers = {key: keepers for key, keepers in self.keepers.items() if keepers}
 
     def _others(self, path: str, keys: set[Key]) -> str:
@@ -340,10 +300,10 @@ class _Choice:
         return "nobody else keeps its output: one tensor would only take the place of another"
 
 
-def _already_inverted(path: str, module: Inverted) -> Site:
-    return Site(
-        path, str(module.inversion.curve), type(module.original).__name__, KEEP, "already inverted by an earlier patch"
-    )
+def _already_inverted(path: str, module: nn.Module) -> Iterator[Site]:
+    for method, curve in module._invact_sites if isinstance(module, Patched) else ():
+        place = f"{path}.{method}:{curve}".lstrip(".") if method else path
+        yield Site(place, curve, module._invact_stock.__name__, KEEP, "already inverted by an earlier patch")
 
 
 # --- arguments and words ------------------------------------------------------------------------------

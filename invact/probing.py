@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import random
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from invact.arguments import Inputs, check_autocast, check_inputs, check_model, device_of
-from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, module_hooks, storage_sizes
+from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
 from invact.patchers import as_on_real_tensors
-from invact.rewriting import Runner, Written, install, uninstall
+from invact.rewriting import Runner, Written
 from invact.simulation import (
     AsOnGpu,
     AsRealKernels,
@@ -28,6 +27,7 @@ from invact.simulation import (
     fake_tensor_log_silent,
     stand_in,
 )
+from invact.swapping import swap_in
 from invact.time_limit import TimeLimit, TookTooLongError
 from invact.walking import Found
 
@@ -36,15 +36,6 @@ TIME_LIMIT = 120.0
 
 # A probe swaps a model's parameters for fake ones and back: one at a time in a process.
 _ONE_AT_A_TIME = threading.RLock()
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """The call of an nn.Dropout that takes the output of a watched call, and takes it alone."""
-
-    path: str
-    z_key: Key
-    z_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,7 @@ class Call:
     bit_nbytes: int  # of one bit per element
     changed_later: bool
     in_place: bool  # the output is the input, changed
-    dropped: Dropped | None  # where the output goes, if that is to one dropout and nowhere else
+    hooked: bool  # a hook on the module changes the output, or gives another
 
 
 @dataclass
@@ -72,7 +63,6 @@ class Observation:
     memory: Memory
     calls: list[Call]
     labels: dict[str, str]  # class names, or expressions, by path
-    dropouts: Counter[str]  # how often each nn.Dropout was called that drops anything
     checkpoints: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -205,7 +195,6 @@ def _observe(
 ) -> Observation:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     calls: list[_OpenCall] = []
-    dropouts: Counter[str] = Counter()
     checkpoints = [0]
     ledger = Ledger(model, weights.values())
     with ExitStack() as stack:
@@ -214,19 +203,15 @@ def _observe(
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
         stack.enter_context(checkpoints_counted(checkpoints, run_them=checkpointing))
         stack.enter_context(autocast_as_set(setting))
-        if not model.training:
-            model.train()
-        stack.enter_context(_recorded(model, watch, ledger, calls, dropouts))
+        stack.enter_context(_recorded(model, watch, ledger, calls))
         stack.enter_context(TimeLimit(TIME_LIMIT))
         with ledger:
             output = torch.func.functional_call(model, weights, args, kwargs)
         entries = ledger.entries()
-        consumers = _consumers(output) if any(call.drop for call in calls) else Counter()
         found = Observation(
             entries=entries,
             memory=ledger.memory(),
-            calls=[call.closed(consumers) for call in calls],
-            dropouts=dropouts,
+            calls=[call.closed() for call in calls],
             labels={entry.path: ledger.label(entry.path) for entry in entries},
             checkpoints=checkpoints[0],
         )
@@ -245,12 +230,12 @@ class _OpenCall:
     needs_grad: bool = False
     version: int = 0
     in_place: bool = False
-    drop: tuple[str, Tensor, int] | None = None  # the path of the dropout, what it gave, and the version of that
+    hooked: bool = False
 
-    def closed(self, consumers: Counter[int]) -> Call:
-        """The call as it turned out; `consumers` counts the operations that a gradient reaches it from."""
+    def closed(self) -> Call:
+        """The call as it turned out."""
         if self.x is None or self.y is None:
-            return Call(self.path, self.simple, False, 0, 0, False, torch.float32, 0, False, False, None)
+            return Call(self.path, self.simple, False, 0, 0, False, torch.float32, 0, False, False, False)
         ((key, nbytes),) = storage_sizes(self.y).items()
         numel = sum(part.numel() for part in dense_parts(self.x))  # of a DTensor, what is here
         return Call(
@@ -264,61 +249,65 @@ class _OpenCall:
             bit_nbytes=-(-numel // 8),
             changed_later=self.y._version != self.version,
             in_place=self.in_place,
-            dropped=self._dropped() if consumers[id(self)] == 1 else None,
+            hooked=self.hooked,
         )
-
-    def _dropped(self) -> Dropped | None:
-        if self.drop is None:
-            return None
-        path, z, version = self.drop
-        ((key, nbytes),) = storage_sizes(z).items()
-        return Dropped(path, key, nbytes) if z._version == version else None
 
 
 @contextmanager
-def _recorded(
-    model: nn.Module, watch: Sequence[Found], ledger: Ledger, calls: list[_OpenCall], dropouts: Counter[str]
-) -> Iterator[None]:
-    """Adds to `calls` every call of a watched site, and notes which of their outputs go to a dropout."""
-    modules = {site.path for site in watch if site.written is None}
-
-    def after(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if path in modules:
-            calls.append(_opened(path, args, output))
-        elif _drops(module):
-            dropouts[path] += 1
-            call = getattr(args[0], _CALL, None) if args else None
-            if call is not None and output is not args[0]:
-                call.drop = (path, output.detach(), output._version)
-
-    def runner(site: Found) -> Runner:
-        def run(module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-            with ledger.named(site.path, site.label):
-                y = original(x)
-            calls.append(_opened(site.path, (x,), y))
-            return y
-
-        return run
-
+def _recorded(model: nn.Module, watch: Sequence[Found], ledger: Ledger, calls: list[_OpenCall]) -> Iterator[None]:
+    """Adds to `calls` every call of a watched site."""
     by_module: dict[str, dict[Written, Runner]] = {}
     for site in watch:
         if site.written is not None:
-            by_module.setdefault(site.module_path, {})[site.written] = runner(site)
-    for path, runners in by_module.items():
-        install(model.get_submodule(path), runners)
+            by_module.setdefault(site.module_path, {})[site.written] = _Recorder(site, ledger, calls)
+    swaps = swap_in(model, {}, by_module)
     try:
-        with module_hooks(model, None, after):
+        with ExitStack() as stack:
+            for site in watch:
+                if site.written is None:
+                    _record_calls(model.get_submodule(site.path), site.path, calls, stack)
             yield
     finally:
-        for path in by_module:
-            uninstall(model.get_submodule(path))
+        swaps.undo()
+
+
+def _record_calls(module: nn.Module, path: str, calls: list[_OpenCall], stack: ExitStack) -> None:
+    """Looks at the output before any hook of the user's, and after all of them."""
+    outputs: list[Any] = []  # of the calls that are running
+
+    def before_hooks(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append(_opened(path, args if not kwargs else (), output))
+        outputs.append(output)
+
+    def after_hooks(module: nn.Module, args: Any, output: Any) -> None:
+        raw = outputs.pop()
+        call = calls[-1]
+        call.hooked = output is not raw or (call.y is not None and call.y._version != call.version)
+
+    stack.callback(module.register_forward_hook(before_hooks, prepend=True, with_kwargs=True).remove)
+    stack.callback(module.register_forward_hook(after_hooks).remove)
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorder:
+    """Runs an expression as it stands, and notes it as a call."""
+
+    site: Found
+    ledger: Ledger
+    calls: list[_OpenCall]
+
+    def __call__(self, module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with self.ledger.named(self.site.path, self.site.label):
+            y = original(x)
+        self.calls.append(_opened(self.site.path, (x,), y))
+        return y
 
 
 def _opened(path: str, args: tuple[Any, ...], output: Any) -> _OpenCall:
     if not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
         return _OpenCall(path, simple=False)
     x, y = args[0], output
-    call = _OpenCall(
+    return _OpenCall(
         path,
         simple=x.shape == y.shape and x.device == y.device,
         x=x.detach(),
@@ -327,35 +316,6 @@ def _opened(path: str, args: tuple[Any, ...], output: Any) -> _OpenCall:
         version=y._version,
         in_place=y is x,
     )
-    if y.grad_fn is not None and not call.in_place:
-        setattr(y, _CALL, call)
-        y.grad_fn.metadata[_CALL] = id(call)
-    return call
-
-
-_CALL = "_invact_call"
-
-
-def _drops(module: nn.Module) -> bool:
-    return type(module) is nn.Dropout and module.training and 0 < module.p < 1 and not module.inplace
-
-
-def _consumers(output: Any) -> Counter[int]:
-    """How many operations of the graph behind `output` take the result of each recorded call, by its identity."""
-    count: Counter[int] = Counter()
-    waiting = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is None:
-                continue
-            marks = cast(dict[str, int], node.metadata)  # declared as a method, but a dict
-            if _CALL in marks:
-                count[marks[_CALL]] += 1
-            if node not in seen:
-                seen.add(node)
-                waiting.append(node)
-    return count
 
 
 def _is_plain(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ _EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 def recognise(module: nn.Module) -> Curve | None:
     """The curve that `module` computes, with its parameters, or None if it is no pointwise activation.
 
-    A leaf without parameters or buffers is evaluated in float64 on the CPU, on a copy, over several grids
+    A leaf without parameters or buffers is evaluated in float64 on the CPU, as a copy, over several grids
     of different shapes and neighbours, in training and in evaluation mode. It is recognised when every
     result is the same known curve of each element alone, its gradient is that of the curve (a straight-through
     estimator's is not) and nothing about the module has changed.
@@ -37,16 +38,27 @@ def recognise(module: nn.Module) -> Curve | None:
     """
     if not _is_stateless_leaf(module):
         return None
-    try:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         bare = _copy_without_hooks(module)
         state = _own_state(bare)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+        try:
             samples = _samples(bare)
             found = next(_agreeing(samples, bare), None) if samples else None
-        changed = _own_state(bare) != state
-    except Exception:  # whatever a module raises on a plain tensor, it is not a pointwise activation
-        return None
-    return None if changed else found
+        except _RaisedError:
+            return None
+        return None if found is None or state is None or _own_state(bare) != state else found
+
+
+class _RaisedError(Exception):
+    """The module's own code raised: whatever it raises on a plain tensor, it is no pointwise activation."""
+
+
+def _output(module: nn.Module, x: Tensor, *, training: bool = True) -> Any:
+    """What the module gives for a tensor that it may change."""
+    try:
+        return module.train(training).forward(x)
+    except Exception as error:
+        raise _RaisedError from error
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ def own_rounding(module: nn.Module, curve: Curve, dtype: torch.dtype) -> Roundin
     """
     x = torch.randn(4, 16, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad(), torch.device("cpu"):
-        steps, once, exact = _copy_without_hooks(module).forward(x.clone()), curve.f(x), curve.f(x.double())
+        steps, once, exact = _output(_copy_without_hooks(module), x.clone()), curve.f(x), curve.f(x.double())
     if torch.equal(steps, once):
         return None
     own_error, once_error = (((y.double() - exact).norm() / exact.norm()).item() for y in (steps, once))
@@ -83,14 +95,24 @@ def _is_stateless_leaf(module: nn.Module) -> bool:
 
 
 def _copy_without_hooks(module: nn.Module) -> nn.Module:
-    bare = copy.copy(module)
+    """A module of the same class and contents; containers are its own, what they hold is not."""
+    bare = type(module).__new__(type(module))
+    contents = {k: copy.copy(v) if isinstance(v, _CONTAINERS) else v for k, v in module.__dict__.items()}
+    bare.__dict__.update(contents)
     bare.__dict__.update({name: none for name, none in nn.Module().__dict__.items() if "hook" in name})
-    return copy.deepcopy(bare)
+    return bare
 
 
-def _own_state(module: nn.Module) -> str:
-    # repr sees counters, flags and small tensors alike; the training flag is ours to set.
-    return repr({k: v for k, v in module.__dict__.items() if k not in _EVERY_MODULE_HAS})
+_CONTAINERS = (list, dict, set, Tensor)
+
+
+def _own_state(module: nn.Module) -> str | None:
+    """All that the module holds, as text; None where something in it does not say what it is."""
+    try:
+        # repr sees counters, flags and small tensors alike; the training flag is ours to set.
+        return repr({k: v for k, v in module.__dict__.items() if k not in _EVERY_MODULE_HAS})
+    except Exception:
+        return None
 
 
 def _grids() -> list[Tensor]:
@@ -111,11 +133,11 @@ def _samples(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     for grid in _grids():
         # In-place activations change their argument, so each call gets one of its own.
         try:
-            samples.append((grid, module.train().forward(grid.clone())))
-        except Exception:  # some modules want images, others sequences
+            samples.append((grid, _output(module, grid.clone())))
+        except _RaisedError:  # some modules want images, others sequences
             continue
-        samples.append((grid, module.eval().forward(grid.clone())))
-        samples.append((grid, module.train().forward(grid.clone())))
+        samples.append((grid, _output(module, grid.clone(), training=False)))
+        samples.append((grid, _output(module, grid.clone())))
     return samples
 
 
@@ -134,7 +156,7 @@ def _values(module: nn.Module, shape: torch.Size) -> Callable[[float], float]:
     """The module as a function of one number."""
 
     def value(at: float) -> float:
-        y: Tensor = module.forward(torch.full(shape, at, dtype=torch.float64))
+        y: Tensor = _output(module, torch.full(shape, at, dtype=torch.float64))
         result: float = y.flatten()[0].item()
         return result
 
@@ -146,8 +168,11 @@ def _has_slope_of(curve: Curve, module: nn.Module, shape: torch.Size) -> bool:
     x = torch.linspace(-10.93, 11.07, shape.numel(), dtype=torch.float64).view(shape)
     with torch.enable_grad():
         # a copy, since an in-place activation may not change a leaf
-        y = module.train().forward(x.requires_grad_().clone())
-        (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        y = _output(module, x.requires_grad_().clone())
+        try:
+            (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        except Exception:  # it passes no gradient on, or its own backward raises
+            return False
     return torch.allclose(slope, curve.derivative(x.detach()), rtol=_SLOPE_TOLERANCE, atol=_SLOPE_TOLERANCE)
 
 

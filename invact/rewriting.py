@@ -1,6 +1,6 @@
-"""Methods of one module compiled anew from their own source, with expressions in them run by callables of ours.
+"""A method compiled anew from its own source, with expressions in it run by callables of ours.
 
-No other module, operation or function is touched.
+Only where the source is proven to be what runs. No module, operation or function is touched.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import inspect
 import operator
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
 from invact.kernels import Curve
+from invact.settings import Settings
 
 Runner = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]
 """Called in an expression's place as `runner(module, original, x)`, where `original(x)` is the expression."""
@@ -42,6 +44,7 @@ class Written:
         text: the expression as written, with "…" for the value if that is an expression itself.
         computes: a module that computes it.
         place: where it stands in the method's syntax tree.
+        settings: what it reads besides its value; None if that can change unseen.
     """
 
     method: str
@@ -50,6 +53,7 @@ class Written:
     text: str
     computes: nn.Module = field(repr=False, compare=False)
     place: Place = field(repr=False, compare=False)
+    settings: Settings | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -66,103 +70,109 @@ class Place:
         return ast.unparse(_with_hole(self.node, self.hole, hole))
 
 
-def install(module: nn.Module, runners: Mapping[Written, Runner]) -> None:
-    """Makes `module` call each runner in place of its expression; `uninstall` undoes it."""
-    by_method: dict[str, dict[Written, Runner]] = {}
-    for written, runner in runners.items():
-        by_method.setdefault(written.method, {})[written] = runner
-    methods = dict(methods_of(type(module)))
-    functions = {name: _calling(methods[name], chosen) for name, chosen in by_method.items()}
-    for name, function in functions.items():
-        module.__dict__[name] = types.MethodType(function, module)
-
-
-def uninstall(module: nn.Module) -> int:
-    """Gives `module` its class's methods back; how many expressions that restores."""
-    count = len(runners_in(module))
-    methods = dict(methods_of(type(module)))
-    for name, function in _rewritten_in(module).items():
-        if name in methods:
-            del module.__dict__[name]
-        else:  # a wrapper, such as accelerate's, has put it by and goes on calling it
-            runners = getattr(function, _RUNNERS)
-            runners.update(dict.fromkeys(runners, _as_written))
-    return count
-
-
-def runners_in(module: nn.Module) -> list[Runner]:
-    """The runners that `install` put into `module`."""
-    functions = {id(function): function for function in _rewritten_in(module).values()}.values()
-    runners = [runner for function in functions for runner in getattr(function, _RUNNERS).values()]
-    return [runner for runner in runners if runner is not _as_written]
-
-
-def _rewritten_in(module: nn.Module) -> dict[str, Callable[..., Any]]:
-    methods = {name: value.__func__ for name, value in module.__dict__.items() if isinstance(value, types.MethodType)}
-    return {name: function for name, function in methods.items() if hasattr(function, _RUNNERS)}
-
-
-def _as_written(module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return original(x)
-
-
 # --- reading the source -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Source:
-    """A method's syntax tree, and where its names lead."""
+    """A method's syntax tree, proven to be what runs: compiled unchanged it is the method's own code."""
 
     definition: ast.FunctionDef
     filename: str
     flags: int
     self_name: str
     variables: frozenset[str]
-    cells: Mapping[str, Any]
-    names: dict[str, Any]  # the globals of the file
     references: tuple[ast.expr, ...]  # the names and chains of attributes in it, each once
 
 
 def methods_of(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
+    """The functions that a class and its bases below `nn.Module` hold as methods, by name."""
     seen = set()
     for base in kind.__mro__:
         if base in (nn.Module, object):
             break
         for name, value in base.__dict__.items():
-            if isinstance(value, types.FunctionType) and name not in seen and not name.startswith("__"):
+            if name not in seen and not name.startswith("__"):
                 seen.add(name)
-                yield name, value
+                if isinstance(value, types.FunctionType):
+                    yield name, value
 
 
-@functools.cache
 def source_of(function: types.FunctionType) -> Source | None:
-    inner = inspect.unwrap(function)
-    if not isinstance(inner, types.FunctionType):
+    """The source of a method, or None where it is not proven to be what runs: wrapped, edited, made elsewhere."""
+    if function not in _SOURCES:
+        _SOURCES[function] = _read(function)
+    return _SOURCES[function]
+
+
+# What is kept holds no function, class or cell: they go when their owner lets them go.
+_SOURCES: weakref.WeakKeyDictionary[types.FunctionType, Source | None] = weakref.WeakKeyDictionary()
+
+
+def _read(function: types.FunctionType) -> Source | None:
+    code = function.__code__
+    if hasattr(function, "__wrapped__"):
         return None
     try:
-        lines, first = inspect.getsourcelines(inner)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-        cells = {
-            name: cell.cell_contents
-            for name, cell in zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
-        }
-    except (OSError, TypeError, SyntaxError, ValueError):  # no source, or not one that stands by itself
+        lines, first = inspect.getsourcelines(function)
+        definition = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    except (OSError, TypeError, SyntaxError):  # no source, or not one that stands by itself
         return None
-    definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef) or not definition.args.args or _has_mangled_names(definition):
         return None
-    ast.increment_lineno(tree, first - 1)
-    code = inner.__code__
+    ast.increment_lineno(definition, first - 1)
+    flags = code.co_flags & _FUTURE_FLAGS
+    if not _is_same_code(_compiled(definition, code.co_filename, flags, code.co_freevars), code):
+        return None
     return Source(
         definition=definition,
         filename=code.co_filename,
-        flags=code.co_flags & _FUTURE_FLAGS,
+        flags=flags,
         self_name=definition.args.args[0].arg,
         variables=frozenset(code.co_varnames + code.co_cellvars),
-        cells=cells,
-        names=inner.__globals__,
         references=tuple({ast.dump(node): node for node in ast.walk(definition) if _is_reference(node)}.values()),
     )
+
+
+def cells_of(function: types.FunctionType) -> dict[str, types.CellType]:
+    """The closure of a function, by name."""
+    return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+
+def _compiled(definition: ast.FunctionDef, filename: str, flags: int, free: Sequence[str]) -> types.CodeType:
+    """The code of a function whose definition stands where the names `free` are variables of a function around it.
+
+    Nothing is run: neither decorators nor defaults, which the function that is replaced has already.
+    """
+    bare = copy.copy(definition)
+    bare.decorator_list = []
+    around = ast.parse(f"def around({', '.join(free)}):\n    pass").body[0]
+    assert isinstance(around, ast.FunctionDef)
+    around.body = [bare]
+    tree = ast.fix_missing_locations(ast.Module([around], type_ignores=[]))
+    code = compile(tree, filename, "exec", flags, dont_inherit=True)
+    for name in ("around", definition.name):
+        code = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
+    return code
+
+
+_COMPARED = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount")
+_COMPARED += ("co_posonlyargcount", "co_kwonlyargcount", "co_name")
+
+
+def _is_same_code(one: types.CodeType, other: types.CodeType) -> bool:
+    """Whether two codes do the same, wherever they stand."""
+    flags = (one.co_flags ^ other.co_flags) & ~inspect.CO_NESTED
+    if flags or any(getattr(one, name) != getattr(other, name) for name in _COMPARED):
+        return False
+    return len(one.co_consts) == len(other.co_consts) and all(
+        _is_same_code(a, b) if isinstance(a, types.CodeType) and isinstance(b, types.CodeType) else _is_same(a, b)
+        for a, b in zip(one.co_consts, other.co_consts, strict=True)
+    )
+
+
+def _is_same(one: object, other: object) -> bool:
+    return type(one) is type(other) and repr(one) == repr(other)  # 0.0 is not -0.0, and NaN is NaN
 
 
 def _is_reference(node: ast.AST) -> TypeGuard[ast.expr]:
@@ -177,42 +187,35 @@ def _has_mangled_names(tree: ast.AST) -> bool:
 # --- writing the method anew --------------------------------------------------------------------------
 
 
-def can_be_rewritten(function: types.FunctionType, places: list[Place]) -> bool:
-    try:
-        _factory(function, tuple(places))
-    except Exception:  # a decorator or a default that does not stand a second time
-        return False
-    return True
+def calling(function: types.FunctionType, runners: Mapping[Written, Runner]) -> types.FunctionType:
+    """The method with each expression replaced by `runner(self, lambda x: expression, value)`.
 
-
-def _calling(function: types.FunctionType, runners: Mapping[Written, Runner]) -> types.FunctionType:
-    """The method with each expression replaced by `runner(self, lambda x: expression, value)`."""
-    make = _factory(function, tuple(written.place for written in runners))
-    numbered = dict(enumerate(runners.values()))
-    made = make(numbered)
-    setattr(made, _RUNNERS, numbered)
+    Its globals, defaults and closure cells are those of `function` itself.
+    """
+    code = _rewritten(function, tuple(written.place for written in runners))
+    cells = {**cells_of(function), _RUNNERS: types.CellType(dict(enumerate(runners.values())))}
+    closure = tuple(cells[name] for name in code.co_freevars)
+    made = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    functools.update_wrapper(made, function)
+    made.__kwdefaults__ = function.__kwdefaults__
     return made
 
 
-@functools.cache
-def _factory(
-    function: types.FunctionType, places: tuple[Place, ...]
-) -> Callable[[dict[int, Runner]], types.FunctionType]:
-    """Makes the method anew for given runners; compiled once for all modules of a class."""
-    source = source_of(function)
-    assert source is not None
-    definition = copy.deepcopy(source.definition)
-    _Rewriter(source.self_name, places).visit(definition)
-    # Cells become arguments of a function around it; `__class__` among them, so that super() works.
-    factory = ast.parse(f"def factory({', '.join([_RUNNERS, *source.cells])}):\n    return {definition.name}").body[0]
-    assert isinstance(factory, ast.FunctionDef)
-    factory.body.insert(0, definition)
-    tree = ast.fix_missing_locations(ast.Module([factory], type_ignores=[]))
-    made: dict[str, Any] = {}
-    exec(compile(tree, source.filename, "exec", source.flags, dont_inherit=True), source.names, made)
-    make = functools.partial(made["factory"], **source.cells)
-    make({})  # the decorators and defaults of the method run here
-    return make
+_REWRITTEN: weakref.WeakKeyDictionary[types.FunctionType, dict[tuple[Place, ...], types.CodeType]]
+_REWRITTEN = weakref.WeakKeyDictionary()
+
+
+def _rewritten(function: types.FunctionType, places: tuple[Place, ...]) -> types.CodeType:
+    """Compiled once for all modules of a class."""
+    codes = _REWRITTEN.setdefault(function, {})
+    if places not in codes:
+        source = source_of(function)
+        assert source is not None
+        definition = copy.deepcopy(source.definition)
+        _Rewriter(source.self_name, places).visit(definition)
+        free = [*function.__code__.co_freevars, _RUNNERS]
+        codes[places] = _compiled(definition, source.filename, source.flags, free)
+    return codes[places]
 
 
 class _Rewriter(ast.NodeTransformer):

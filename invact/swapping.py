@@ -1,28 +1,31 @@
-"""What stands where an activation stood, and how it is put there and taken out again."""
+"""How a module is patched: it stays the object it is and gets a class of its own, a subclass of the one it had.
+
+So its attributes, hooks, parameters and every reference to it are the user's, as `torch.nn.utils.parametrize` does it.
+The class alone knows of us: it runs an activation inverted, or a method with inverted expressions in it, pickles as the
+class that the module had, and goes when `Swaps.undo` gives the module that class back.
+"""
 
 from __future__ import annotations
 
+import abc
 import copy
-from collections.abc import Callable, Mapping
+import functools
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from invact import dropout, functional
+from invact import functional
 from invact.kernels import Curve
-from invact.rewriting import Written, install, runners_in, uninstall
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+from invact.rewriting import Runner, Written, calling, methods_of
+from invact.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -31,167 +34,271 @@ class Inversion:
 
     Attributes:
         curve: what is computed there.
+        settings: what its code reads besides its input. While it is anything else, the stock code runs.
         in_place: the output takes the memory of the input.
-        dropouts: the paths of the nn.Dropout modules that alone take the output, and are fused with it.
     """
 
     curve: Curve
+    settings: Settings
     in_place: bool = False
-    dropouts: frozenset[str] = frozenset()
+
+    def applies(self, module: nn.Module, x: Any) -> bool:
+        """Whether `x` is to be computed here and not by the stock code."""
+        is_tensor = isinstance(x, Tensor) and x.is_floating_point()  # fx, for one, traces with what is no tensor
+        return is_tensor and functional.wants_gradient(x) and self.settings.unchanged(module)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.dropouts:
-            return dropout.announced(x, self.curve)
-        return functional.invert(x, self.curve, self.in_place)
-
-
-class StandIn(nn.Module):
-    """Stands where `original` stood.
-
-    It adds nothing to the state dict. Hooks of `original` go on being called, and their handles remove them.
-    A deepcopy stands in as well; a pickle holds `original`, so that a saved model does not need invact.
-    """
-
-    original: nn.Module
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        # Not as a submodule: the model's names, state dict and children stay what they were.
-        self.__dict__.update(original=original, training=original.training)
-        _share_hooks(original, self)
-
-    def restored(self) -> nn.Module:
-        """`original`, with the mode and the hooks that it has been given meanwhile."""
-        self.original.training = self.training
-        _share_hooks(self, self.original)
-        return self.original
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
-        twin = type(self).__new__(type(self))
-        StandIn.__init__(twin, copy.deepcopy(self.restored(), memo))
-        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in twin.__dict__})
-        return twin
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self.restored(),)
-
-
-class Inverted(StandIn):
-    """An activation that keeps its output instead of its input for backward.
-
-    In evaluation mode and without gradients it runs `original`, so that results there are exactly the same.
-    """
-
-    inversion: Inversion
-
-    def __init__(self, original: nn.Module, inversion: Inversion) -> None:
-        super().__init__(original)
-        self.__dict__["inversion"] = inversion
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and functional.wants_gradient(x):
-            return self.inversion(x)
-        return self.original.forward(x)  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        return f"{self.inversion.curve}, was {self.original!r}"
-
-
-class FusedDropout(StandIn):
-    """The dropout that alone takes the output of an inverted activation; see `invact.dropout`."""
-
-    original: nn.Dropout
-
-    def forward(self, y: Tensor) -> Tensor:
-        return dropout.dropped(y, self.original.p, self.training)
-
-    def extra_repr(self) -> str:
-        return f"was {self.original!r}"
-
-
-def _itself(module: nn.Module) -> nn.Module:
-    return module
-
-
-def _share_hooks(source: nn.Module, target: nn.Module) -> None:
-    target.__dict__.update({name: source.__dict__[name] for name in _HOOKS})
+        y = functional.invert(x, self.curve, self.in_place)
+        watched = getattr(_THREAD, "watched", None)
+        if watched is not None and not self.in_place:
+            watched.append((x, y, y.grad_fn, y._version))
+        return y
 
 
 @dataclass(frozen=True)
 class InvertedExpression:
-    """Runs in an expression's place; see `invact.rewriting`. `Inverted` for what is no module."""
+    """Runs in an expression's place; see `invact.rewriting`."""
 
     inversion: Inversion
 
     def __call__(self, module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if module.training and functional.wants_gradient(x):
-            return self.inversion(x)
-        return original(x)
+        return self.inversion(x) if self.inversion.applies(module, x) else original(x)
+
+
+# --- the classes --------------------------------------------------------------------------------------
+
+
+_THREAD = threading.local()
+_CLASS = object.__dict__["__class__"]
+
+
+class _ClassAsPickled:
+    """`__class__` as ever, but for once after `__reduce_ex__`: pickle compares what that says with it."""
+
+    def __get__(self, module: Any, kind: type) -> Any:
+        if getattr(_THREAD, "pickled", None) is module:
+            _THREAD.pickled = None
+            return module._invact_stock
+        return _CLASS.__get__(module)
+
+    def __set__(self, module: Any, kind: type) -> None:
+        _CLASS.__set__(module, kind)
+
+
+class Patched:
+    """In every class that a module is given here; the first base, before the class that the module had.
+
+    Attributes:
+        _invact_stock: the class that the module had.
+        _invact_sites: what is inverted in it, as (method, curve); the method of an activation is "".
+    """
+
+    _invact_stock: ClassVar[type[nn.Module]]
+    _invact_sites: ClassVar[tuple[tuple[str, str], ...]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The user's own `__init_subclass__`, which may keep a register, is not told of our classes."""
+
+    __class__ = _ClassAsPickled()  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the stock module would be: a pickle can be read where there is no invact."""
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, str):
+            return reduced
+        make, arguments, *rest = reduced
+        kind = type(self)
+        if kind not in arguments:
+            return reduced
+        _THREAD.pickled = self
+        return (make, tuple(kind._invact_stock if part is kind else part for part in arguments), *rest)
+
+    def __copy__(self) -> Any:
+        return self._twin(super(), "__copy__", lambda part: part, {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._twin(super(), "__deepcopy__", lambda part: copy.deepcopy(part, memo), memo, memo)
+
+    def _twin(self, stock: Any, own: str, copied: Callable[[Any], Any], memo: dict[int, Any], *args: Any) -> Any:
+        """A copy as the stock class makes it, patched as this is."""
+        if hasattr(stock, own):
+            twin = getattr(stock, own)(*args)
+        else:
+            make, arguments, *rest = stock.__reduce_ex__(4)
+            twin = memo[id(self)] = make(*copied(arguments))
+            _set_state(twin, copied(rest[0] if rest else None))
+        if type(twin) is self._invact_stock:
+            _set_class(twin, type(self))
+        return twin
+
+
+def _set_state(twin: Any, state: Any) -> None:
+    """As `copy` does it."""
+    if hasattr(twin, "__setstate__"):
+        twin.__setstate__(state)
+        return
+    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+    twin.__dict__.update(attributes or {})
+    for name, value in (slots or {}).items():
+        setattr(twin, name, value)
+
+
+class Inverted(Patched):
+    """In the class of an activation that keeps its output instead of its input for backward."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Hooks may change the output in place, which stock allows: then the input is kept after all."""
+        hooked = self._forward_hooks or torch_module._global_forward_hooks  # type: ignore[attr-defined]
+        if not hooked or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with _changed_outputs_kept_right():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _changed_outputs_kept_right() -> Iterator[None]:
+    outer = getattr(_THREAD, "watched", None)
+    watched: list[tuple[Tensor, Tensor, Any, int]] = []
+    _THREAD.watched = watched
+    try:
+        yield
+    finally:
+        _THREAD.watched = outer
+    for x, y, node, version in watched:
+        if y._version != version and hasattr(node, "input"):
+            node.input = x
+
+
+# By the class that a module had and what is inverted in it, so that the equal layers of a model share one class and
+# torch.compile sees one. A class that no module has any more is collected.
+_CLASSES: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValueDictionary()
+
+
+def _inverted_class(stock: type[nn.Module], inversion: Inversion) -> type:
+    key = (stock, inversion)
+    kind = _CLASSES.get(key)
+    if kind is None:
+        methods = {"forward": _inverted_forward(stock, inversion)}
+        kind = _CLASSES[key] = _class_over(stock, Inverted, methods, (("", str(inversion.curve)),))
+    return kind
+
+
+def _inverted_forward(stock: type[nn.Module], inversion: Inversion) -> Callable[..., Any]:
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Who holds on to this method may call it when the module has its own class again.
+        if len(args) == 1 and not kwargs and isinstance(self, Patched) and inversion.applies(self, args[0]):
+            return inversion(args[0])
+        return stock.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _rewritten_class(stock: type[nn.Module], runners: Mapping[Written, Runner]) -> type:
+    key = (stock, *((written.method, written.number, runner) for written, runner in runners.items()))
+    kind = _CLASSES.get(key)
+    if kind is None:
+        by_method: dict[str, dict[Written, Runner]] = {}
+        for written, runner in runners.items():
+            by_method.setdefault(written.method, {})[written] = runner
+        functions = dict(methods_of(stock))
+        methods = {name: _rewritten_method(stock, functions[name], chosen) for name, chosen in by_method.items()}
+        sites = tuple((written.method, str(written.curve)) for written in runners)
+        kind = _CLASSES[key] = _class_over(stock, Patched, methods, sites)
+    return kind
+
+
+def _rewritten_method(
+    stock: type[nn.Module], function: types.FunctionType, runners: Mapping[Written, Runner]
+) -> Callable[..., Any]:
+    rewritten = calling(function, runners)
+    name, code, defaults = function.__name__, function.__code__, function.__defaults__
+
+    @functools.wraps(function)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Another method may have been put in its place, or its code and defaults exchanged, since it was read.
+        if not torch.compiler.is_compiling():
+            known = function.__code__ is code and function.__defaults__ is defaults
+            if not (isinstance(self, Patched) and known and getattr(stock, name) is function):
+                return getattr(stock, name)(self, *args, **kwargs)
+        return rewritten(self, *args, **kwargs)
+
+    return method
+
+
+def _class_over(stock: type, first: type, methods: Mapping[str, Any], sites: tuple[tuple[str, str], ...]) -> type:
+    """A subclass that looks like the class it is of, made past metaclasses that keep a register."""
+    copied = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    names = {**copied, **methods, "_invact_stock": stock, "_invact_sites": sites}
+    metaclass = type(stock)
+    make = abc.ABCMeta.__new__ if issubclass(metaclass, abc.ABCMeta) else type.__new__
+    return make(metaclass, stock.__name__, (first, stock), names)  # type: ignore[no-any-return, arg-type]
+
+
+def _set_class(module: nn.Module, kind: type) -> None:
+    object.__setattr__(module, "__class__", kind)  # past a `__setattr__` of the user's
+
+
+# --- putting them in and taking them out --------------------------------------------------------------
 
 
 @dataclass
 class Swaps:
-    """What `swap_in` replaced, so that exactly that can be put back."""
+    """The modules that `swap_in` patched, so that exactly these are given back."""
 
-    modules: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)  # parent, name, original
-    methods: list[nn.Module] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
 
     def undo(self) -> int:
-        """Puts everything back; returns the number of sites restored."""
-        restored = set()
-        for parent, name, original in self.modules:
-            inverted = parent._modules[name]
-            if isinstance(inverted, StandIn):
-                parent._modules[name] = inverted.restored()
-                if isinstance(inverted, Inverted):
-                    restored.add(id(original))
-        return len(restored) + sum(uninstall(module) for module in self.methods)
+        """Gives every module the class that it had; returns the number of sites restored."""
+        restored = 0
+        for module in self.modules:
+            if isinstance(module, Patched):
+                restored += len(module._invact_sites)
+                _set_class(module, _stock_class(type(module)))
+        self.modules = []
+        return restored
+
+
+def _stock_class(kind: type) -> type:
+    """The class without ours: the stock one, or that of somebody, such as FSDP, who has put his own on top."""
+    if "_invact_stock" in kind.__dict__:
+        stock: type = kind.__dict__["_invact_stock"]
+        return stock
+    bases = tuple(_stock_class(base) if issubclass(base, Patched) else base for base in kind.__bases__)
+    names = {name: value for name, value in kind.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    return type.__new__(type(kind), kind.__name__, bases, names)
 
 
 def swap_in(
     model: nn.Module,
     modules: Mapping[str, Inversion],
-    expressions: Mapping[str, Mapping[Written, Inversion]],
+    expressions: Mapping[str, Mapping[Written, Runner]],
 ) -> Swaps:
-    """Replaces modules and expressions by inverted ones; all of them or, after an error, none.
+    """Inverts modules and expressions; all of them or, after an error, none.
 
     Args:
-        modules: by the path of the module; replaced wherever that module is registered.
-        expressions: by the path of the module in whose methods they stand.
+        modules: by the path of the module.
+        expressions: by the path of the module in whose methods they stand, what runs in their place.
     """
-    stand_ins: dict[int, StandIn] = {}
-    for path, inversion in modules.items():
-        original = model.get_submodule(path)
-        stand_ins[id(original)] = Inverted(original, inversion)
-    inversions = [*modules.values(), *(i for chosen in expressions.values() for i in chosen.values())]
-    for path in {path for inversion in inversions for path in inversion.dropouts}:
-        original = model.get_submodule(path)
-        stand_ins[id(original)] = FusedDropout(original)
-    places = [(parent, name, child) for parent, name, child in _places(model) if id(child) in stand_ins]
-    swaps = Swaps(places)
+    swaps = Swaps()
     try:
-        for parent, name, original in places:
-            setattr(parent, name, stand_ins[id(original)])
-        for path, chosen in expressions.items():
+        for path, inversion in modules.items():
             module = model.get_submodule(path)
-            swaps.methods.append(module)
-            install(module, {written: InvertedExpression(inversion) for written, inversion in chosen.items()})
+            _swap(module, _inverted_class(type(module), inversion), swaps)
+        for path, runners in expressions.items():
+            module = model.get_submodule(path)
+            _swap(module, _rewritten_class(type(module), runners), swaps)
     except BaseException:
         swaps.undo()
         raise
     return swaps
 
 
+def _swap(module: nn.Module, kind: type, swaps: Swaps) -> None:
+    _set_class(module, kind)
+    swaps.modules.append(module)
+
+
 def swaps_in(model: nn.Module) -> Swaps:
-    """Everything inverted in `model`."""
-    places = [(parent, name, child.original) for parent, name, child in _places(model) if isinstance(child, StandIn)]
-    return Swaps(places, [module for module in model.modules() if runners_in(module)])
-
-
-def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    return [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child is not None
-    ]
+    """Everything patched in `model`."""
+    return Swaps([module for module in model.modules() if isinstance(module, Patched)])

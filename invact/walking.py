@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from invact.expressions import written_in
 from invact.kernels import Curve
 from invact.recognition import recognise
 from invact.rewriting import Written
-from invact.swapping import Inverted
+from invact.settings import Settings, UnseenError, settings_of_module
+from invact.swapping import Patched
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,9 @@ class Found:
         label: the class name of the module, or the expression as written.
         computes: the module, or one that computes the expression.
         module_path: of the module, or of the module whose method holds the expression.
+        settings: what is read there besides the input; None if that can change unseen.
         written: the expression, or None for a module.
+        replaced: whether somebody has put another forward on this one module.
     """
 
     path: str
@@ -32,7 +37,9 @@ class Found:
     label: str
     computes: nn.Module
     module_path: str
+    settings: Settings | None
     written: Written | None = None
+    replaced: bool = False
 
 
 def walk(model: nn.Module) -> list[Found]:
@@ -45,15 +52,28 @@ def walk(model: nn.Module) -> list[Found]:
         '_ff_block:gelu'
     """
     sites: list[Found] = []
-    for path, module in model.named_modules():
-        if isinstance(module, Inverted):
+    for path, module in unscripted_modules(model):
+        if isinstance(module, Patched):
             continue
         curve = recognise(module)
-        if curve is not None:
-            sites.append(Found(path, curve, type(module).__name__, module, path))
-        else:
+        if curve is None:
             sites += _written_sites(path, module)
+        else:
+            replaced = "forward" in vars(module)
+            sites.append(Found(path, curve, type(module).__name__, module, path, _settings(module), replaced=replaced))
     return sites
+
+
+def unscripted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path, but for those that TorchScript runs, which have no code in Python."""
+    return ((path, m) for path, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule))
+
+
+def _settings(module: nn.Module) -> Settings | None:
+    try:
+        return settings_of_module(module)
+    except UnseenError:
+        return None
 
 
 def _written_sites(path: str, module: nn.Module) -> list[Found]:
@@ -63,5 +83,5 @@ def _written_sites(path: str, module: nn.Module) -> list[Found]:
         name = f"{path}.{written.method}:{written.curve.name}".lstrip(".")
         seen[name] += 1
         numbered = name if seen[name] == 1 else f"{name}.{seen[name]}"
-        sites.append(Found(numbered, written.curve, written.text, written.computes, path, written))
+        sites.append(Found(numbered, written.curve, written.text, written.computes, path, written.settings, written))
     return sites
