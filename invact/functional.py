@@ -277,9 +277,10 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
 
 
 def wants_gradient(x: Tensor) -> bool:
-    """Whether autograd records what is done with x. Under torch.jit.trace, which knows stock operators alone: no."""
-    traced = not torch.compiler.is_compiling() and torch.jit.is_tracing()
-    return torch.is_grad_enabled() and x.requires_grad and not traced
+    """Whether autograd records what is done with x. While a graph is traced or exported, which is the stock one: no."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_exporting()
+    return torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing()
 
 
 def _of_parts(x: Tensor, curve: Curve, inplace: bool) -> Tensor:

@@ -147,8 +147,18 @@ def _agreeing(samples: list[tuple[Tensor, Tensor]], module: nn.Module) -> Iterat
         return
     shape = samples[0][0].shape
     values = _values(module, shape)
-    for curve in (*FIXED_CURVES, *(guess(values) for guess in GUESSES)):
-        if curve is not None and all(_agree(curve.f(x), y) for x, y in samples) and _has_slope_of(curve, module, shape):
+    for curve in (*FIXED_CURVES, *_guessed(values)):
+        if all(_agree(curve.f(x), y) for x, y in samples) and _has_slope_of(curve, module, shape):
+            yield curve
+
+
+def _guessed(values: Callable[[float], float]) -> Iterator[Curve]:
+    for guess in GUESSES:
+        try:
+            curve = guess(values)
+        except ValueError:  # no such curve has these parameters: the module gives another value at each call
+            continue
+        if curve is not None:
             yield curve
 
 

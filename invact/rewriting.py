@@ -114,16 +114,17 @@ def _read(function: types.FunctionType) -> Source | None:
     if hasattr(function, "__wrapped__"):
         return None
     try:
-        lines, first = inspect.getsourcelines(function)
-        definition = ast.parse(textwrap.dedent("".join(lines))).body[0]
-    except (OSError, TypeError, SyntaxError):  # no source, or not one that stands by itself
+        lines, before = inspect.findsource(function)
+        definition = ast.parse(textwrap.dedent("".join(inspect.getblock(lines[before:])))).body[0]
+        proven = any(_is_same_code(code, other) for other in _codes_in("".join(lines), code.co_filename)[_place(code)])
+    except (OSError, TypeError, SyntaxError, ValueError, LookupError):  # no source, or not one that stands by itself
         return None
-    if not isinstance(definition, ast.FunctionDef) or not definition.args.args or _has_mangled_names(definition):
+    if not proven or not isinstance(definition, ast.FunctionDef) or not definition.args.args:
         return None
-    ast.increment_lineno(definition, first - 1)
+    if _has_mangled_names(definition):
+        return None
+    ast.increment_lineno(definition, before)
     flags = code.co_flags & _FUTURE_FLAGS
-    if not _is_same_code(_compiled(definition, code.co_filename, flags, code.co_freevars), code):
-        return None
     return Source(
         definition=definition,
         filename=code.co_filename,
@@ -154,6 +155,22 @@ def _compiled(definition: ast.FunctionDef, filename: str, flags: int, free: Sequ
     for name in ("around", definition.name):
         code = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
     return code
+
+
+@functools.lru_cache(32)
+def _codes_in(text: str, filename: str) -> dict[tuple[str, int], list[types.CodeType]]:
+    """Every code in the text of a file, by where it stands. How a call is compiled depends on the file's imports."""
+    found: dict[tuple[str, int], list[types.CodeType]] = {}
+    waiting = [compile(text, filename, "exec", dont_inherit=True)]
+    while waiting:
+        code = waiting.pop()
+        found.setdefault(_place(code), []).append(code)
+        waiting += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return found
+
+
+def _place(code: types.CodeType) -> tuple[str, int]:
+    return code.co_name, code.co_firstlineno
 
 
 _COMPARED = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount")

@@ -68,11 +68,14 @@ class Settings:
         False
     """
 
-    __slots__ = ("_of_instance_alone", "readings")
+    __slots__ = ("_attributes", "_can_be_traced", "readings")
 
     def __init__(self, readings: Iterator[Reading]) -> None:
         self.readings = tuple(dict.fromkeys(readings))
-        self._of_instance_alone = all(reading.owner is None for reading in self.readings)
+        self._attributes = tuple((reading.name, reading.value) for reading in self.readings if reading.owner is None)
+        # torch.compile watches attributes by itself; of what stands elsewhere only code is taken not to change
+        elsewhere = [reading.value for reading in self.readings if reading.owner is not None]
+        self._can_be_traced = all(callable(value) or isinstance(value, types.CodeType) for value in elsewhere)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Settings) and self.readings == other.readings
@@ -82,8 +85,8 @@ class Settings:
 
     def unchanged(self, module: nn.Module) -> bool:
         """Whether all of it is what it was, for a module of the same class as the one that was read."""
-        if torch.compiler.is_compiling():  # which follows, and watches, attributes alone
-            return self._of_instance_alone and all(getattr(module, r.name, _GONE) == r.value for r in self.readings)
+        if torch.compiler.is_compiling():
+            return self._can_be_traced and all(getattr(module, name) == value for name, value in self._attributes)
         for reading in self.readings:
             now = reading.now(module)
             if now is not reading.value and not _same(now, reading.value):

@@ -60,6 +60,11 @@ def count_kept():
 
 
 @pytest.fixture
+def run_forward():
+    return lambda model, inputs: first_tensors(run(model, inputs))
+
+
+@pytest.fixture
 def run_backward():
     return outputs_and_gradients
 

@@ -78,25 +78,6 @@ def test_a_relu_written_as_a_clamp_is_inverted_since_stock_keeps_its_input(count
     assert count_kept(model, (x,)) == report.bytes_after
 
 
-def test_a_curve_that_levels_out_is_not_fused_with_a_dropout_but_others_are():
-    def action(activation):
-        model = nn.Sequential(nn.Linear(16, 64), activation, nn.Dropout(0.1), nn.Linear(64, 16))
-        return invact.plan(model, (torch.randn(4, 16),)).sites[0].action
-
-    assert action(nn.ReLU6()) == action(nn.Hardsigmoid()) == "keep"
-    assert action(nn.ELU()) == action(nn.LeakyReLU()) == "invert"
-
-
-@pytest.mark.parametrize("activation", [nn.ELU(0.7), nn.LeakyReLU(0.2), nn.Softplus()], ids=str)
-def test_a_monotone_curve_fused_with_a_dropout_has_the_stock_gradient(activation, run_backward):
-    model = nn.Sequential(nn.Linear(16, 64), activation, nn.Dropout(0.3), nn.Linear(64, 16))
-    x = torch.randn(33, 16)
-    _, expected = run_backward(model, (x,))
-    report = invact.patch(model, (x,))
-    assert report.sites[0].bytes_saved == 2 * 33 * 64 * 4 - 33 * 64 // 8  # the input and the mask, but for its bits
-    torch.testing.assert_close(run_backward(model, (x,))[1], expected, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_the_report_counts_the_bits_and_is_right(bits, count_kept):
     model, x = Residual(nn.GELU()), torch.randn(33, 16)

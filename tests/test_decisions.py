@@ -7,6 +7,7 @@ from invact.kernels import CURVES
 from torch import nn
 
 import invact
+from invact.settings import settings_of_module
 from invact.swapping import Inversion, swap_in
 
 
@@ -192,7 +193,7 @@ def test_a_site_is_inverted_exactly_where_fewer_bytes_are_then_kept(case, count_
     assert site.reason == case.__doc__
     assert report.bytes_before == kept
 
-    swaps = swap_in(model, {"act": Inversion(CURVES[site.activation])}, {})
+    swaps = swap_in(model, {"act": Inversion(CURVES[site.activation], settings_of_module(model.act))}, {})
     inverted = count_kept(model, (x,))
     if site.reason != "its output is changed in place later":  # inverted, its backward raises an error
         found = run_backward(model, (x,))[1]

@@ -133,10 +133,11 @@ def test_expressions_are_found_inverted_and_put_back(kind, count_kept, run_backw
     torch.testing.assert_close(after[0], output, rtol=1e-5, atol=1e-5)
     assert (after[1] - gradient).norm() < 1e-4 * gradient.norm()
 
-    model.eval()
-    assert all(torch.equal(a, b) for a, b in zip(run_backward(model, (x,)), (output, gradient), strict=True))
-    model.train()
+    assert model.__dict__ == attributes
+    with torch.no_grad():
+        assert torch.equal(model(x).flatten(), output)
     assert invact.unpatch(model) == len(FOUND[kind])
+    assert type(model) is kind
     assert model.__dict__ == attributes
     assert torch.equal(run_backward(model, (x,))[1], gradient)
 
@@ -295,9 +296,9 @@ def test_what_is_no_activation_of_one_value_is_not_taken_for_one(expression, fou
 def test_other_instances_of_the_class_and_other_threads_are_not_touched():
     patched, other = CallsFunctional(), CallsFunctional()
     invact.patch(patched, (torch.randn(4, 16),))
-    assert "forward" not in other.__dict__
-    assert "forward" in patched.__dict__
-    assert CallsFunctional.forward is type(other).forward
+    assert type(other) is CallsFunctional
+    assert type(patched) is not CallsFunctional
+    assert isinstance(patched, CallsFunctional)
 
 
 def test_a_deepcopy_trains_by_itself_and_a_pickle_comes_back_stock(run_backward):
@@ -313,20 +314,68 @@ def test_a_deepcopy_trains_by_itself_and_a_pickle_comes_back_stock(run_backward)
     assert torch.equal(run_backward(pickle.loads(pickle.dumps(twin)), (x,))[1], expected)
 
 
-def test_whispers_functional_activations_are_found():
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
+def thrice(function):
+    @functools.wraps(function)
+    def wrapper(self, x):
+        return 3 * function(self, x)
 
-    config = WhisperConfig(
-        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=100, num_mel_bins=8, max_source_positions=16,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
-    )  # fmt: skip
-    inputs = {
-        "input_features": torch.randn(2, 8, 32),
-        "decoder_input_ids": torch.randint(0, 100, (2, 8)),
-    }
-    report = invact.plan(WhisperForConditionalGeneration(config), inputs)
-    assert {"model.encoder.forward:gelu", "model.encoder.forward:gelu.2"} <= {site.path for site in report.sites}
+    return wrapper
+
+
+class Wrapped(Block):
+    @thrice
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class WrappedLater(Block):
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("wrapped", ["in the source", "later", "on the module", "by another name"])
+def test_an_expression_behind_a_wrapper_is_left_alone(wrapped, monkeypatch, run_backward):
+    model, x = Wrapped() if wrapped == "in the source" else WrappedLater(), torch.randn(4, 16)
+    original = WrappedLater.forward
+    if wrapped == "later":
+        monkeypatch.setattr(WrappedLater, "forward", functools.wraps(original)(lambda self, x: 3 * original(self, x)))
+    elif wrapped == "on the module":
+        model.forward = functools.partial(original, model)
+    elif wrapped == "by another name":
+        monkeypatch.setattr(WrappedLater, "forward", lambda self, x: 3 * original(self, x))
+    expected = run_backward(model, (x,))[1]
+    assert invact.patch(model, (x,)).sites == []
+    assert torch.equal(run_backward(model, (x,))[1], expected)
+
+
+def test_what_a_method_reads_is_read_when_it_runs(run_backward):
+    scale, slope = 1.0, 0.2
+
+    class Reads(Block):
+        def forward(self, x, offset=0.5):
+            return self.down(F.leaky_relu(self.up(x), slope)) * scale + offset
+
+    stock, patched, x = Reads(), Reads(), torch.randn(4, 16)
+    patched.load_state_dict(stock.state_dict())
+    assert len(invact.patch(patched, (x,)).inverted) == 1
+    for change in ("nothing", "scale", "slope", "default", "method"):
+        scale = 2.0 if change == "scale" else scale
+        slope = 0.01 if change == "slope" else slope
+        if change == "default":
+            Reads.forward.__defaults__ = (0.7,)
+        if change == "method":
+            Reads.forward = lambda self, x: self.down(self.up(x))
+        for a, b in zip(run_backward(stock, (x,)), run_backward(patched, (x,)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_source_that_is_not_what_runs_is_left_alone(block_that_computes, tmp_path, run_backward):
+    model, x = block_that_computes("F.gelu(x)"), torch.randn(4, 16)
+    path = tmp_path / "block.py"
+    path.write_text(path.read_text().replace("F.gelu(x)", "F.gelu(x) * 3"))
+    expected = run_backward(model, (x,))[1]
+    assert invact.patch(model, (x,)).sites == []
+    assert torch.equal(run_backward(model, (x,))[1], expected)
 
 
 def test_pytorchs_own_transformer_layer_calls_its_activation_as_an_attribute(run_backward):

@@ -117,15 +117,23 @@ def test_patching_a_real_model_saves_what_it_says_and_changes_no_result(make, co
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_a_patched_model_computes_bitwise_the_same_in_evaluation_mode_and_without_gradients(make, run_backward):
-    model, inputs, _ = make()
+def test_a_model_left_in_evaluation_mode_is_planned_and_trained_so(make, run_backward, run_forward, count_kept):
+    """As `from_pretrained` returns it. Without a gradient it computes bit for bit what it did."""
+    model, inputs, sites = make()
     model.eval()
-    output, gradient = run_backward(model, inputs)
-    invact.patch(model, inputs)
+    kept_before, (output, gradient) = count_kept(model, inputs), run_backward(model, inputs)
+    report = invact.patch(model, inputs)
     assert not model.training
+    assert len(report.inverted) >= sites
+    assert report.bytes_before == pytest.approx(kept_before, rel=0.01)
+    assert report.bytes_after == pytest.approx(count_kept(model, inputs), rel=0.01)
     patched_output, patched_gradient = run_backward(model, inputs)
-    assert torch.equal(patched_output, output)
-    assert torch.equal(patched_gradient, gradient)
+    torch.testing.assert_close(patched_output, output, rtol=1e-5, atol=1e-5)
+    assert (patched_gradient - gradient).norm() < 1e-4 * gradient.norm()
+    with torch.no_grad():
+        patched = run_forward(model, inputs)
+        invact.unpatch(model)
+        assert all(torch.equal(a, b) for a, b in zip(run_forward(model, inputs), patched, strict=True))
 
 
 def test_the_ways_to_patch_agree(run_backward):
