@@ -21,6 +21,8 @@ from torch import Tensor
 from .curve import Curve
 from .rounding import rounded, widened
 
+KEPT_CURVES = 256  # of one kind: the same parameters give the same curve, and with it its tables
+
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Monotone(Curve):
@@ -113,7 +115,7 @@ def _exponential_linear(
     )
 
 
-@functools.cache
+@functools.lru_cache(KEPT_CURVES)
 def elu(alpha: float = 1.0) -> Monotone:
     """``x`` for x > 0, else ``alpha (exp(x) - 1)``; f' there is ``y + alpha``.
 
@@ -129,7 +131,7 @@ def elu(alpha: float = 1.0) -> Monotone:
     )
 
 
-@functools.cache
+@functools.lru_cache(KEPT_CURVES)
 def celu(alpha: float = 1.0) -> Monotone:
     """``x`` for x > 0, else ``alpha (exp(x / alpha) - 1)``; f' there is ``y / alpha + 1``. Loses what `elu` loses."""
     _check_positive("celu", "alpha", alpha)
@@ -143,7 +145,7 @@ def celu(alpha: float = 1.0) -> Monotone:
     )
 
 
-@functools.cache
+@functools.lru_cache(KEPT_CURVES)
 def leaky_relu(negative_slope: float = 0.01) -> Monotone:
     """``x`` for x > 0, else ``negative_slope x``. Nothing is lost: the sign of y is that of x."""
     _check_positive("leaky_relu", "negative_slope", negative_slope, zero_too=True)
@@ -163,7 +165,7 @@ def leaky_relu(negative_slope: float = 0.01) -> Monotone:
     )
 
 
-@functools.cache
+@functools.lru_cache(KEPT_CURVES)
 def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Monotone:
     """x, held between two values; f' is 1 between them. Lost where x is a bound, rounded: f' is 0 there."""
     if not min_val < max_val:
@@ -197,7 +199,7 @@ def _clamped(name: str, low: float, high: float, parameters: tuple[tuple[str, fl
 SMOOTH_THRESHOLD = 17.0
 
 
-@functools.cache
+@functools.lru_cache(KEPT_CURVES)
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Monotone:
     """``log(1 + exp(beta x)) / beta``, and x itself where ``beta x > threshold``; f' is ``1 - exp(-beta y)``.
 
@@ -287,7 +289,7 @@ SQUARED_RELU = Monotone(
     name="squared_relu",
     f=_squared_relu,
     derivative=lambda x: 2 * x.clamp(min=0),
-    of_output=lambda y: 2 * y.sqrt(),
+    of_output=lambda y: 2 * y.clamp(min=0).sqrt(),
     rise=lambda y: torch.where(y > 0, y.rsqrt(), 0.0),
     source="relu(x)^2, So et al., Primer, arXiv 2109.08668; lost where the square falls below the dtype's least number "
     "or grows beyond its largest",

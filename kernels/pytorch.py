@@ -24,7 +24,7 @@ def sides(x: Tensor, y: Tensor, curve: Curve) -> Tensor:
     """The packed codes of a curve that needs any. This is all of forward that is not the stock operator."""
     if not on_real_cpu(x):
         return packed(curve.codes(x, y), curve.side_bits)
-    side = torch.empty(curve.side_nbytes(x.numel()), dtype=torch.uint8)
+    side = x.new_empty(curve.side_nbytes(x.numel()), dtype=torch.uint8)
     for elements, bytes_ in chunks(x.numel(), curve.side_bits):
         if x.dtype.itemsize == 2 and curve.side_bits > 1:
             codes = tables.short_codes(x[elements], curve)
@@ -79,7 +79,11 @@ def has_memory(tensor: Tensor) -> bool:
     """Whether a kernel may read it: not traced, no subclass such as a fake one, no batch of a vectorized Jacobian."""
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
-    return not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    try:
+        tensor.untyped_storage()
+    except RuntimeError:  # what stands for a batch has no storage
+        return False
+    return True
 
 
 def chunks(count: int, bits: int) -> Iterator[tuple[slice, slice]]:

@@ -1,4 +1,9 @@
-"""f' of a two-sided curve from its output, in PyTorch operations; what the pieces are, `pieces.Fit` says."""
+"""f' of a two-sided curve from its output, in PyTorch operations; what the pieces are, `pieces.Fit` says.
+
+y is what a library gave, and no two give the same: a GELU that ought to be -0 comes as +0 from one processor, an error
+function of few digits puts y a few units below the minimum, or above 0 on the left of it. For every finite y and either
+side there is a finite f': below the minimum that of the minimum, and above 0 on the left that of 0.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +66,8 @@ def part_of(x: Tensor, y: Tensor, fit: Fit, wide_y: Tensor, parts: int) -> Tenso
     else:
         distance = (x.double() - fit.x_min).to(x.dtype)
         root = torch.where(distance.abs() < NEAR, root_near_minimum(distance, fit).abs(), (lower + upper) / 2)
-    return ((root - lower) / (upper - lower) * parts).clamp(0, parts - 1).to(torch.uint8)
+    share = ((root - lower) / (upper - lower)).nan_to_num(0.0)  # far from the minimum the stretch has no length
+    return (share * parts).clamp(0, parts - 1).to(torch.uint8)
 
 
 def root_near_minimum(distance: Tensor, fit: Fit) -> Tensor:
@@ -92,9 +98,14 @@ def polynomial(piece: Piece, v: Tensor) -> Tensor:
 
 
 def tail_variables(y: Tensor, fit: Fit, tail: Piece) -> tuple[Tensor, Tensor]:
-    """s of `pieces.Fit` and the variable of the tail's polynomial. At y = -0 they end at inf and at the piece's end."""
-    s = (-torch.log(y / fit.y_min)).clamp(min=0).sqrt()
+    """s of `pieces.Fit` and the variable of the tail's polynomial. At y = 0 they end at inf and at the piece's end."""
+    s = (-torch.log(below_zero(y) / fit.y_min)).clamp(min=0).sqrt()
     return s, (1 / (s + fit.tail_offset)).clamp(min=tail.low)
+
+
+def below_zero(y: Tensor) -> Tensor:
+    """y of the left tail: 0 where the library's own error has put it above."""
+    return y.clamp(max=0)
 
 
 def slope(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to: torch.dtype) -> Tensor:
@@ -102,7 +113,7 @@ def slope(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to
     r = signed_root(y, right, within, fit, rounded_to)
     outer = torch.where(y >= saturation(fit), 1.0, r * polynomial(fit.right, r))
     values = torch.where(r > fit.near.high, outer, r * polynomial(fit.near, r))
-    far = 0.0 if fit.tail is None else y * polynomial(fit.tail, tail_variables(y, fit, fit.tail)[1])
+    far = 0.0 if fit.tail is None else below_zero(y) * polynomial(fit.tail, tail_variables(y, fit, fit.tail)[1])
     return torch.where(right, values, torch.where(y < fit.tail_start, values, far))
 
 

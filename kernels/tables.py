@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .curve import Curve
+from .own_thread import in_own_thread
 from .rounding import half_ulp
 from .slopes import minimum_in_two
 from .two_sided import TwoSided
@@ -29,8 +30,12 @@ def short_codes(x: Tensor, curve: Curve) -> Tensor:
 @functools.lru_cache(KEPT_TABLES)
 def code_table(curve: Curve, dtype: torch.dtype) -> Tensor:
     """The code of every bit pattern of a 16-bit x, in the order of the patterns as unsigned integers."""
-    x = every_value(dtype)
-    return curve.codes(x, curve.f(x))
+
+    def codes() -> Tensor:
+        x = every_value(dtype)
+        return curve.codes(x, curve.f(x))
+
+    return in_own_thread(codes)
 
 
 def short_slope(y: Tensor, code: Tensor | None, curve: Curve) -> Tensor:
@@ -44,9 +49,15 @@ def short_slope(y: Tensor, code: Tensor | None, curve: Curve) -> Tensor:
 @functools.lru_cache(KEPT_TABLES)
 def slope_table(curve: Curve, dtype: torch.dtype) -> Tensor:
     """f' for every bit pattern of a 16-bit y, in the order of the patterns as unsigned integers, code after code."""
-    y = every_value(dtype).double().repeat(1 << curve.side_bits)
-    code = (torch.arange(len(y)) >> 16).to(torch.uint8) if curve.side_bits else None
-    return curve.slope(y, code.bool() if curve.side_bits == 1 and code is not None else code, dtype).float()
+
+    def slopes() -> Tensor:
+        y = every_value(dtype).double().repeat(1 << curve.side_bits)
+        if not curve.side_bits:
+            return curve.slope(y, None, dtype).float()
+        code = (integers(0, len(y)) >> 16).to(torch.bool if curve.side_bits == 1 else torch.uint8)
+        return curve.slope(y, code, dtype).float()
+
+    return in_own_thread(slopes)
 
 
 def pattern(values: Tensor) -> Tensor:
@@ -55,40 +66,55 @@ def pattern(values: Tensor) -> Tensor:
 
 
 def every_value(dtype: torch.dtype) -> Tensor:
-    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    return integers(0, 1 << 16).to(torch.int16).view(dtype)
+
+
+def integers(start: int, end: int) -> Tensor:
+    """int32 on the CPU, whatever the default device is."""
+    return torch.arange(start, end, dtype=torch.int32, device="cpu")
 
 
 SKIPPED_BITS = 14
+LEAST = 2.0**-126  # the smallest fp32 number that is not denormal: a program may have denormals taken as 0
 
 
 def fp32_slope(y: Tensor, right: Tensor, curve: TwoSided) -> Tensor:
     """`Curve.slope` for fp32 y, of a curve with one bit and a tail."""
     values, steps = fp32_tables(curve)
-    high, low = minimum_in_two(curve.fit, torch.float32)
-    half = half_ulp(curve.y_min, torch.float32)
-    raised = (y - high).sub_(low - 2 * half).clamp_(min=half)
-    bits = raised.div_(torch.where(right, 1.0, y)).view(torch.int32)
+    raised = (y - bottom(curve)).clamp_(min=half_ulp(curve.y_min, torch.float32))
+    # y of the left may be +0 and more, which must not look like a y of the right
+    bits = raised.div_(torch.where(right, 1.0, y.clamp(max=-LEAST))).view(torch.int32)
     index = (bits >> SKIPPED_BITS).add_(values.numel() // 2)
     between = bits.bitwise_and_((1 << SKIPPED_BITS) - 1).float()
     return values.index_select(0, index).addcmul_(steps.index_select(0, index), between)
 
 
-@functools.cache
+@functools.lru_cache(KEPT_TABLES)
 def fp32_tables(curve: TwoSided) -> tuple[Tensor, Tensor]:
     """f' at every number that `fp32_slope` can look up, and what to add for each of the bits that it skips."""
-    count = 1 << (32 - SKIPPED_BITS)
-    leading = torch.arange(-count // 2, count // 2, dtype=torch.int32)
-    values, following = (
-        slope_at(((leading << SKIPPED_BITS) + end).view(torch.float32).double(), curve)
-        for end in (0, (1 << SKIPPED_BITS) - 1)
-    )
-    steps = (following - values) / ((1 << SKIPPED_BITS) - 1)
-    return values.float(), steps.nan_to_num(0.0, 0.0, 0.0).float()
+
+    def values_and_steps() -> tuple[Tensor, Tensor]:
+        count = 1 << (32 - SKIPPED_BITS)
+        leading = integers(-count // 2, count // 2)
+        values, following = (
+            slope_at(((leading << SKIPPED_BITS) + end).view(torch.float32).double(), curve)
+            for end in (0, (1 << SKIPPED_BITS) - 1)
+        )
+        steps = (following - values) / ((1 << SKIPPED_BITS) - 1)
+        return values.float(), steps.nan_to_num(0.0, 0.0, 0.0).float()
+
+    return in_own_thread(values_and_steps)
 
 
 def slope_at(looked_up: Tensor, curve: TwoSided) -> Tensor:
     """f' by what `fp32_slope` looks up."""
     right = ~looked_up.signbit()
-    bottom = curve.y_min - 2 * half_ulp(curve.y_min, torch.float32)
-    y = torch.where(right, bottom + looked_up, bottom / (1 - looked_up))
+    y = torch.where(right, bottom(curve) + looked_up, bottom(curve) / (1 - looked_up))
+    # what `fp32_slope` makes of 0 is 0 again: a denormal gradient would slow down all that follows
+    y = torch.where(~right & (y >= -2 * LEAST), 0.0, y)
     return curve.slope(y, right, torch.float32)
+
+
+def bottom(curve: TwoSided) -> float:
+    """The fp32 number below the one that the minimum rounds to."""
+    return minimum_in_two(curve.fit, torch.float32)[0] - 2 * half_ulp(curve.y_min, torch.float32)

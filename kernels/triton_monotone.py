@@ -28,7 +28,7 @@ def monotone_slope(y, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.c
     elif CURVE == "hardsigmoid":
         slope = tl.where((y > 0) & (y < 1), 0.16666666666666666, 0.0)
     elif CURVE == "squared_relu":
-        slope = 2.0 * tl.math.sqrt_rn(y)
+        slope = tl.where(y <= 0, 0.0, 2.0 * tl.math.sqrt_rn(y))
     elif CURVE == "relu":
         slope = tl.where(y <= 0, 0.0, 1.0)
     elif CURVE == "sigmoid":

@@ -154,9 +154,10 @@ def backward_kernel(
     if CURVE == "hardswish":
         slope = tl.where(right | (y < TAIL_START), slope, 0.0)
     else:
-        s = tl.sqrt(tl.maximum(-tl.log(y * (1.0 / Y_MIN)), 0.0))
+        below = tl.minimum(y, 0.0)  # the library's own error may have put it above
+        s = tl.sqrt(tl.maximum(-tl.log(below * (1.0 / Y_MIN)), 0.0))
         w = tl.maximum(1.0 / (s + TAIL_OFFSET), TAIL_LOW)
-        slope = tl.where(right | (y < TAIL_START), slope, y * tail_polynomial(w, CURVE, SHORT))
+        slope = tl.where(right | (y < TAIL_START), slope, below * tail_polynomial(w, CURVE, SHORT))
         slope += y - y  # 0, but NaN at infinity, where stock's formulas say NaN too
     tl.store(dx_ptr + offsets, (dy * slope).to(dx_ptr.dtype.element_ty), mask=inside)
 
@@ -236,9 +237,10 @@ def on(tensor: Tensor) -> torch.cuda.device_of:
 
 
 Constants = dict[str, float | str | bool]
+KEPT_CONSTANTS = 256  # curves and dtypes, each a few numbers
 
 
-@functools.cache
+@functools.lru_cache(KEPT_CONSTANTS)
 def shared_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
     high, low = minimum_in_two(curve.fit, torch.float32)
     return {
@@ -251,7 +253,7 @@ def shared_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
     }
 
 
-@functools.cache
+@functools.lru_cache(KEPT_CONSTANTS)
 def forward_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
     """What the forward kernel knows of a curve."""
     x_min = rounded(curve.x_min, torch.float32)
@@ -268,7 +270,7 @@ def forward_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
     }
 
 
-@functools.cache
+@functools.lru_cache(KEPT_CONSTANTS)
 def backward_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
     """What the backward kernel knows of a curve besides its polynomials."""
     fit = curve.fit_for(dtype)
@@ -282,7 +284,7 @@ def backward_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
     }
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(KEPT_CONSTANTS)
 def monotone_constants(curve: Monotone, dtype: torch.dtype) -> Constants:
     """What the backward kernel of the monotone curves knows of one."""
     a, b, c, d = (*curve.constants_for(dtype), 0.0, 0.0, 0.0, 0.0)[:4]

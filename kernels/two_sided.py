@@ -51,19 +51,19 @@ class TwoSided(Curve):
         return right.to(torch.uint8) | part << 1
 
     def slope(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
-        values = slopes.slope(y, *self._read(code), self.fit_for(rounded_to), rounded_to)
+        values = slopes.slope(y, *self._read(code, y.dtype), self.fit_for(rounded_to), rounded_to)
         # y - y is 0, but NaN at infinity, where the formulas of stock's smooth curves say NaN too
         return values if self.fit.tail is None else values + (y - y)
 
     def slope_rise(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
-        return slopes.slope_rise(y, *self._read(code), self.fit_for(rounded_to), rounded_to)
+        return slopes.slope_rise(y, *self._read(code, y.dtype), self.fit_for(rounded_to), rounded_to)
 
-    def _read(self, code: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    def _read(self, code: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
         """Whether x was on the right, and how far into the stretch of its y: the middle of its part, from 0 to 1."""
         assert code is not None
         if self.side_bits == 1:
             return code, 0.5
-        return (code & 1).bool(), ((code >> 1) + 0.5) / self.parts
+        return (code & 1).bool(), ((code >> 1).to(dtype) + 0.5) / self.parts
 
     @property
     def parts(self) -> int:
@@ -85,7 +85,7 @@ class TwoSided(Curve):
         return self.fit.y_min
 
 
-@functools.cache
+@functools.lru_cache(64)
 def _with_side_bits(curve: TwoSided, bits: int) -> TwoSided:
     check_side_bits(bits)
     return replace(curve, side_bits=bits)
