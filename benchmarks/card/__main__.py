@@ -9,7 +9,6 @@ goes on without what fails. The last thing printed is a short table. --tiny runs
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -26,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 
 # In the order of their worth. By part: the module, and its items with the seconds that each may take.
 PARTS: dict[str, tuple[str, dict[str, int]]] = {
+    "card": ("facts", {"card": 30}),
     "tests": ("gpu_tests", {"tests": 100}),
     "kernels": ("kernel_times", {"alone": 40, "autograd": 40}),
     "steps": (
@@ -42,9 +42,9 @@ def main() -> None:
     arguments = _arguments()
     arguments.output.mkdir(parents=True, exist_ok=True)
     work = []
-    for part in arguments.only or PARTS:
+    for part in ["card", *(part for part in arguments.only or PARTS if part != "card")]:
         module, items = PARTS[part]
-        chosen = {item: limit for item, limit in items.items() if not arguments.items or item in arguments.items}
+        chosen = {item: limit for item, limit in items.items() if item in (arguments.items or items) or part == "card"}
         record = Record(arguments.output / f"{part}.json")
         record.path.unlink(missing_ok=True)
         # A process for each item, so that one without memory ends none; where memory is no matter, one for all.
@@ -59,7 +59,7 @@ def main() -> None:
             later.start()  # it imports what it needs while this one measures
         left = arguments.seconds - (time.perf_counter() - start)
         child.measure(left)
-    Record(arguments.output / "card.json")["card"] = _facts() | {"seconds": time.perf_counter() - start}
+    Record(arguments.output / "card.json")["seconds"] = time.perf_counter() - start
     print(as_text(arguments.output))
 
 
@@ -112,28 +112,6 @@ class Child:
         self.said.seek(0)
         lines = self.said.read().decode(errors="replace").strip().splitlines()
         return "\n".join(line[:300] for line in lines[-12:])
-
-
-def _facts() -> dict[str, object]:
-    """The card, its driver, versions and the date, asked for in a process of its own: this one needs no torch."""
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import checkout; checkout.make_importable();"
-        "import datetime, json, torch; from invact.machine import installed_versions, machine;"
-        "device = torch.device('cuda' if torch.cuda.is_available() else 'cpu');"
-        "print(json.dumps({'machine': machine(device), 'versions': installed_versions(),"
-        "'date': datetime.datetime.now(datetime.timezone.utc).date().isoformat()}))"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", script, str(HERE)], capture_output=True, text=True, timeout=60)
-    facts: dict[str, object] = json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-1000:]}
-    return facts | {"driver": _driver()}
-
-
-def _driver() -> str | None:
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _arguments() -> argparse.Namespace:

@@ -102,8 +102,10 @@ class _Search:
         stepper = Stepper(self.model, self.model, inputs)
         if DEVICE.type != "cuda":
             with Ledger(self.model) as ledger:
-                stepper.loss()
-            return {"bytes": resident_bytes(self.model, "adamw") + ledger.memory().total_bytes}
+                loss = stepper.loss()  # held: what nobody holds is not kept
+            kept = ledger.memory().total_bytes
+            del loss
+            return {"bytes": resident_bytes(self.model, "adamw") + kept}
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
             stepper.loss().backward()

@@ -52,8 +52,8 @@ def _card(part: dict[str, Any]) -> Iterator[str]:
     card = part["card"]
     machine, versions = card.get("machine", {}), card.get("versions", {})
     name, runtime = machine.get("gpu", machine.get("cpu")), machine.get("runtime", "")
-    yield f"{name} {runtime} driver {card.get('driver')} {card.get('date')} {card.get('error', '')}"
-    yield ", ".join(f"{name} {version}" for name, version in versions.items()) + f"; {card['seconds']:.0f} s in all"
+    yield f"{name} {runtime} driver {card.get('driver')} {card.get('date')}"
+    yield ", ".join(f"{name} {version}" for name, version in versions.items()) + f"; {part['seconds']:.0f} s in all"
 
 
 def _tests(part: dict[str, Any]) -> Iterator[str]:
