@@ -120,7 +120,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--items", nargs="+", metavar="ITEM", help="of the parts, such as bert and gpt2")
     parser.add_argument("--tiny", action="store_true", help="as small as it runs, to see that it runs")
-    parser.add_argument("--seconds", type=float, default=400, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=330, help="for everything together")
     return parser.parse_args()
 
 

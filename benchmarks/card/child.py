@@ -21,7 +21,8 @@ def main() -> int:
     tiny = "--tiny" in items
     make_importable()
     module = import_module(module_name)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        return 0  # who started this one has ended
     failed = 0
     for item in items:
         if item == "--tiny":

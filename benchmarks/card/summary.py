@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST = 9800
+MOST_FAILURES = 8
 MEBIBYTE = 1 << 20
 
 
@@ -59,9 +60,12 @@ def _card(part: dict[str, Any]) -> Iterator[str]:
 def _tests(part: dict[str, Any]) -> Iterator[str]:
     for found in part.values():
         yield f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"
-        for name, text in found["failures"].items():
+        failures = list(found["failures"].items())
+        for name, text in failures[:MOST_FAILURES]:
             yield f"FAILED {name}"
-            yield from (f"    {line[:160]}" for line in text.splitlines()[-4:])
+            yield from (f"    {line[:140]}" for line in text.splitlines()[-3:])
+        if failures[MOST_FAILURES:]:
+            yield "FAILED too: " + ", ".join(name for name, _ in failures[MOST_FAILURES:])[:600]
         largest: dict[str, Any] = {}
         for name, value in found["figures"].items():
             what = name.rpartition(": ")[2]
