@@ -54,8 +54,8 @@ class _Field:
 
     def __init__(self, curve: str, dtype: torch.dtype, elements: int, device: torch.device) -> None:
         self.curve, self.dtype, self.elements, self.device = curve, dtype, elements, device
-        generator = torch.Generator().manual_seed(0)
-        self.x, self.dy = (torch.randn(elements, generator=generator).to(device, dtype) for _ in range(2))
+        generator = torch.Generator(device).manual_seed(0)
+        self.x, self.dy = (torch.randn(elements, generator=generator, device=device).to(dtype) for _ in range(2))
         self.x.requires_grad_()
         self.contenders: dict[str, Activation] = {}
         self.kept_bytes: dict[str, int] = {}
@@ -134,7 +134,7 @@ class _Field:
 
     def _copy(self, moved_bytes: int) -> Callable[[], float]:
         """A copy that moves as much: it reads half of that and writes the other half."""
-        source = torch.zeros(moved_bytes // 2, dtype=torch.uint8, device=self.device)
+        source = torch.empty(moved_bytes // 2, dtype=torch.uint8, device=self.device).random_()
         return partial(kernel_seconds, source.copy_, partial(torch.ones_like, source), self.device)
 
 

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exactness import (
+    SHORT_DTYPES,
+    derivative_from_output,
+    errors_and_floors,
+    every_value,
+    norm,
+    step_of,
+    stock_gradient,
+    ulps,
+    weights,
+)
 from invact.kernels import CURVES, Curve, backward, forward, monotone, storage_order
 from invact.kernels.monotone import Monotone
 from invact.kernels.packing import packed, unpacked
@@ -14,45 +25,6 @@ from torch import Tensor
 
 EVERY_CURVE = pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
 EVERY_TWO_SIDED = pytest.mark.parametrize("curve", TWO_SIDED, ids=str)
-SHORT_DTYPES = (torch.bfloat16, torch.float16)
-
-
-def every_value(dtype: torch.dtype) -> Tensor:
-    """Every finite value of a 16-bit type, in rising order."""
-    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
-    values = patterns.view(dtype)
-    finite: Tensor = values[values.isfinite()]
-    return finite.sort().values
-
-
-def derivative_from_output(x: Tensor, curve: Curve) -> Tensor:
-    y, side = forward(x, curve)
-    dx: Tensor = backward(torch.ones_like(y), y, side, curve, storage_order(y))
-    return dx
-
-
-def weights(x: Tensor, deviation: float) -> Tensor:
-    """The probability of each of a list of rising values, for x ~ N(0, deviation^2) rounded to them."""
-    wide = x.double()
-    middles = (wide[1:] + wide[:-1]) / 2
-    cumulative = torch.special.ndtr(torch.cat([middles, torch.tensor([torch.inf]).double()]) / deviation)
-    probabilities: Tensor = cumulative.diff(prepend=torch.zeros(1, dtype=torch.float64)).clamp(min=0)
-    return probabilities
-
-
-def floor(x: Tensor, y: Tensor, curve: Curve, weight: Tensor) -> Tensor:
-    """The best that y and one bit allow: the mean true derivative of the x that share them, rounded to the dtype."""
-    true = curve.derivative(x.double())
-    key = (y.view(torch.int16).int() & 0xFFFF) + ((x.double() >= curve.x_min).int() << 16)
-    _, group = key.unique(return_inverse=True)
-    mass = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(0, group, weight)
-    mean = torch.zeros_like(mass).index_add(0, group, weight * true) / mass
-    best: Tensor = torch.where(mass[group] > 0, mean[group], true).to(x.dtype).double()
-    return best
-
-
-def norm(error: Tensor, weight: Tensor) -> float:
-    return float((weight * error**2).sum().sqrt())
 
 
 @EVERY_TWO_SIDED
@@ -60,14 +32,10 @@ def norm(error: Tensor, weight: Tensor) -> float:
 @pytest.mark.parametrize("deviation", [1.0, 3.0])
 def test_16_bit_gradients_reach_the_floor_of_one_bit(curve: TwoSided, dtype: torch.dtype, deviation: float) -> None:
     x = every_value(dtype)
-    y, weight = curve.f(x), weights(x, deviation)
-    x, y, weight = (values[y.isfinite()] for values in (x, y, weight))
-    true, ours = curve.derivative(x.double()), derivative_from_output(x, curve).double()
-    best = floor(x, y, curve, weight)
-
-    assert norm(ours - true, weight) <= 1.08 * norm(best - true, weight)
-    likely = weight > 0
-    assert (ours - true)[likely].abs().max() <= 2.1 * (best - true)[likely].abs().max()
+    x = x[curve.f(x).isfinite()]
+    errors, floors = errors_and_floors(x, curve.f(x), derivative_from_output(x, curve), curve, deviation)
+    assert errors.norm <= 1.08 * floors.norm
+    assert errors.largest <= 2.1 * floors.largest
 
 
 @EVERY_CURVE
@@ -242,29 +210,6 @@ MONOTONE = [
     monotone.softplus(0.3, threshold=0.7),
     monotone.softplus(7.7, threshold=-3.0),
 ]
-
-
-def stock_gradient(x: Tensor, curve: Curve) -> Tensor:
-    x = x.detach().requires_grad_()
-    y = curve.f(x)
-    return torch.autograd.grad(y, x, torch.ones_like(y))[0]
-
-
-def ulps(ours: Tensor, stock: Tensor) -> Tensor:
-    """How many numbers of the dtype lie between two of the same sign."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
-
-    def place(values: Tensor) -> Tensor:
-        number = values.contiguous().view(kind).long()
-        return torch.where(number < 0, -(number & torch.iinfo(kind).max), number)
-
-    return (place(ours) - place(stock)).abs()
-
-
-def step_of(values: Tensor) -> Tensor:
-    """The distance to the next larger number of the dtype, at least that between the smallest ones; float64."""
-    next_larger = torch.nextafter(values.abs(), torch.full_like(values, torch.inf))
-    return next_larger.double() - values.abs().double()
 
 
 @pytest.mark.parametrize("curve", MONOTONE, ids=str)

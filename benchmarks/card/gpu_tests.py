@@ -1,0 +1,57 @@
+"""Part "tests": the tests marked `gpu`, with how each ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from checkout import ROOT
+from record import Record
+
+FILES = ("test_on_a_card.py", "test_training_loops.py", "test_bench.py")
+
+
+def measure(item: str, record: Record, tiny: bool) -> None:
+    """Without a card only those of the first file, which then run on the CPU."""
+    files = FILES if torch.cuda.is_available() else FILES[:1]
+    options = ["-o", "addopts=", "--import-mode=importlib", "-m", "gpu", "-p", "no:cacheprovider", "-q", "--no-header"]
+    options += ["--continue-on-collection-errors", "-p", "no:xdist", "--rootdir", str(ROOT), "--tb=short"]
+    narrowed = ["-k", "not compiled and (not every_16_bit or silu) and not float16"] if tiny else []
+    pytest.main([*options, *narrowed, *(str(ROOT / "tests" / file) for file in files)], plugins=[_Outcomes(record)])
+
+
+class _Outcomes:
+    """Writes down how every test ended, as it ends."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self.failures: dict[str, str] = {}
+        self.figures: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and not (report.failed or report.skipped):
+            return
+        name = report.nodeid.rpartition("::")[2]
+        self.counts[report.outcome] += 1
+        self.seconds[name] = report.duration
+        self.figures |= {f"{name}: {key}": value for key, value in report.user_properties}
+        if report.failed:
+            self.failures[name] = "\n".join(report.longreprtext.strip().splitlines()[-12:])
+        self._write()
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failures[report.nodeid] = "\n".join(report.longreprtext.strip().splitlines()[-12:])
+            self._write()
+
+    def _write(self) -> None:
+        slowest = sorted(self.seconds.items(), key=lambda pair: -pair[1])[:10]
+        self.record["tests"] = {
+            **self.counts,
+            "failures": self.failures,
+            "figures": self.figures,
+            "slowest": dict(slowest),
+        }

@@ -1,0 +1,115 @@
+"""Part "planner": the largest batch that the planner names, and the largest that really runs, in so much memory."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from card_models import DEVICE, model_and_inputs
+from record import Record
+from torch import nn
+from ways import Stepper, inverted
+
+from invact.checkpointing import checkpointed
+from invact.fitting_batch import Need, needs, resident_bytes
+from invact.ledger import Ledger
+from invact.planning import decide
+from invact.simulation import Setting
+
+MEMORY = 24 << 30
+TINY_MEMORY = 1 << 23
+
+
+def measure(item: str, record: Record, tiny: bool) -> None:
+    """Item: a key of `card_models.SPECS`. Trained with AdamW."""
+    memory = TINY_MEMORY if tiny else MEMORY
+    model, inputs_of = model_and_inputs(item, tiny)
+    decided = decide(model, inputs_of(2))
+    predicted = needs(model, inputs_of, Setting(DEVICE), decided)
+    _cap(memory)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ways = {
+        "baseline": nullcontext,
+        "invact": lambda: inverted(model, decided),
+        "checkpointing": lambda: checkpointed(model),
+    }
+    found: dict[str, Any] = {"memory_bytes": memory}
+    for name, way in ways.items():
+        search = _Search(model, inputs_of, optimizer, way, memory)
+        planned = predicted[name].largest_batch(memory)
+        true = search.largest(planned)
+        found[name] = {
+            "planned": planned,
+            "true": true,
+            "planned_over_true": planned / true if true else None,
+            "need": _need(predicted[name]),
+            "tries": search.tries,
+        }
+        record[item] = found
+
+
+def _need(need: Need) -> dict[str, int]:
+    return {"constant": need.constant, "per_sample": need.per_sample}
+
+
+def _cap(memory: int) -> None:
+    """So that this process may take so much of the card and no more."""
+    if DEVICE.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(memory / torch.cuda.get_device_properties(DEVICE).total_memory)
+
+
+class _Search:
+    """Tries batches around the one that is planned."""
+
+    def __init__(self, model: nn.Module, inputs_of: Any, optimizer: Any, way: Any, memory: int) -> None:
+        self.model, self.inputs_of, self.optimizer, self.way, self.memory = model, inputs_of, optimizer, way, memory
+        self.tries: list[dict[str, Any]] = []
+
+    def largest(self, guess: int) -> int:
+        """By bisection, between bounds that grow until they hold it; 0 if nothing fits."""
+        low, high, width = 0, guess + 1, max(1, guess // 20)
+        while self._fits(high):
+            low, high, width = high, high + width, 2 * width
+        if low == 0 and guess > 1:
+            width, probe = max(1, guess // 20), guess
+            while probe > 0 and not self._fits(probe):
+                high, probe, width = probe, probe - width, 2 * width
+            low = max(0, probe)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._fits(middle) else (low, middle)
+        return low
+
+    def _fits(self, batch: int) -> bool:
+        """Whether two steps with the optimiser's run: the second one has its states."""
+        attempt: dict[str, Any] = {"batch": batch}
+        try:
+            with self.way():
+                attempt |= self._step(batch)
+            attempt["fits"] = attempt.get("bytes", 0) <= self.memory
+        except torch.OutOfMemoryError:
+            attempt["fits"] = False
+        self.model.zero_grad()
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+        self.tries.append(attempt)
+        fits: bool = attempt["fits"]
+        return fits
+
+    def _step(self, batch: int) -> dict[str, int]:
+        inputs = self.inputs_of(batch)
+        stepper = Stepper(self.model, self.model, inputs)
+        if DEVICE.type != "cuda":
+            with Ledger(self.model) as ledger:
+                loss = stepper.loss()  # held: what nobody holds is not kept
+            kept = ledger.memory().total_bytes
+            del loss
+            return {"bytes": resident_bytes(self.model, "adamw") + kept}
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            stepper.loss().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=False)  # as the planner counts: gradients are there all the time
+        torch.cuda.synchronize()
+        return {"peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}

@@ -1,0 +1,297 @@
+"""What only a card shows: its own operators, streams, layouts and memory. Without one they can run on the CPU too.
+
+Marked `gpu`, so that a usual run leaves them out; `-m gpu` runs them, and `python benchmarks/card` does.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exactness import (
+    SHORT_DTYPES,
+    derivative_from_output,
+    errors_and_floors,
+    every_value,
+    stock_gradient,
+    ulps,
+)
+from invact.kernels import CURVES, Curve, forward
+from invact.kernels.two_sided import TWO_SIDED, TwoSided
+from torch import Tensor, nn
+
+import invact
+from invact.functional import invert
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEEDS_A_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")
+EVERY_CURVE = pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
+EVERY_TWO_SIDED = pytest.mark.parametrize("curve", TWO_SIDED, ids=str)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [*SHORT_DTYPES, torch.float32], ids=str)
+DENORMAL, HUGE = 1e-42, 1e30
+
+
+def values(dtype: torch.dtype) -> Tensor:
+    """All of a 16-bit type; of fp32 a million random ones and those at the ends."""
+    if dtype.itemsize == 2:
+        return every_value(dtype)
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.tensor([0.0, -0.0, DENORMAL, -DENORMAL, HUGE, -HUGE, 88.0, -88.0, 104.0, -104.0])
+    return torch.cat([3 * torch.randn(1 << 20, generator=generator), torch.linspace(-120, 120, 1 << 16), ends])
+
+
+# --- exactness ----------------------------------------------------------------------------------------
+
+
+@EVERY_CURVE
+@EVERY_DTYPE
+def test_every_16_bit_output_and_a_million_others_are_stocks_within_1_ulp(
+    curve: Curve, dtype: torch.dtype, record_property
+) -> None:
+    x = values(dtype).to(DEVICE)
+    ours, stock = forward(x, curve)[0], curve.f(x)
+    finite = stock.isfinite()
+    assert torch.equal(ours.isfinite(), finite)
+    apart = ulps(ours[finite], stock[finite])
+    record_property("ulps between outputs", int(apart.max()))
+    where = x[finite][apart.argmax()].item()
+    assert apart.max() <= 1, f"{int((apart > 1).sum())} outputs, most at x = {where!r}"
+
+
+@EVERY_CURVE
+@EVERY_DTYPE
+def test_no_every_16_bit_value_or_other_finite_one_gives_nan(curve: Curve, dtype: torch.dtype) -> None:
+    x = values(dtype).to(DEVICE)
+    x = x[curve.f(x).isfinite()].requires_grad_()  # fp16 overflows inside some of stock's formulas
+    y = invert(x, curve)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx.isfinite().all(), x[~dx.isfinite()][:8]
+
+
+@EVERY_TWO_SIDED
+@pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
+def test_every_16_bit_gradient_reaches_the_floor_of_one_bit(
+    curve: TwoSided, dtype: torch.dtype, record_property
+) -> None:
+    x = every_value(dtype)
+    x = x[curve.f(x).isfinite()]
+    y, ours = forward(x.to(DEVICE), curve)[0].cpu(), derivative_from_output(x.to(DEVICE), curve).cpu()
+    for deviation in (1.0, 3.0):
+        errors, floors = errors_and_floors(x, y, ours, curve, deviation)
+        record_property("gradient's error over its floor", errors.norm / floors.norm)
+        assert errors.norm <= 1.08 * floors.norm
+        assert errors.largest <= 2.1 * floors.largest
+
+
+@EVERY_TWO_SIDED
+def test_fp32_gradients_reach_the_floor_of_one_bit(curve: TwoSided, record_property) -> None:
+    x = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    true = curve.derivative(x.double())
+    error = derivative_from_output(x.to(DEVICE), curve).cpu().double() - true
+    record_property("fp32 gradient's relative error", float(error.norm() / true.norm()))
+    assert error.norm() / true.norm() <= 2.6e-6
+    assert error.abs().max() <= 4e-4
+
+
+@EVERY_TWO_SIDED
+@pytest.mark.parametrize("bits", [2, 4])
+def test_more_bits_bring_bf16_gradients_nearer_to_the_true_ones(curve: TwoSided, bits: int) -> None:
+    x = every_value(torch.bfloat16)
+    x = x[(x.abs() < 8) & curve.f(x).isfinite()]
+    true = curve.derivative(x.double())
+    one, more = (
+        (derivative_from_output(x.to(DEVICE), told).cpu().double() - true).norm()
+        for told in (curve, curve.with_side_bits(bits))
+    )
+    assert more < one
+
+
+# --- layouts and sizes --------------------------------------------------------------------------------
+
+
+def assert_as_stock(x: Tensor, name: str = "gelu") -> None:
+    curve = CURVES[name]
+    x = x.detach().requires_grad_()
+    y, stock = invert(x, curve), curve.f(x)
+    assert y.stride() == stock.stride()
+    torch.testing.assert_close(y, stock)
+    dy = torch.randn_like(stock)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, dy)[0] for out in (y, stock)), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
+@pytest.mark.parametrize("name", ["gelu", "silu", "hardswish", "elu"])
+def test_any_size_gets_stocks_values_and_gradients(count: int, name: str) -> None:
+    assert_as_stock(torch.randn(count, device=DEVICE), name)
+
+
+def test_any_layout_gets_stocks_values_gradients_and_strides() -> None:
+    image = torch.randn(3, 5, 4, 7, device=DEVICE)
+    assert_as_stock(image)
+    assert_as_stock(image.to(memory_format=torch.channels_last))
+    assert_as_stock(image[:, ::2, :, 1:])
+    assert_as_stock(image.transpose(1, 3))
+    assert_as_stock(image[:1].expand(6, -1, -1, -1))
+    assert_as_stock(image[0, 0, 0, 0])
+    assert_as_stock(image.flatten()[1:])  # not at 16 bytes
+
+
+@NEEDS_A_CARD
+def test_more_than_2_31_elements_are_all_reached() -> None:
+    count = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 10.5 * count:
+        pytest.skip("the card has too little memory left")
+    x = torch.empty(count, dtype=torch.bfloat16, device=DEVICE)
+    parts = [slice(0, 4096), slice(2**31 - 2048, 2**31 + 2048), slice(count - 4096, count)]
+    for part in parts:
+        x[part] = torch.randn(4096, device=DEVICE)
+    x.requires_grad_()
+    y = invact.functional.gelu(x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones((), dtype=x.dtype, device=DEVICE).expand(count))
+    for part in parts:
+        assert ulps(y[part], F.gelu(x[part])).max() <= 1
+        torch.testing.assert_close(dx[part], stock_gradient(x[part], CURVES["gelu"]), atol=0.03, rtol=0.03)
+
+
+# --- training -----------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    """An inverted GELU and an inverted SiLU."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.SiLU(), nn.Linear(64, 8, bias=False)).to(
+        DEVICE
+    )
+
+
+def stock_and_patched(autocast: torch.dtype | None = None) -> tuple[nn.Module, nn.Module, Tensor]:
+    stock = network()
+    patched, x = copy.deepcopy(stock), torch.randn(32, 64, device=DEVICE)
+    assert len(invact.patch(patched, (x,), autocast=autocast).inverted) == 2
+    return stock, patched, x
+
+
+def gradients(model: nn.Module) -> Tensor:
+    parts = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    return torch.cat([part.float().flatten() for part in parts])
+
+
+def assert_same_gradients(patched: nn.Module, stock: nn.Module, within: float = 1e-4) -> None:
+    ours, theirs = gradients(patched), gradients(stock)
+    assert theirs.norm() > 0
+    assert (ours - theirs).norm() <= within * theirs.norm()
+
+
+@NEEDS_A_CARD
+def test_a_step_on_a_side_stream_gets_stocks_gradients() -> None:
+    stock, patched, x = stock_and_patched()
+    stock(x).square().mean().backward()
+    side = torch.cuda.Stream()
+    for _ in range(20):
+        patched.zero_grad()
+        own = x.clone()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            loss = patched(own).square().mean()
+        own.record_stream(side)
+        del own
+        torch.randn(32, 64, device=DEVICE)  # may take that memory, were it free too early
+        loss.record_stream(torch.cuda.current_stream())
+        loss.backward()  # in the streams of the forward
+        torch.cuda.current_stream().wait_stream(side)
+        assert_same_gradients(patched, stock)
+
+
+def test_autocast_to_bf16_gets_stocks_gradients_to_bf16() -> None:
+    stock, patched, x = stock_and_patched(autocast=torch.bfloat16)
+    for model in (stock, patched):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            loss = model(x).float().square().mean()
+        loss.backward()
+    assert_same_gradients(patched, stock, within=2e-2)
+
+
+def test_a_scaler_skips_the_steps_in_fp16_that_it_skips_with_stock() -> None:
+    stock, patched, x = stock_and_patched(autocast=torch.float16)
+    histories = []
+    for model in (stock, patched):
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        scales = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            with torch.autocast(DEVICE.type, dtype=torch.float16):
+                loss = model(30 * x).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        histories.append(scales)
+    assert histories[0][-1] < 2.0**24  # it did overflow
+    assert histories[0] == histories[1]
+    assert all(p.isfinite().all() for p in patched.parameters())
+
+
+def test_a_compiled_patched_model_gets_the_gradients_of_the_eager_one() -> None:
+    stock, patched, x = stock_and_patched()
+    compiled = torch.compile(patched)
+    for model in (stock, compiled):
+        model(x).square().mean().backward()
+    assert_same_gradients(patched, stock)
+
+
+def test_moved_to_the_cpu_and_back_a_patched_model_still_gets_stocks_gradients() -> None:
+    stock, patched, x = stock_and_patched()
+    for device in (torch.device("cpu"), DEVICE):
+        for model in (stock, patched):
+            model.zero_grad()
+            model.to(device)(x.to(device)).square().mean().backward()
+        assert_same_gradients(patched, stock)
+
+
+def test_sharded_over_one_process_a_patched_model_gets_stocks_gradients(tmp_path) -> None:
+    if DEVICE.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("FSDP2 of this PyTorch runs on GPUs alone")
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/meeting_point", rank=0, world_size=1)
+    try:
+        stock, patched, x = stock_and_patched()
+        mesh = dist.device_mesh.init_device_mesh(DEVICE.type, (1,))
+        fully_shard(patched, mesh=mesh)
+        for model in (stock, patched):
+            model(x).square().mean().backward()
+        assert_same_gradients(patched, stock)
+    finally:
+        dist.destroy_process_group()
+
+
+# --- functions of functions ---------------------------------------------------------------------------
+
+
+def test_func_grad_and_vmap_agree_with_stock() -> None:
+    x = torch.randn(5, 16, device=DEVICE)
+
+    def of_each(activation) -> Tensor:
+        return torch.func.vmap(torch.func.grad(lambda row: activation(row).square().sum()))(x)
+
+    torch.testing.assert_close(of_each(invact.functional.gelu), of_each(F.gelu), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(of_each(invact.functional.silu), of_each(F.silu), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_second_derivatives_agree_with_stock_away_from_the_minimum(name: str) -> None:
+    curve = CURVES[name]
+    x = torch.linspace(-0.5, 3, 4096, device=DEVICE, dtype=torch.float32).requires_grad_()
+
+    def second(y: Tensor) -> Tensor:
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(invert(x, curve)), second(curve.f(x)), atol=1e-3, rtol=1e-3)
