@@ -41,8 +41,11 @@ def storage_order(tensor: Tensor) -> tuple[int, ...]:
 
 
 def flat(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
-    """The elements in the given order of dimensions: a view where they lie so, a copy where they do not."""
-    return tensor.permute(order).reshape(-1)
+    """The elements in the given order of dimensions: a view where they lie so in memory, a copy where they do not.
+
+    Reshaped alone, one number expanded to many, such as the gradient that a sum sends back, would stay one number.
+    """
+    return tensor.permute(order).reshape(-1).contiguous()
 
 
 def shaped(values: Tensor, like: Tensor, order: tuple[int, ...]) -> Tensor:
