@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
@@ -15,6 +17,10 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as RichProgress
+
+PIPED_WIDTH = 120
+PROGRESS_EVERY = 5.0  # seconds, where standard error is no terminal
 
 
 def command() -> str:
@@ -46,19 +52,85 @@ def library_chatter_on_stderr() -> Iterator[None]:
         logging.disable(before)
 
 
-@contextlib.contextmanager
-def progress(total: int | None) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error if that is a terminal; yields what to call after every step, with what it was.
+class Progress(Protocol):
+    """How far a command has come, shown on standard error."""
 
-    Without a total the bar only shows that it goes on.
+    def advance(self, what: str) -> None:
+        """One step was taken."""
+
+    def say(self, sentence: str) -> None:
+        """For who watches, before the next step."""
+
+
+@contextlib.contextmanager
+def progress(total: int | None) -> Iterator[Progress]:
+    """A bar if standard error is a terminal, else a line every `PROGRESS_EVERY` seconds.
+
+    Without a total it only shows that it goes on.
     """
+    if not sys.stderr.isatty():
+        yield _Lines(total)
+        return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
 
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        training = bar.add_task("preparing", total=total)
-        yield lambda what: bar.update(training, advance=1, description=what)
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _Bar(bar, total)
+
+
+class _Bar:
+    def __init__(self, bar: RichProgress, total: int | None) -> None:
+        self._bar = bar
+        self._task = bar.add_task("preparing", total=total)
+
+    def advance(self, what: str) -> None:
+        self._bar.update(self._task, advance=1, description=what)
+
+    def say(self, sentence: str) -> None:
+        self._bar.console.print(sentence, highlight=False, markup=False)
+
+
+class _Lines:
+    def __init__(self, total: int | None) -> None:
+        self._total = total
+        self._done = 0
+        self._began = self._first = self._said = time.monotonic()
+
+    def advance(self, what: str) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if self._done == 1:
+            self._first = now  # what came before was preparation as well
+        if now - self._said >= PROGRESS_EVERY:
+            self._said = now
+            self.say(self._in_words(what, now))
+
+    def say(self, sentence: str) -> None:
+        typer.echo(sentence, err=True)
+
+    def _in_words(self, what: str, now: float) -> str:
+        if self._total is None:
+            return f"{self._done} turns in {duration_in_words(now - self._began)}: {what}"
+        done = f"{self._done} of {self._total} steps"
+        if self._done > 1:
+            left = (now - self._first) / (self._done - 1) * (self._total - self._done)
+            done += f", about {duration_in_words(left)} left"
+        return f"{done}: {what}"
+
+
+def duration_in_words(seconds: float) -> str:
+    """As "40 seconds", "12 minutes" or "2.5 hours"."""
+    if seconds < 99.5:
+        return _counted(round(seconds), "second")
+    if seconds < 99.5 * 60:
+        return _counted(round(seconds / 60), "minute")
+    return f"{seconds / 3600:.1f} hours"
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit if number == 1 else unit + 's'}"
 
 
 class Printable(Protocol):
@@ -67,10 +139,19 @@ class Printable(Protocol):
     def print(self, console: Console) -> None: ...
 
 
-def print_report(report: Printable) -> None:
+def print_report(report: Printable, *paragraphs: str) -> None:
+    """As wide as the terminal; into a file or a pipe as wide as the variable COLUMNS says, or 120."""
     from rich.console import Console
 
-    report.print(Console(width=None if sys.stdout.isatty() else 120))
+    console = Console(width=None if sys.stdout.isatty() else _piped_width())
+    report.print(console)
+    for paragraph in paragraphs:
+        console.print(paragraph, highlight=False, markup=False)
+
+
+def _piped_width() -> int:
+    given = os.environ.get("COLUMNS", "")
+    return int(given) if given.isdecimal() and int(given) else PIPED_WIDTH
 
 
 def check_page_can_be_made(path: Path | None) -> None:
