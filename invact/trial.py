@@ -43,7 +43,7 @@ def train_in_ways(
     side_bits: int = 1,
     memory_bytes: int | None = None,
     on_step: Callable[[str], None] = lambda way: None,
-    on_estimate: Callable[[float], None] = lambda seconds: None,
+    on_estimate: Callable[[float, int], None] = lambda seconds, steps: None,
 ) -> Trial:
     """Trains the task's model from the same seeds in every way, and compares.
 
@@ -56,7 +56,8 @@ def train_in_ways(
         side_bits: per element, for curves with two sides; see `invact.patch`.
         memory_bytes: of a GPU, to predict the largest batch for.
         on_step: called with the name of the way after every step.
-        on_estimate: called once, when every way has taken its first two steps, with the seconds that the rest takes.
+        on_estimate: called once, when every way has taken its first two steps, with the seconds that the rest takes and
+            its steps, those of all ways.
 
     Raises:
         DataError: there are fewer samples than a batch has.
@@ -86,7 +87,8 @@ def train_in_ways(
                     trainee.step(step)
                     on_step(trainee.way)
                 if len(seeds_done) == 1 and step == min(1, steps - 1) and steps * len(seeds) > step + 1:
-                    on_estimate(_seconds_left(trainees, building, steps, len(seeds)))
+                    steps_left = (steps * len(seeds) - step - 1) * len(ways)
+                    on_estimate(_seconds_left(trainees, building, steps, len(seeds)), steps_left)
             for trainee in trainees:
                 trainee.drop_model()
     except KeyboardInterrupt:

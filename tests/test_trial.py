@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -265,30 +266,46 @@ def test_what_is_left_is_estimated_once_every_way_has_taken_two_steps():
         batch_size=2,
         seeds=[0, 1],
         on_step=taken.append,
-        on_estimate=lambda seconds: estimates.append((len(taken), seconds)),
+        on_estimate=lambda seconds, steps_left: estimates.append((len(taken), seconds, steps_left)),
     )
-    (at, seconds), *others = estimates
+    (at, seconds, steps_left), *others = estimates
     assert not others
-    assert at == 2 * len(WAYS)
+    assert (at, steps_left) == (2 * len(WAYS), 4 * len(WAYS))
     assert 0 < seconds < 600
 
 
 def test_nothing_is_estimated_where_nothing_is_left():
-    estimates: list[float] = []
-    train_in_ways(make_task(), steps=1, batch_size=2, ways=["baseline", "invact"], on_estimate=estimates.append)
+    estimates: list[tuple[float, int]] = []
+    ways = ["baseline", "invact"]
+    train_in_ways(make_task(), steps=1, batch_size=2, ways=ways, on_estimate=lambda *left: estimates.append(left))
     assert not estimates
 
 
 def test_without_a_terminal_the_estimate_and_lines_of_progress_go_to_standard_error_alone(monkeypatch):
-    monkeypatch.setattr(output, "PROGRESS_EVERY", 0.0)
+    monkeypatch.setattr(output, "PROGRESS_EVERY", 0.02)
     result = run("--steps", 3, "--seeds", 1, "--batch-size", 2, "--json")
     assert json.loads(result.stdout)["runs"]
     first, *lines = result.stderr.splitlines()
     assert first.startswith("Training a small BERT")
-    assert any("left: checkpointing" in line and line.startswith("3 of 12 steps") for line in lines)
+    assert any(re.fullmatch(r"\d+ of 12 steps, .* so far, about .* left: .*", line) for line in lines)
     (estimate,) = [line for line in lines if line.startswith("About")]
     assert "--steps" in estimate
     assert "--batch-size" in estimate
+
+
+def test_lines_of_progress_come_though_a_step_takes_long_and_end_with_the_block(monkeypatch, capsys):
+    monkeypatch.setattr(output, "PROGRESS_EVERY", 0.02)
+    with output.progress(2) as shown:
+        deadline = time.monotonic() + 60
+        said = ""
+        while "0 of 2 steps" not in said and time.monotonic() < deadline:
+            said += capsys.readouterr().err
+        shown.advance("baseline")
+        shown.advance("invact")
+    assert "0 of 2 steps, 0 seconds so far: preparing" in said
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

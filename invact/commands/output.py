@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -58,6 +59,9 @@ class Progress(Protocol):
     def advance(self, what: str) -> None:
         """One step was taken."""
 
+    def expect(self, steps: int) -> None:
+        """So many are left: fewer than was said where a way of training can not be had."""
+
     def say(self, sentence: str) -> None:
         """For who watches, before the next step."""
 
@@ -69,7 +73,8 @@ def progress(total: int | None) -> Iterator[Progress]:
     Without a total it only shows that it goes on.
     """
     if not sys.stderr.isatty():
-        yield _Lines(total)
+        with _Lines(total) as lines:
+            yield lines
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -88,36 +93,59 @@ class _Bar:
     def advance(self, what: str) -> None:
         self._bar.update(self._task, advance=1, description=what)
 
+    def expect(self, steps: int) -> None:
+        done = next(task.completed for task in self._bar.tasks if task.id == self._task)
+        self._bar.update(self._task, total=done + steps)
+
     def say(self, sentence: str) -> None:
         self._bar.console.print(sentence, highlight=False, markup=False)
 
 
 class _Lines:
+    """Said by a thread of its own, since a single step of a large model may take minutes."""
+
     def __init__(self, total: int | None) -> None:
         self._total = total
         self._done = 0
-        self._began = self._first = self._said = time.monotonic()
+        self._what = "preparing"
+        self._began = self._first = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._say_now_and_then, daemon=True)
+
+    def __enter__(self) -> _Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
     def advance(self, what: str) -> None:
         self._done += 1
-        now = time.monotonic()
+        self._what = what
         if self._done == 1:
-            self._first = now  # what came before was preparation as well
-        if now - self._said >= PROGRESS_EVERY:
-            self._said = now
-            self.say(self._in_words(what, now))
+            self._first = time.monotonic()  # what came before was preparation as well
+
+    def expect(self, steps: int) -> None:
+        self._total = self._done + steps
 
     def say(self, sentence: str) -> None:
         typer.echo(sentence, err=True)
 
-    def _in_words(self, what: str, now: float) -> str:
+    def _say_now_and_then(self) -> None:
+        while not self._ended.wait(PROGRESS_EVERY):
+            self.say(self._in_words(time.monotonic()))
+
+    def _in_words(self, now: float) -> str:
+        took = f"{duration_in_words(now - self._began)} so far"
         if self._total is None:
-            return f"{self._done} turns in {duration_in_words(now - self._began)}: {what}"
-        done = f"{self._done} of {self._total} steps"
+            return f"{self._done} turns, {took}: {self._what}"
+        if self._done == self._total:
+            return f"All {self._total} steps, {took}: comparing"
         if self._done > 1:
             left = (now - self._first) / (self._done - 1) * (self._total - self._done)
-            done += f", about {duration_in_words(left)} left"
-        return f"{done}: {what}"
+            took += f", about {duration_in_words(left)} left"
+        return f"{self._done} of {self._total} steps, {took}: {self._what}"
 
 
 def duration_in_words(seconds: float) -> str:

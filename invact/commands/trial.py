@@ -109,6 +109,11 @@ def _trained(
             dtype = dtype or (Dtype.bf16 if device.type == "cuda" else Dtype.fp32)
             ways = [*WAYS, *(COMPILED_WAYS if compiled else ())]
             with progress(steps * len(seeds) * len(ways)) as shown:
+
+                def tell(seconds: float, steps_left: int) -> None:
+                    shown.expect(steps_left)
+                    shown.say(_estimate_in_words(seconds, steps, seeds))
+
                 shown.say(f"Training {task.title}: first two steps of each way, to see how long it takes.")
                 return train_in_ways(
                     task,
@@ -120,7 +125,7 @@ def _trained(
                     side_bits=side_bits,
                     memory_bytes=gpu_memory,
                     on_step=shown.advance,
-                    on_estimate=lambda seconds: shown.say(_estimate_in_words(seconds, steps, seeds)),
+                    on_estimate=tell,
                 )
         except (DataError, NotTrainableError, patchers.RequestError) as error:
             fail(str(error))
