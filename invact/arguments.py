@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ Inputs = tuple[Any, ...] | dict[str, Any]
 
 
 def check_model(model: Any) -> None:
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(
+            f"invact needs a model, but got the class {model.__name__} itself. "
+            f"Pass an object of it, as `{model.__name__}(...)` makes one."
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"invact needs a torch.nn.Module, but got {type(model).__name__}. "
@@ -37,8 +43,16 @@ def check_not_sharded(model: nn.Module) -> None:
 def check_inputs(inputs: Any) -> None:
     if not isinstance(inputs, (tuple, dict)):
         raise TypeError(
-            f"example_inputs is a {type(inputs).__name__}, but it must say how the model is called. Pass a tuple of "
-            "positional arguments, such as `(x,)`, or a dict of keyword arguments, such as `dict(input_ids=...)`."
+            f"example_inputs is of type {type(inputs).__name__}, but it must say how the model is called. "
+            f"{_how_to_wrap(inputs)}"
+        )
+    if isinstance(inputs, dict):
+        _check_keywords(inputs)
+    if not holds_a_tensor(inputs):
+        raise TypeError(
+            f"example_inputs is {_shortened(inputs)}, which holds no tensor, so there is nothing to compute with. "
+            "Pass tensors as the model takes them in training, such as `(torch.randn(8, 64),)` or "
+            "`dict(input_ids=torch.zeros(8, 128, dtype=torch.long))`."
         )
     for tensor in tree_leaves(inputs):
         if isinstance(tensor, Tensor) and tensor.is_complex():
@@ -48,12 +62,73 @@ def check_inputs(inputs: Any) -> None:
             )
 
 
+def holds_a_tensor(inputs: Inputs) -> bool:
+    """False where everything is text, a number, an array or None; an object of another kind may hold one.
+
+    A model that is called with nothing at all is given the benefit of the doubt.
+    """
+    leaves = tree_leaves(inputs)
+    return not leaves or not all(_is_plain(leaf) for leaf in leaves)
+
+
+def _is_plain(leaf: Any) -> bool:
+    # numpy's arrays and numbers, by name: numpy need not be installed.
+    return leaf is None or isinstance(leaf, (str, bytes, int, float)) or type(leaf).__module__ == "numpy"
+
+
+def _how_to_wrap(inputs: Any) -> str:
+    if isinstance(inputs, Tensor):
+        return "Pass a tuple of positional arguments: `(x,)` for this one tensor."
+    if isinstance(inputs, list):
+        return "Pass a tuple of positional arguments: `tuple(inputs)`, or `(inputs,)` if the model takes a list."
+    if isinstance(inputs, Mapping):
+        return "Pass a dict of keyword arguments: `dict(inputs)`."
+    return (
+        "Pass a tuple of positional arguments, such as `(x,)`, or a dict of keyword arguments, such as "
+        "`dict(input_ids=...)`."
+    )
+
+
+def _check_keywords(inputs: dict[Any, Any]) -> None:
+    for key in inputs:
+        if not isinstance(key, str):
+            raise TypeError(
+                f"example_inputs is a dict with the key {_shortened(key)}, but its keys are the names of the forward's "
+                "arguments. Pass a dict such as `dict(input_ids=...)`, or `(inputs,)` if the model takes a dict."
+            )
+
+
+def _shortened(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def check_autocast(autocast: Any) -> None:
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise TypeError(
             f"autocast is {autocast!r}, but torch.autocast trains in one of two dtypes. "
             "Pass torch.bfloat16, torch.float16 or None."
         )
+
+
+def check_patterns(include: Any, exclude: Any) -> None:
+    """Each None, a glob pattern, or several of them in a list, tuple or set.
+
+    Raises:
+        TypeError: anything else, with what to pass.
+
+    Example:
+        >>> check_patterns("encoder.*", ["lm_head.*", "*.act"])
+    """
+    for option, patterns in {"include": include, "exclude": exclude}.items():
+        if patterns is None or isinstance(patterns, str):
+            continue
+        several = isinstance(patterns, Collection) and not isinstance(patterns, (bytes, Mapping, Tensor))
+        if not several or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(
+                f"{option} is {_shortened(patterns)}, but sites are chosen by glob patterns over their paths. "
+                f"Pass a string, such as {option}='*.mlp.act', or a list of strings."
+            )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -17,6 +17,7 @@ from invact.checkpointing import can_checkpoint, enable_checkpointing
 from invact.contenders import CHECKPOINTING, COMPILE, INVACT, STOCK
 from invact.kept_storages import KeptStorages
 from invact.ledger import Ledger
+from invact.own_errors import first_line, own_error
 from invact.patching import patch
 from invact.real_models import with_weights
 from invact.sizes import size_in_words
@@ -113,8 +114,10 @@ def _time_step(
             steppers[way] = _Stepper(way, model, inputs)
         except Exception as error:
             if way == STOCK:
-                raise _step_error(name, dtype, times.inputs, error) from error
-            if way == INVACT:
+                why = own_error(lambda: loss_of(_called(model, inputs)).backward())
+                if why is not None:
+                    raise _step_error(name, dtype, times.inputs, why) from error
+            if way in (STOCK, INVACT):
                 raise
             bench.leave_out(f"{way} of {name}", error)
     patched = steppers[INVACT].report
@@ -165,8 +168,7 @@ class _Stepper:
         self._model.zero_grad()
 
     def _loss(self) -> Tensor:
-        inputs = self._inputs
-        return loss_of(self._forward(**inputs) if isinstance(inputs, dict) else self._forward(*inputs))
+        return loss_of(_called(self._forward, self._inputs))
 
     def _counted(self, compiled: bool) -> int:
         torch.manual_seed(0)
@@ -184,9 +186,12 @@ class _Stepper:
         return nbytes
 
 
-def _step_error(name: str, dtype: str, inputs: str, error: Exception) -> StepError:
-    why = str(error).strip().partition("\n")[0]
+def _called(model: Callable[..., Any], inputs: Inputs) -> Any:
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def _step_error(name: str, dtype: str, inputs: str, why: Exception) -> StepError:
     return StepError(
-        f"A step of {name} in {dtype} on {inputs} does not run, not even the stock one: {why.rstrip('.')}. "
+        f"A step of {name} in {dtype} on {inputs} does not run, not even the stock one: {first_line(why)}. "
         "Pass another --batch-size, --seq-len, --image-size or --dtype."
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from invact.bench_result import COPY, Bench, KernelTimes, StepTimes
 from invact.contenders import STOCK
 from invact.machine import machine_in_words
 from invact.report import format_bytes
+from invact.tables import Column, print_table
 from invact.timing import Race
 
 _NAMES = ("pass", "contender", "way")
@@ -28,10 +27,10 @@ def print_bench(bench: Bench, console: Console) -> None:
         chosen = [times for times in bench.kernels if (times.curve, times.dtype) == (curve, dtype)]
         sizes = dict.fromkeys(f"{times.elements:,} elements" for times in chosen)
         _print_heading(f"{curve}, {dtype}, {', host time on '.join(sizes)}", console)
-        console.print(_kernel_table(chosen))
+        _print_kernels(chosen, console)
     for step in bench.steps:
         _print_heading(f"A step of {step.model}: {step.model_class}, {step.inputs}, {step.dtype}", console)
-        console.print(_step_table(step))
+        _print_step(step, console)
         console.print(step.saved_in_words(), highlight=False)
     for note in bench.left_out:
         console.print(f"Left out: {note}", highlight=False, markup=False)
@@ -45,34 +44,35 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e6:.2f} µs"
 
 
-def _kernel_table(passes: Sequence[KernelTimes]) -> Table:
+def _print_kernels(passes: Sequence[KernelTimes], console: Console) -> None:
     copied = any(COPY in times.race.seconds for times in passes)
-    columns = ["pass", "contender", "time", "of stock's", "middle half", "kept besides y", "GB/s"]
-    table = _table([*columns, "of a copy's"] if copied else columns)
-    for times in passes:
-        for number, name in enumerate(times.race.seconds):
-            kept = times.kept_besides_output_bytes.get(name)
-            rate, share = times.bytes_per_second(name), times.of_copy(name)
-            cells = [
-                "" if number else times.passed,
-                *_time_cells(times.race, name),
-                "" if kept is None else format_bytes(kept),
-                "" if rate is None else f"{rate / 1e9:.1f}",
-                "" if share is None else f"{share:.0%}",
-            ]
-            table.add_row(*cells[: len(table.columns)], end_section=number == len(times.race.seconds) - 1)
-    return table
+    names = ["pass", "contender", "time", "of stock's", "middle half", "kept besides y", "GB/s"]
+    columns = _columns([*names, "of a copy's"] if copied else names)
+    rows = [_kernel_cells(times, name)[: len(columns)] for times in passes for name in times.race.seconds]
+    print_table(console, columns, rows, grouped=True)
 
 
-def _step_table(step: StepTimes) -> Table:
-    columns = ["way", "time", "of stock's", "middle half", "kept", "of stock's"]
-    table = _table([*columns, "peak"] if step.peak_bytes else columns)
+def _kernel_cells(times: KernelTimes, name: str) -> list[str]:
+    kept = times.kept_besides_output_bytes.get(name)
+    rate, share = times.bytes_per_second(name), times.of_copy(name)
+    return [
+        times.passed,
+        *_time_cells(times.race, name),
+        "" if kept is None else format_bytes(kept),
+        "" if rate is None else f"{rate / 1e9:.1f}",
+        "" if share is None else f"{share:.0%}",
+    ]
+
+
+def _print_step(step: StepTimes, console: Console) -> None:
+    names = ["way", "time", "of stock's", "middle half", "kept", "of stock's"]
+    rows = []
     for way in step.race.seconds:
         kept = step.kept_bytes[way]
         peak = [format_bytes(step.peak_bytes[way])] if step.peak_bytes else []
         share = f"{kept / step.kept_bytes[STOCK]:.1%}"
-        table.add_row(*_time_cells(step.race, way), format_bytes(kept), share, *peak)
-    return table
+        rows.append([*_time_cells(step.race, way), format_bytes(kept), share, *peak])
+    print_table(console, _columns([*names, "peak"] if step.peak_bytes else names), rows)
 
 
 def _time_cells(race: Race, name: str) -> list[str]:
@@ -80,12 +80,9 @@ def _time_cells(race: Race, name: str) -> list[str]:
     return [name, format_seconds(race.median(name)), f"{race.ratio(name):.3f}", f"{low:.3f} - {high:.3f}"]
 
 
-def _table(columns: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="left" if name in _NAMES else "right", overflow="fold")
-    return table
+def _columns(names: Sequence[str]) -> list[Column]:
+    return [Column(name, right=name not in _NAMES) for name in names]
 
 
 def _print_heading(text: str, console: Console) -> None:
-    console.print(f"\n{text}", style="bold", highlight=False, soft_wrap=True)
+    console.print(f"\n{text}", style="bold", highlight=False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +54,11 @@ class InvActCallback(PatchedDuringTraining, TrainerCallback):
         >>> print(callback.report)  # doctest: +SKIP
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> InvActCallback:
+        callback = super().__new__(cls)
+        _train.while_living(callback)
+        return callback
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -75,14 +82,11 @@ class InvActCallback(PatchedDuringTraining, TrainerCallback):
         report = self._patch(model, _inputs(model, args, kwargs), autocast)
         log_plan(f"invact\n{report}")
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs: dict[str, float] = kwargs["logs"]
-        if self.report is None or not {"loss", "train_loss"} & logs.keys():
-            return
-        figures = {**self._unlogged, **peak_figures(args.device)}
-        self._unlogged = {}
-        logs.update(figures)
-        state.log_history[-1].update(figures)
+    def _add_figures(self, logs: dict[str, float], device: torch.device) -> None:
+        """To the logs of training, but not to those of evaluation."""
+        if self.report is not None and {"loss", "train_loss"} & logs.keys():
+            logs.update({**self._unlogged, **peak_figures(device)})
+            self._unlogged = {}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,25 +112,78 @@ def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
 
 
-def _minding_its_callback(train: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer.train` that does the two things for which a callback has no event.
+# --- what a callback has no event for -----------------------------------------------------------------
 
-    A failed run is told to no callback. And what a callback adds to a log is seen only by the callbacks after it,
-    while those that write to TensorBoard and W&B stand first.
+
+class _TrainMinded:
+    """`Trainer.train` with an eye on the callbacks here, for as long as there are any.
+
+    Two things can not be done by a callback: to put the model back when a run fails, which no callback is told; and to
+    add to a log so that TensorBoard and W&B get it, whose callbacks stand first and have written it by then. Nor is a
+    callback ever told which Trainer it belongs to, and when it is first called in a run, `train` is already under way.
+    So `train` itself is wrapped: when the first callback is made, not at import; and `Trainer` has its own method back
+    when the last is gone. A Trainer without such a callback is passed straight through. In a run `log` is wrapped, on
+    that one Trainer; the list of its callbacks stays as the user made it.
     """
 
+    def __init__(self) -> None:
+        self._living = 0
+        self._stock: Callable[..., Any] | None = None
+        self._wrapped: Callable[..., Any] | None = None
+
+    def while_living(self, callback: InvActCallback) -> None:
+        if not self._living and Trainer.train is not self._wrapped:
+            self._stock = Trainer.train
+            self._wrapped = _minding(self._stock)
+            Trainer.train = self._wrapped  # type: ignore[method-assign]
+        self._living += 1
+        weakref.finalize(callback, self._leave).atexit = False
+
+    def _leave(self) -> None:
+        self._living -= 1
+        # What another library has put over ours since, and calls ours, stays.
+        if not self._living and self._stock is not None and Trainer.train is self._wrapped:
+            Trainer.train = self._stock  # type: ignore[method-assign]
+
+
+_train = _TrainMinded()
+
+
+def _minding(train: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(train)
     def wrapped(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        callbacks = trainer.callback_handler.callbacks
-        callbacks.sort(key=lambda callback: not isinstance(callback, InvActCallback))
-        try:
+        def ours() -> list[InvActCallback]:
+            return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, InvActCallback)]
+
+        if not ours():
             return train(trainer, *args, **kwargs)
+        try:
+            with _logging_figures(trainer, ours):
+                return train(trainer, *args, **kwargs)
         finally:
-            for callback in callbacks:
-                if isinstance(callback, InvActCallback):
-                    callback._put_back()
+            for callback in ours():
+                callback._put_back()
 
     return wrapped
 
 
-Trainer.train = _minding_its_callback(Trainer.train)  # type: ignore[method-assign]
+@contextmanager
+def _logging_figures(trainer: Trainer, callbacks: Callable[[], list[InvActCallback]]) -> Iterator[None]:
+    """Every training log of this Trainer gets the figures before anybody sees it."""
+    log = trainer.log
+    of_its_own = vars(trainer).get("log")
+
+    @functools.wraps(log)
+    def with_figures(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for callback in callbacks():
+            callback._add_figures(logs, trainer.args.device)
+        log(logs, *args, **kwargs)
+
+    trainer.log = with_figures  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if of_its_own is None:
+            del trainer.log
+        else:
+            trainer.log = of_its_own  # type: ignore[method-assign]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+_NOTHING = object()
+
 
 def can_checkpoint(model: nn.Module) -> bool:
-    """Whether the model has a switch for gradient checkpointing, and it works."""
+    """Whether the model has a switch for gradient checkpointing, and it works; asking leaves it as it stood."""
     try:
         with checkpointed(model):
             return True
@@ -30,14 +33,33 @@ def enable_checkpointing(model: Any) -> None:
 
 @contextmanager
 def checkpointed(model: Any) -> Iterator[None]:
-    """`enable_checkpointing` for the length of a block."""
-    enable_checkpointing(model)
+    """`enable_checkpointing` for the length of a block.
+
+    Afterwards everything that the switch had changed is what it was before: where the user had checkpointing on, of
+    some layers or all, it is on as it was. The libraries' own switches for "off" do not do that.
+    """
+    before = [(slots, dict(slots)) for module in model.modules() for slots in _slots(module)]
+    undo: list[tuple[dict[Any, Any], dict[Any, Any], Any]] = []
     try:
+        try:
+            enable_checkpointing(model)
+        finally:
+            undo = [(slots, was, name) for slots, was in before for name in _changed(slots, was)]
         yield
     finally:
-        if hasattr(model, "activation_checkpointing_disable"):
-            model.activation_checkpointing_disable()
-        elif hasattr(model, "gradient_checkpointing_disable"):
-            model.gradient_checkpointing_disable()
-        else:
-            model.set_grad_checkpointing(False)
+        for slots, was, name in undo:
+            if name in was:
+                slots[name] = was[name]
+            else:
+                slots.pop(name, None)
+
+
+def _slots(module: nn.Module) -> Iterator[dict[Any, Any]]:
+    """Where a switch leaves its mark: the module's attributes, and the dicts of its hooks among them."""
+    yield vars(module)
+    yield from (value for value in vars(module).values() if type(value) in (dict, OrderedDict))
+
+
+def _changed(slots: dict[Any, Any], was: dict[Any, Any]) -> list[Any]:
+    names = {**was, **slots}
+    return [name for name in names if slots.get(name, _NOTHING) is not was.get(name, _NOTHING)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from invact.arguments import Inputs
+from invact.arguments import Inputs, check_patterns, holds_a_tensor
 from invact.kernels import check_side_bits
 from invact.patching import patched
 from invact.report import Report
@@ -29,6 +30,7 @@ class PatchedDuringTraining:
         exclude: str | Sequence[str] | None = None,
         side_bits: int = 1,
     ) -> None:
+        check_patterns(include, exclude)
         check_side_bits(side_bits)
         self.report: Report | None = None
         self._include = include
@@ -45,6 +47,8 @@ class PatchedDuringTraining:
 
     def _patch(self, model: nn.Module, inputs: Inputs, autocast: torch.dtype | None, *, within: str = "") -> Report:
         """Patches until `_put_back`; paths in the options and the report leave out the prefix `within`."""
+        if not holds_a_tensor(inputs):  # a batch of texts, say, that the model itself makes tensors of
+            model, inputs, within = _Called(model, inputs), (), f"model.{within}"
         during = patched(
             model,
             inputs,
@@ -62,6 +66,18 @@ class PatchedDuringTraining:
 
     def _put_back(self) -> None:
         self._undo.close()
+
+
+class _Called(nn.Module):
+    """A call of a model with these inputs, as a module that takes none."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model = model
+        self._inputs = inputs
+
+    def forward(self) -> Any:
+        return self.model(**self._inputs) if isinstance(self._inputs, dict) else self.model(*self._inputs)
 
 
 def _prefixed(patterns: str | Sequence[str] | None, prefix: str) -> list[str] | None:

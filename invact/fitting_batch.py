@@ -113,7 +113,7 @@ def needs(
     in and the one that goes out. Under checkpointing the largest region is kept besides, as it is recomputed.
 
     Args:
-        model: in any state, on any device or on meta; afterwards as it was.
+        model: on any device or on meta; what is checkpointed already is so in every way, and stays so afterwards.
         inputs_of: makes the model's inputs, best with labels, for a batch size.
         decided: what invact does to the model.
         optimizer: a key of `STATES`.
@@ -137,18 +137,21 @@ def _needs_as_it_is(
     model: nn.Module, inputs_of: Callable[[int], Inputs], setting: Setting, resident: int
 ) -> dict[str, Need]:
     """Without checkpointing and, if the model can, with it."""
-    plain = [observe(model, inputs_of(batch), setting) for batch in _BATCHES]
-    found = {"baseline": _line([_peak_bytes(model, each, each) for each in plain], resident)}
+    found = {"baseline": _need(model, inputs_of, setting, resident)}
     if can_checkpoint(model):
         with checkpointed(model):
-            # Opened anew: some models keep less, such as no cache, when they are checkpointed.
-            opened, closed = (
-                [observe(model, inputs_of(batch), setting, checkpointing=run) for batch in _BATCHES]
-                for run in (False, True)
-            )
-        peaks = [_peak_bytes(model, *pair) for pair in zip(opened, closed, strict=True)]
-        found["checkpointing"] = _line(peaks, resident)
+            found["checkpointing"] = _need(model, inputs_of, setting, resident)
     return found
+
+
+def _need(model: nn.Module, inputs_of: Callable[[int], Inputs], setting: Setting, resident: int) -> Need:
+    closed = [observe(model, inputs_of(batch), setting) for batch in _BATCHES]
+    opened = closed
+    if any(observed.checkpoints for observed in closed):
+        # Opened anew: some models keep less, such as no cache, when they are checkpointed.
+        opened = [observe(model, inputs_of(batch), setting, checkpointing=False) for batch in _BATCHES]
+    peaks = [_peak_bytes(model, *pair) for pair in zip(opened, closed, strict=True)]
+    return _line(peaks, resident)
 
 
 def _line(peaks: list[int], resident: int) -> Need:

@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+
+from invact.tables import Column, print_table
 
 INVERT = "invert"
 KEEP = "keep"
@@ -79,16 +79,16 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def print(self, console: Console | None = None) -> None:
-        """Prints the table: one row per kind of site, then the totals and who keeps the rest."""
+        """Prints the table: one row per kind of site, in any width, then the totals and who keeps the rest."""
         console = console or Console()
         if self.title:
             console.print(self.title, style="bold", highlight=False)
         if self.setting:
             console.print(self.setting, style="dim", highlight=False)
         if self.sites:
-            console.print(self._site_table())
+            self._print_sites(console)
         else:
-            console.print("No pointwise activation was found as a module of this model.")
+            console.print("No pointwise activation was found in this model, as a module or in a method.")
         console.print(self._totals(), highlight=False)
         for note in self.notes:
             console.print(f"Note: {note}", highlight=False, markup=False)
@@ -98,26 +98,19 @@ class Report:
         self.print(Console(file=text, width=120))
         return text.getvalue().rstrip()
 
-    def _site_table(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-        table.add_column("sites", justify="right")
-        for name in ("example", "activation", "class", "action", "reason"):
-            table.add_column(name, overflow="fold")
-        table.add_column("saved", justify="right", no_wrap=True)
-        for kind in self._kinds():
-            first = kind[0]
-            saved = sum(site.bytes_saved for site in kind)
-            table.add_row(
-                str(len(kind)),
-                first.path or "(the model itself)",
-                first.activation,
-                first.module_class,
-                first.action,
-                first.reason,
-                format_bytes(saved) if first.action == INVERT else "-",
-                style=None if first.action == INVERT else "dim",
-            )
-        return table
+    def _print_sites(self, console: Console) -> None:
+        columns = [
+            Column("sites", right=True),
+            Column("example", least=16),
+            Column("activation", least=10),
+            Column("class", least=14),
+            Column("action"),
+            Column("reason", least=20),
+            Column("saved", right=True),
+        ]
+        kinds = self._kinds()
+        rows = [_row(kind) for kind in kinds]
+        print_table(console, columns, rows, styles=[None if kind[0].action == INVERT else "dim" for kind in kinds])
 
     def _kinds(self) -> list[list[Site]]:
         """The sites that a reader need not tell apart, together."""
@@ -141,6 +134,19 @@ class Report:
                 f"Besides, autocast keeps {format_bytes(self.weight_cast_bytes)} of cast weights, whatever the batch."
             )
         return "\n".join(lines)
+
+
+def _row(kind: list[Site]) -> list[str]:
+    first = kind[0]
+    return [
+        str(len(kind)),
+        first.path or "(the model itself)",
+        first.activation,
+        first.module_class,
+        first.action,
+        first.reason,
+        format_bytes(sum(site.bytes_saved for site in kind)) if first.action == INVERT else "-",
+    ]
 
 
 def format_bytes(nbytes: int) -> str:

@@ -18,6 +18,7 @@ from invact.fitting_batch import needs
 from invact.kept_storages import KeptStorages
 from invact.layers import memory_by_layer
 from invact.ledger import Ledger, storage_sizes
+from invact.own_errors import first_line, own_error
 from invact.patching import patch
 from invact.planning import decide
 from invact.simulation import Setting
@@ -42,6 +43,7 @@ def train_in_ways(
     side_bits: int = 1,
     memory_bytes: int | None = None,
     on_step: Callable[[str], None] = lambda way: None,
+    on_estimate: Callable[[float, int], None] = lambda seconds, steps: None,
 ) -> Trial:
     """Trains the task's model from the same seeds in every way, and compares.
 
@@ -54,6 +56,8 @@ def train_in_ways(
         side_bits: per element, for curves with two sides; see `invact.patch`.
         memory_bytes: of a GPU, to predict the largest batch for.
         on_step: called with the name of the way after every step.
+        on_estimate: called once, when every way has taken its first two steps, with the seconds that the rest takes and
+            its steps, those of all ways.
 
     Raises:
         DataError: there are fewer samples than a batch has.
@@ -73,13 +77,18 @@ def train_in_ways(
     interrupted = False
     try:
         for seed in seeds:
+            start = time.perf_counter()
             trainees = [_Trainee(way, task, setting, seed, batch_size, side_bits) for way in ways]
             seeds_done.append(trainees)
+            building = time.perf_counter() - start
             for step in range(steps):
                 first = step % len(trainees)
                 for trainee in trainees[first:] + trainees[:first]:
                     trainee.step(step)
                     on_step(trainee.way)
+                if len(seeds_done) == 1 and step == min(1, steps - 1) and steps * len(seeds) > step + 1:
+                    steps_left = (steps * len(seeds) - step - 1) * len(ways)
+                    on_estimate(_seconds_left(trainees, building, steps, len(seeds)), steps_left)
             for trainee in trainees:
                 trainee.drop_model()
     except KeyboardInterrupt:
@@ -156,11 +165,13 @@ class _Trainee:
         try:
             with Ledger(self._model) as ledger:
                 loss = self._loss(batch)
-        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if self.way != BASELINE or isinstance(error, NotTrainableError):
+        except NotTrainableError:
+            raise
+        except Exception as error:
+            why = own_error(lambda: self._loss(batch)) if self.way == BASELINE else None
+            if why is None:
                 raise
-            why = str(error).strip().partition("\n")[0]
-            raise NotTrainableError(f"{self._task.title} is not trainable like this: {why}") from error
+            raise NotTrainableError(f"{self._task.title} is not trainable like this: {first_line(why)}.") from error
         self.activation_bytes = ledger.memory().total_bytes
         return loss
 
@@ -197,6 +208,14 @@ class _Trainee:
 def on_device(batch: Batch, device: torch.device) -> Batch:
     inputs, targets = tree_map_only(Tensor, lambda t: t.to(device), (batch.inputs, batch.targets))
     return Batch(inputs, targets)
+
+
+def _seconds_left(trainees: Sequence[_Trainee], building: float, steps: int, seeds: int) -> float:
+    """After the first steps of the first seed. The first of all is slower, as it warms up and is counted."""
+    first = sum(trainee.seconds[0] for trainee in trainees)
+    later = sum(trainee.seconds[-1] for trainee in trainees)
+    taken = len(trainees[0].seconds)
+    return (steps - taken) * later + (seeds - 1) * (building + first + (steps - 1) * later)
 
 
 # --- the comparison -----------------------------------------------------------------------------------

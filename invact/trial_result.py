@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from invact.layers import Layer
 from invact.machine import installed_versions
 from invact.report import Report, format_bytes
+from invact.tables import Column, print_table
 
 BASELINE = "baseline"
 
@@ -99,19 +98,11 @@ class Trial:
         """Prints a table with one row per way, then the verdict."""
         console.print(self.title, style="bold", highlight=False)
         console.print(self.setting, style="dim", highlight=False)
-        console.print(self._table())
+        header, *rows = self.rows()
+        print_table(console, [Column(name, right=number > 0) for number, name in enumerate(header)], rows)
         console.print(self.verdict, highlight=False)
         for note in self.notes:
             console.print(f"Note: {note}", highlight=False, markup=False)
-
-    def _table(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-        header, *rows = self.rows()
-        for column, name in enumerate(header):
-            table.add_column(name, justify="right" if column else "left")
-        for row in rows:
-            table.add_row(*row)
-        return table
 
     def rows(self) -> list[list[str]]:
         """The table of the ways as text, its header first; columns that say nothing here are left out."""

@@ -15,8 +15,11 @@ def built_on_meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Modu
     try:
         with torch.device("meta"):
             return build()
-    except RuntimeError:
-        # Some read a number off a tensor as they are built: ConvNeXt and Swin of transformers 4.48.
+    except RuntimeError as error:
+        # Some read a number off a tensor as they are built: ConvNeXt and Swin of transformers 4.48. PyTorch then says
+        # that this can not be done with meta tensors. Any other error would come again, after all weights were made.
+        if "meta" not in str(error):
+            raise
         return build().to("meta")
     finally:
         torch.set_default_dtype(before)

@@ -18,7 +18,7 @@ import torch
 from invact.kernels import CURVES
 from typer.testing import CliRunner, Result
 
-from invact import kept_storages, real_models, timing
+from invact import bench_steps, kept_storages, own_errors, real_models, timing
 from invact.bench import run as bench
 from invact.bench_kernels import HOST_ELEMENTS, time_kernels
 from invact.bench_result import COPY, Bench
@@ -75,7 +75,7 @@ def test_seconds_have_a_unit(seconds, text):
     assert format_seconds(seconds) == text
 
 
-@pytest.mark.parametrize("module", [kept_storages, real_models, timing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [kept_storages, own_errors, real_models, timing], ids=lambda module: module.__name__)
 def test_the_examples_in_docstrings_run(module):
     assert doctest.testmod(module).failed == 0
 
@@ -213,6 +213,24 @@ def test_a_model_without_a_switch_for_checkpointing_is_timed_without():
     result = bench("steps", models=models, batch_size=1, image_size=64, rounds=1, device=CPU)
     assert result.left_out == ["checkpointing of timm/dla34: the model has no switch for it"]
     assert list(result.steps[0].race.seconds) == ["stock", "invact"]
+
+
+def test_a_fault_of_ours_comes_with_its_traceback_and_not_as_bad_sizes(monkeypatch: pytest.MonkeyPatch):
+    class BrokenLedger(bench_steps.Ledger):
+        def memory(self):
+            raise RuntimeError("a fault in the ledger")
+
+    monkeypatch.setattr(bench_steps, "Ledger", BrokenLedger)
+    with pytest.raises(RuntimeError, match=r"^a fault in the ledger$"):
+        bench("steps", models=["timm/test_vit"], batch_size=1, rounds=1, device=CPU)
+
+
+def test_checkpointing_that_a_model_has_on_stays_on():
+    model = with_weights("timm/test_vit")
+    model.set_grad_checkpointing(True)
+    ways = bench_steps._ways(Bench.on(CPU, ""), "timm/test_vit", model, ["checkpointing"])
+    assert "checkpointing" in ways
+    assert model.grad_checkpointing
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """InvActCallback in a real transformers.Trainer: the same run, less memory, and the stock model afterwards."""
 
+import contextlib
 import os
 import runpy
 import subprocess
@@ -219,6 +220,46 @@ def test_a_failed_run_puts_the_model_back_before_the_caller_sees_the_error(tmp_p
         assert not run.model._forward_pre_hooks
     else:
         pytest.fail("the run was to fail")
+
+
+def test_importing_it_changes_nothing_in_transformers():
+    code = (
+        "from transformers import Trainer; train = Trainer.train; import invact.callback as c; "
+        "assert Trainer.train is train; callback = c.InvActCallback(); assert Trainer.train is not train; "
+        "other = c.InvActCallback(); del callback; assert Trainer.train is not train; "
+        "del other; assert Trainer.train is train; again = c.InvActCallback(); assert Trainer.train is not train"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", [Trainer, FailsInTheStep], ids=["ends", "fails"])
+def test_the_order_of_the_callbacks_and_the_trainers_log_are_the_users(tmp_path, kind):
+    run = trainer(tmp_path, [Watch(), InvActCallback()], kind=kind)
+    order = list(run.callback_handler.callbacks)
+    with contextlib.suppress(StopRunError):
+        run.train()
+    assert run.callback_handler.callbacks == order
+    assert "log" not in vars(run)
+
+
+def test_a_log_that_the_user_put_on_the_trainer_is_called_and_stays(tmp_path):
+    seen = []
+    run = trainer(tmp_path, [InvActCallback()], max_steps=1)
+    run.log = own = lambda logs, *args: seen.append(dict(logs))
+    run.train()
+    assert "invact/saving" in seen[0]
+    assert run.log is own
+
+
+def test_what_another_library_puts_over_train_stays(tmp_path, monkeypatch):
+    callback, calls = InvActCallback(), []
+    below = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: calls.append(1) or below(*args, **kwargs))
+    over = Trainer.train
+    trained(tmp_path, [callback], max_steps=1)
+    del callback
+    assert Trainer.train is over
+    assert calls == [1]
 
 
 def test_a_callback_added_to_a_finished_trainer_puts_the_model_back_after_failure_too(tmp_path):

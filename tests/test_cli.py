@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import invact
 from invact.cli import app
+from invact.commands.output import duration_in_words
 from invact.commands.patch import LibraryName
 
 
@@ -52,6 +53,62 @@ def test_json_is_the_only_thing_on_standard_output(name):
     assert report["bytes_after"] < report["bytes_before"]
 
 
+def test_the_name_alone_is_as_good_as_after_the_option():
+    named, after_option = (
+        json.loads(run("patch", *name, "--batch-size", 2, "--json").stdout)
+        for name in (["timm/test_vit"], ["--model", "timm/test_vit"])
+    )
+    assert named == after_option
+
+
+@pytest.mark.parametrize("command", ["patch", "trial"])
+def test_help_names_the_model_first(command):
+    assert f"{command} [OPTIONS] [NAME]" in run(command, "--help").stdout
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_a_piped_report_is_as_wide_as_columns_says(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = run("patch", "bert-base-uncased", "--batch-size", 2, "--seq-len", 64, "--gpu-memory", "24GiB")
+    lines = result.stdout.splitlines()
+    assert width // 2 < max(map(len, lines)) <= width
+    assert "Largest batch in 24.00 GiB" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("given", ["", "0", "wide", "-3"])
+def test_a_piped_report_is_120_wide_where_columns_says_nothing(given, monkeypatch):
+    monkeypatch.setenv("COLUMNS", given)
+    result = run("patch", "timm/test_vit", "--batch-size", 2)
+    assert 100 < max(map(len, result.stdout.splitlines())) <= 120
+
+
+def test_a_fault_of_ours_is_not_blamed_on_the_sizes(monkeypatch):
+    from invact import planning
+
+    def broken(*args, **kwargs):
+        raise ValueError("a fault in the plan")
+
+    monkeypatch.setattr(planning, "_decide", broken)
+    result = run("patch", "gpt2", "--seq-len", 16, "--batch-size", 1)
+    assert isinstance(result.exception, ValueError)
+    assert "--seq-len" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "0 seconds"),
+        (1.2, "1 second"),
+        (99, "99 seconds"),
+        (120, "2 minutes"),
+        (5400, "90 minutes"),
+        (9000, "2.5 hours"),
+    ],
+)
+def test_durations_are_told_in_the_unit_that_fits(seconds, words):
+    assert duration_in_words(seconds) == words
+
+
 def test_library_option_stands_for_the_prefix():
     result = run("patch", "--library", "timm", "--model", "test_vit", "--json")
     assert json.loads(result.stdout)["title"].startswith("test_vit · VisionTransformer")
@@ -86,7 +143,10 @@ def test_math_attention_keeps_more_than_fused_attention():
         (["--model", "gpt2", "--batch-size", 0], "--batch-size"),
         (["--model", "gpt2", "--dtype", "fp8"], "--dtype"),
         (["--model", "gpt2", "--library", "jax"], "--library"),
-        ([], "--model"),
+        ([], "No model was named. Pass its name"),
+        (["gpt2", "--model", "gpt2"], "The model is named twice"),
+        (["gpt2", "bert-base-uncased"], "unexpected extra argument"),
+        (["bert-base-uncasd"], "bert-base-uncased"),
     ],
 )
 def test_bad_input_exits_2_with_one_message_and_no_traceback(arguments, message):

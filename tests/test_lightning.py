@@ -129,6 +129,34 @@ def test_a_step_that_reads_values_is_planned_too_and_leaves_no_trace(tmp_path):
     assert module.read == module.losses
 
 
+def test_batches_without_a_tensor_are_planned_too(tmp_path):
+    class Reader(Classifier):
+        def training_step(self, batch, batch_idx):
+            x = torch.tensor([[float(len(text))] * 16 for text in batch])
+            return F.cross_entropy(self(x), torch.zeros(len(batch), dtype=torch.long))
+
+    module, callback = Reader(), InvActCallback(include="first.*")
+    trainer = Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(["a", "bb", "ccc", "dddd"], batch_size=4))
+    assert [site.path for site in callback.report.inverted] == ["first.2"]
+    assert not inverted(module)
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_patterns_of_a_wrong_kind_are_refused_when_it_is_made(option):
+    with pytest.raises(TypeError, match=f"{option} is 5.*Pass a string"):
+        InvActCallback(**{option: 5})
+
+
 def test_include_and_exclude_are_those_of_patch(tmp_path):
     for options in ({"include": "first.*"}, {"exclude": ["second.*"]}):
         callback = InvActCallback(**options)

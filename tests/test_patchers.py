@@ -11,6 +11,7 @@ import timm
 import torch
 import transformers
 from huggingface_hub import constants
+from invact.patchers.meta import built_on_meta
 
 from invact import patchers
 
@@ -398,3 +399,33 @@ def test_subclass_of_a_library_model_belongs_to_the_library():
 
 def test_examples_in_the_docstrings_run():
     assert doctest.testmod(patchers.registry).failed == 0
+
+
+def built_with(forbidden):
+    """Builds a module that first does what can not be done, and how often it was built."""
+    built = []
+
+    def build():
+        built.append(1)
+        forbidden()
+        return torch.nn.Linear(2, 2)
+
+    return build, built
+
+
+def test_a_model_that_reads_a_number_off_a_tensor_is_built_with_weights_instead():
+    build, built = built_with(lambda: torch.linspace(0, 1, 3)[0].item())
+    model = built_on_meta(build, torch.bfloat16)
+    assert len(built) == 2
+    assert (model.weight.device.type, model.weight.dtype) == ("meta", torch.bfloat16)
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_another_error_of_building_is_told_at_once():
+    def broken():
+        raise RuntimeError("sizes do not match")
+
+    build, built = built_with(broken)
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        built_on_meta(build, torch.float32)
+    assert len(built) == 1

@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
+import typer
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from invact import patchers
 from invact.arguments import device_of
-from invact.checkpointing import checkpointed
+from invact.checkpointing import can_checkpoint, checkpointed
 from invact.cli import app
 from invact.commands.options import memory_bytes
 from invact.fitting_batch import Fit, Need, _region_bytes, needs, resident_bytes
@@ -68,6 +69,68 @@ def test_every_way_needs_less_than_the_one_before(predicted):
 def test_the_model_is_left_as_it_was(model, predicted):
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert "Inverted" not in repr(model)
+
+
+class Switched(torch.nn.Module):
+    """A model of no library whose switch changes whatever it likes, and may fail half way."""
+
+    def __init__(self, *, works: bool):
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+        self.works = works
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        self.inner.checkpointing = enable
+        self.inner.register_forward_hook(print)
+        if not self.works:
+            raise ValueError("not supported")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_asking_for_checkpointing_changes_nothing(works):
+    model = Switched(works=works)
+    attributes = [dict(vars(module)) for module in model.modules()]
+    assert can_checkpoint(model) == works
+    assert [dict(vars(module)) for module in model.modules()] == attributes
+    assert not model.inner._forward_hooks
+
+
+def checkpointing_state(model):
+    of_flags = [
+        (vars(m).get("gradient_checkpointing"), vars(m).get("_gradient_checkpointing_func")) for m in model.modules()
+    ]
+    hooks = [list(m._forward_hooks.items()) for m in model.modules()]
+    return of_flags, hooks, vars(model).get("_require_grads_hooks"), vars(model).get("_require_grads_hook")
+
+
+@pytest.fixture
+def checkpointed_in_places():
+    """All layers but one, with options of its own, and the embedding made to give gradients."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=4, n_head=2)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    model.transformer.h[1].gradient_checkpointing = False
+    return model
+
+
+def test_a_users_own_checkpointing_stays_as_it_was_through_asking_and_planning(checkpointed_in_places):
+    model = checkpointed_in_places
+    before = checkpointing_state(model)
+    assert before[1] != [[]] * len(before[1])  # the hooks are there to be lost
+    assert can_checkpoint(model)
+    assert checkpointing_state(model) == before
+    with checkpointed(model):
+        assert model.transformer.h[1].gradient_checkpointing
+    assert checkpointing_state(model) == before
+    found = needs(model, inputs_of, Setting(device_of(model)), decide(model, inputs_of(2)))
+    assert checkpointing_state(model) == before
+    assert found["checkpointing"].per_sample < found["baseline"].per_sample
+
+
+def test_what_a_user_checkpoints_is_counted_so_as_it_is(model, predicted):
+    checkpointed_model = GPT2LMHeadModel(model.config).train()
+    checkpointed_model.gradient_checkpointing_enable()
+    found = needs(checkpointed_model, inputs_of, Setting(device_of(model)), decide(checkpointed_model, inputs_of(2)))
+    assert found["baseline"] == found["checkpointing"] == predicted["checkpointing"]
 
 
 @pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 2), ("momentum", 3), ("adamw", 4)])
@@ -130,10 +193,37 @@ def test_nothing_fits_where_the_weights_do_not():
 
 
 @pytest.mark.parametrize(
-    ("text", "nbytes"), [("24GiB", 24 * GIB), ("80 GB", 80 * 10**9), ("1.5gib", 3 * GIB // 2), ("512MiB", GIB // 2)]
+    ("text", "nbytes"),
+    [
+        ("24GiB", 24 * GIB),
+        ("80 GB", 80 * 10**9),
+        ("1.5gib", 3 * GIB // 2),
+        ("512MiB", GIB // 2),
+        ("1MiB", 2**20),
+        ("24 gb", 24 * 10**9),
+    ],
 )
 def test_memory_is_read_with_its_unit(text, nbytes):
     assert memory_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("24", "'24' has no unit. Write it as 24GiB or 24GB."),
+        ("1.5", "has no unit. Write it as 1.5GiB"),
+        ("24 B", "less than any GPU has"),
+        ("24b", "less than any GPU has"),
+        ("1023KiB", "less than any GPU has"),
+        ("0GiB", "less than any GPU has"),
+        ("-1GiB", "is no amount of memory"),
+        ("GiB", "is no amount of memory"),
+        ("", "is no amount of memory"),
+    ],
+)
+def test_memory_without_a_unit_or_too_little_of_it_is_refused(text, message):
+    with pytest.raises(typer.BadParameter, match=message):
+        memory_bytes(text)
 
 
 def run(*arguments: str):
@@ -154,6 +244,7 @@ def test_dry_run_says_what_fits_in_words_and_in_json():
     [
         (["--target-batch", "8"], "Add --gpu-memory"),
         (["--gpu-memory", "24 parsecs"], "is no amount of memory"),
+        (["--gpu-memory", "24"], "'24' has no unit. Write it as 24GiB"),
         (["--gpu-memory", "1GiB", "--optimizer", "lion"], "--optimizer"),
     ],
 )

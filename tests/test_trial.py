@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ import torch
 from invact.kernels import CURVES
 from typer.testing import CliRunner, Result
 
+from invact import trial
 from invact.cli import app
+from invact.commands import output
 from invact.functional import invert
 from invact.simulation import Setting
 from invact.trial import COMPILED_WAYS, WAYS, train_in_ways
@@ -194,6 +198,8 @@ def test_a_model_without_a_switch_is_trained_without_checkpointing():
         (["--model", "bert-base-uncasd"], "bert-base-uncased"),
         (["--html", "no/such/folder/page.html"], "can not be written"),
         (["--gpu-memory", "much"], "no amount of memory"),
+        (["--gpu-memory", "24"], "'24' has no unit"),
+        (["gpt2", "--model", "gpt2"], "The model is named twice"),
         (["--steps", 0], "--steps"),
     ],
 )
@@ -220,6 +226,86 @@ def test_a_loss_that_is_no_number_stops_the_trial_with_a_sentence():
     broken = type(task)(task.title, task.samples, task.build, task.batch, lambda f, b: task.loss(f, b) * float("nan"))
     with pytest.raises(ValueError, match="loss of baseline is nan at step 0"):
         train_in_ways(broken, steps=1, batch_size=2)
+
+
+def test_a_fault_of_ours_comes_with_its_traceback_and_not_as_a_model_that_can_not_be_trained(monkeypatch):
+    class BrokenLedger(trial.Ledger):
+        def memory(self):
+            raise RuntimeError("a fault in the ledger")
+
+    class RefusingLedger(trial.Ledger):
+        def __enter__(self):
+            raise RuntimeError("a fault in the ledger")
+
+    for ledger in (BrokenLedger, RefusingLedger):
+        monkeypatch.setattr(trial, "Ledger", ledger)
+        with pytest.raises(RuntimeError, match=r"^a fault in the ledger$"):
+            train_in_ways(make_task(), steps=1, batch_size=2)
+
+
+def test_checkpointing_that_a_model_has_on_stays_on():
+    models = []
+
+    def build():
+        model = make_task().build()
+        model.gradient_checkpointing_enable()
+        models.append(model)
+        return model
+
+    result = train_in_ways(replace(make_task(), build=build), steps=1, batch_size=2)
+    assert all(model.is_gradient_checkpointing for model in models)
+    kept = {run.name: run.activation_bytes for run in result.runs}
+    assert kept["baseline"] == kept["checkpointing"]
+
+
+def test_what_is_left_is_estimated_once_every_way_has_taken_two_steps():
+    taken, estimates = [], []
+    train_in_ways(
+        make_task(),
+        steps=3,
+        batch_size=2,
+        seeds=[0, 1],
+        on_step=taken.append,
+        on_estimate=lambda seconds, steps_left: estimates.append((len(taken), seconds, steps_left)),
+    )
+    (at, seconds, steps_left), *others = estimates
+    assert not others
+    assert (at, steps_left) == (2 * len(WAYS), 4 * len(WAYS))
+    assert 0 < seconds < 600
+
+
+def test_nothing_is_estimated_where_nothing_is_left():
+    estimates: list[tuple[float, int]] = []
+    ways = ["baseline", "invact"]
+    train_in_ways(make_task(), steps=1, batch_size=2, ways=ways, on_estimate=lambda *left: estimates.append(left))
+    assert not estimates
+
+
+def test_without_a_terminal_the_estimate_and_lines_of_progress_go_to_standard_error_alone(monkeypatch):
+    monkeypatch.setattr(output, "PROGRESS_EVERY", 0.02)
+    result = run("--steps", 3, "--seeds", 1, "--batch-size", 2, "--json")
+    assert json.loads(result.stdout)["runs"]
+    first, *lines = result.stderr.splitlines()
+    assert first.startswith("Training a small BERT")
+    assert any(re.fullmatch(r"\d+ of 12 steps, .* so far, about .* left: .*", line) for line in lines)
+    (estimate,) = [line for line in lines if line.startswith("About")]
+    assert "--steps" in estimate
+    assert "--batch-size" in estimate
+
+
+def test_lines_of_progress_come_though_a_step_takes_long_and_end_with_the_block(monkeypatch, capsys):
+    monkeypatch.setattr(output, "PROGRESS_EVERY", 0.02)
+    with output.progress(2) as shown:
+        deadline = time.monotonic() + 60
+        said = ""
+        while "0 of 2 steps" not in said and time.monotonic() < deadline:
+            said += capsys.readouterr().err
+        shown.advance("baseline")
+        shown.advance("invact")
+    assert "0 of 2 steps, 0 seconds so far: preparing" in said
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

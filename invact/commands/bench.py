@@ -101,8 +101,8 @@ def _measured(**options: Any) -> Bench:
         from invact.bench_steps import StepError
 
         try:
-            with progress(total=None) as on_turn:
-                return run(**options, on_turn=on_turn)
+            with progress(total=None) as shown:
+                return run(**options, on_turn=shown.advance)
         except (BenchError, StepError, patchers.RequestError) as error:
             fail(str(error))
     except KeyboardInterrupt:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from invact.commands.output import fail
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,15 +27,28 @@ class Bits(str, Enum):
     four = "4"
 
 
-def memory_bytes(text: str) -> int:
-    """As "24GiB" or "80 GB"; without a unit, bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), flags=re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise typer.BadParameter(f"{text!r} is no amount of memory. Write it as 24GiB.")
-    number, prefix, binary = match.groups()
-    exponent = " KMGT".index(prefix.upper()) if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** exponent)
+LEAST_MEMORY = 1 << 20  # bytes; no GPU has less
 
+
+def memory_bytes(text: str) -> int:
+    """As "24GiB" or "80 GB", capital letters or not; the unit must be there."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|(B))?", text.strip(), flags=re.IGNORECASE)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no amount of memory. Write it as 24GiB.")
+    number, prefix, binary, byte = match.groups()
+    if not prefix and not byte:
+        raise typer.BadParameter(f"{text!r} has no unit. Write it as {number}GiB or {number}GB.")
+    exponent = " KMGT".index(prefix.upper()) if prefix else 0
+    nbytes = int(float(number) * (1024 if binary else 1000) ** exponent)
+    if nbytes < LEAST_MEMORY:
+        raise typer.BadParameter(f"{text!r} is less than any GPU has. Write it as 24GiB.")
+    return nbytes
+
+
+MODEL_NAMES = (
+    "bert-base-uncased, timm/vit_base_patch16_224, open_clip/ViT-B-32, a hub name org/name, "
+    "or a directory with a config.json."
+)
 
 GpuMemory = Annotated[
     int | None,
@@ -48,6 +63,13 @@ SideBits = Annotated[
 HtmlFile = Annotated[
     Path | None, typer.Option("--html", dir_okay=False, metavar="FILE", help="Write a page that opens offline.")
 ]
+
+
+def one_name(command: str, name: str | None, model: str | None) -> str | None:
+    """The model, whether it was named by itself or after `--model`; None if neither was done."""
+    if name is not None and model is not None:
+        fail(f"The model is named twice, {name} and --model {model}. Name it once: invact {command} {name}")
+    return name if model is None else model
 
 
 def torch_dtype(name: str) -> torch.dtype:

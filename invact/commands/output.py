@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
@@ -15,6 +18,10 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as RichProgress
+
+PIPED_WIDTH = 120
+PROGRESS_EVERY = 5.0  # seconds, where standard error is no terminal
 
 
 def command() -> str:
@@ -46,19 +53,112 @@ def library_chatter_on_stderr() -> Iterator[None]:
         logging.disable(before)
 
 
-@contextlib.contextmanager
-def progress(total: int | None) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error if that is a terminal; yields what to call after every step, with what it was.
+class Progress(Protocol):
+    """How far a command has come, shown on standard error."""
 
-    Without a total the bar only shows that it goes on.
+    def advance(self, what: str) -> None:
+        """One step was taken."""
+
+    def expect(self, steps: int) -> None:
+        """So many are left: fewer than was said where a way of training can not be had."""
+
+    def say(self, sentence: str) -> None:
+        """For who watches, before the next step."""
+
+
+@contextlib.contextmanager
+def progress(total: int | None) -> Iterator[Progress]:
+    """A bar if standard error is a terminal, else a line every `PROGRESS_EVERY` seconds.
+
+    Without a total it only shows that it goes on.
     """
+    if not sys.stderr.isatty():
+        with _Lines(total) as lines:
+            yield lines
+        return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
 
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        training = bar.add_task("preparing", total=total)
-        yield lambda what: bar.update(training, advance=1, description=what)
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _Bar(bar, total)
+
+
+class _Bar:
+    def __init__(self, bar: RichProgress, total: int | None) -> None:
+        self._bar = bar
+        self._task = bar.add_task("preparing", total=total)
+
+    def advance(self, what: str) -> None:
+        self._bar.update(self._task, advance=1, description=what)
+
+    def expect(self, steps: int) -> None:
+        done = next(task.completed for task in self._bar.tasks if task.id == self._task)
+        self._bar.update(self._task, total=done + steps)
+
+    def say(self, sentence: str) -> None:
+        self._bar.console.print(sentence, highlight=False, markup=False)
+
+
+class _Lines:
+    """Said by a thread of its own, since a single step of a large model may take minutes."""
+
+    def __init__(self, total: int | None) -> None:
+        self._total = total
+        self._done = 0
+        self._what = "preparing"
+        self._began = self._first = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._say_now_and_then, daemon=True)
+
+    def __enter__(self) -> _Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def advance(self, what: str) -> None:
+        self._done += 1
+        self._what = what
+        if self._done == 1:
+            self._first = time.monotonic()  # what came before was preparation as well
+
+    def expect(self, steps: int) -> None:
+        self._total = self._done + steps
+
+    def say(self, sentence: str) -> None:
+        typer.echo(sentence, err=True)
+
+    def _say_now_and_then(self) -> None:
+        while not self._ended.wait(PROGRESS_EVERY):
+            self.say(self._in_words(time.monotonic()))
+
+    def _in_words(self, now: float) -> str:
+        took = f"{duration_in_words(now - self._began)} so far"
+        if self._total is None:
+            return f"{self._done} turns, {took}: {self._what}"
+        if self._done == self._total:
+            return f"All {self._total} steps, {took}: comparing"
+        if self._done > 1:
+            left = (now - self._first) / (self._done - 1) * (self._total - self._done)
+            took += f", about {duration_in_words(left)} left"
+        return f"{self._done} of {self._total} steps, {took}: {self._what}"
+
+
+def duration_in_words(seconds: float) -> str:
+    """As "40 seconds", "12 minutes" or "2.5 hours"."""
+    if seconds < 99.5:
+        return _counted(round(seconds), "second")
+    if seconds < 99.5 * 60:
+        return _counted(round(seconds / 60), "minute")
+    return f"{seconds / 3600:.1f} hours"
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit if number == 1 else unit + 's'}"
 
 
 class Printable(Protocol):
@@ -67,10 +167,19 @@ class Printable(Protocol):
     def print(self, console: Console) -> None: ...
 
 
-def print_report(report: Printable) -> None:
+def print_report(report: Printable, *paragraphs: str) -> None:
+    """As wide as the terminal; into a file or a pipe as wide as the variable COLUMNS says, or 120."""
     from rich.console import Console
 
-    report.print(Console(width=None if sys.stdout.isatty() else 120))
+    console = Console(width=None if sys.stdout.isatty() else _piped_width())
+    report.print(console)
+    for paragraph in paragraphs:
+        console.print(paragraph, highlight=False, markup=False)
+
+
+def _piped_width() -> int:
+    given = os.environ.get("COLUMNS", "")
+    return int(given) if given.isdecimal() and int(given) else PIPED_WIDTH
 
 
 def check_page_can_be_made(path: Path | None) -> None:

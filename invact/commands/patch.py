@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json as json_format
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from invact.commands.options import Bits, Dtype, GpuMemory, HtmlFile, SideBits, torch_dtype
+from invact.commands.options import MODEL_NAMES, Bits, Dtype, GpuMemory, HtmlFile, SideBits, one_name, torch_dtype
 from invact.commands.output import check_page_can_be_made, command, fail, library_chatter_on_stderr, print_report, write
+from invact.own_errors import first_line, own_error
 from invact.sizes import size_in_words
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from invact.fitting_batch import Fit
     from invact.layers import Layer
     from invact.page import Page
@@ -48,13 +52,8 @@ class Optimizer(str, Enum):
 
 
 def patch(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="bert-base-uncased, timm/vit_base_patch16_224, open_clip/ViT-B-32, a hub name org/name, "
-            "or a directory with a config.json."
-        ),
-    ],
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help=MODEL_NAMES, show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="The same as NAME.", metavar="NAME")] = None,
     library: Annotated[LibraryName | None, typer.Option(help="Overrides what the name says.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step.")] = DEFAULT_BATCH_SIZE,
     seq_len: Annotated[
@@ -80,12 +79,15 @@ def patch(
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
 ) -> None:
     """Dry run: what patching the model would save in training on a GPU. Needs neither the GPU nor weights."""
+    chosen = one_name("patch", name, model)
+    if chosen is None:
+        fail("No model was named. Pass its name, as in invact patch bert-base-uncased, or --model and its name.")
     if target_batch is not None and gpu_memory is None:
         fail("--target-batch asks what fits, and needs to know where. Add --gpu-memory, as in --gpu-memory 24GiB.")
     check_page_can_be_made(html)
     with library_chatter_on_stderr():
         report, fit, page = _dry_run(
-            model,
+            chosen,
             library=library and library.value,
             batch_size=batch_size,
             seq_len=seq_len,
@@ -102,9 +104,7 @@ def patch(
     if json:
         typer.echo(json_format.dumps({**report.to_dict(), "fit": fit.to_dict()}, indent=2) if fit else report.to_json())
     else:
-        print_report(report)
-        if fit:
-            typer.echo(fit)
+        print_report(report, *([str(fit)] if fit else ()))
     if page and html:
         write(page.html(), html)
 
@@ -131,8 +131,11 @@ def _dry_run(
     precision = f"{dtype}, autocast {autocast}" if autocast else dtype
     autocast_dtype = torch_dtype(autocast) if autocast else None
     try:
-        model = patchers.load(name, torch_dtype(dtype), library=library, image_size=image_size)
+        model = _loaded(name, torch_dtype(dtype), library, image_size)
         inputs = patchers.example_inputs(model, batch_size, seq_len, image_size)
+    except patchers.RequestError as error:
+        fail(str(error))
+    try:
         decided = decide_for_device(
             model,
             inputs,
@@ -141,15 +144,13 @@ def _dry_run(
             side_bits=side_bits,
             title=" · ".join([name, type(model).__name__, size_in_words(inputs), precision]),
         )
-    except patchers.RequestError as error:
-        fail(str(error))
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except Exception:
         # A size that only the model itself can reject is bad input; anything else is a fault, with its traceback.
-        if seq_len is None and image_size is None:
+        given = _sizes_in_words(seq_len, image_size)
+        why = own_error(lambda: _run_on_meta(model, inputs)) if given else None
+        if why is None:
             raise
-        sizes = {"--seq-len": seq_len, "--image-size": image_size}
-        given = " ".join(f"{option} {size}" for option, size in sizes.items() if size is not None)
-        fail(f"{name} does not run with {given}: {error}. Leave it out for the model's own size.")
+        _fail_for_sizes(name, given, why)
     import torch
 
     from invact.simulation import Setting
@@ -171,6 +172,42 @@ def _dry_run(
 
         page = _plan_page(decided.report, memory_by_layer(model, inputs, setting, decided), fit)
     return decided.report, fit, page
+
+
+def _loaded(name: str, dtype: torch.dtype, library: str | None, image_size: int | None) -> nn.Module:
+    """Fails with a sentence where the model can be built, but not for images of this size."""
+    from invact import patchers
+
+    try:
+        model: nn.Module = patchers.load(name, dtype, library=library, image_size=image_size)
+        return model
+    except patchers.RequestError:
+        raise
+    except Exception as error:
+        if image_size is None:
+            raise
+        try:
+            patchers.load(name, dtype, library=library)
+        except Exception:
+            raise error from None
+        _fail_for_sizes(name, _sizes_in_words(None, image_size), error)
+
+
+def _run_on_meta(model: nn.Module, inputs: Any) -> None:
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    on_meta = tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs)
+    model(**on_meta) if isinstance(on_meta, dict) else model(*on_meta)
+
+
+def _sizes_in_words(seq_len: int | None, image_size: int | None) -> str:
+    sizes = {"--seq-len": seq_len, "--image-size": image_size}
+    return " ".join(f"{option} {size}" for option, size in sizes.items() if size is not None)
+
+
+def _fail_for_sizes(name: str, given: str, why: Exception) -> NoReturn:
+    fail(f"{name} does not run with {given}: {first_line(why)}. Leave it out for the model's own size.")
 
 
 def _plan_page(report: Report, layers: list[Layer], fit: Fit | None) -> Page:

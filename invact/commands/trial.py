@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from invact.commands.options import Bits, Dtype, GpuMemory, HtmlFile, SideBits, torch_dtype
+from invact.commands.options import Bits, Dtype, GpuMemory, HtmlFile, SideBits, one_name, torch_dtype
 from invact.commands.output import (
     check_page_can_be_made,
     command,
+    duration_in_words,
     end_interrupted,
     fail,
     library_chatter_on_stderr,
@@ -27,7 +28,11 @@ DEFAULT_BATCH_SIZE = 8
 
 
 def trial(
-    model: Annotated[str | None, typer.Option(help="As of `invact patch`. Default: a small BERT.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="As of `invact patch`. Default: a small BERT.", show_default=False),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The same as NAME.", metavar="NAME")] = None,
     data: Annotated[
         str | None,
         typer.Option(help="A text file, a folder of images, or `digits`. Default: what comes with Python."),
@@ -50,10 +55,11 @@ def trial(
     """Train the same model from the same seeds with and without invact and checkpointing, and compare."""
     # Threads that spin while they wait take ten times as long where others use the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    chosen = one_name("trial", name, model)
     check_page_can_be_made(html)
     with library_chatter_on_stderr():
         result = _trained(
-            model,
+            chosen,
             data,
             steps=steps,
             batch_size=batch_size,
@@ -102,7 +108,13 @@ def _trained(
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             dtype = dtype or (Dtype.bf16 if device.type == "cuda" else Dtype.fp32)
             ways = [*WAYS, *(COMPILED_WAYS if compiled else ())]
-            with progress(steps * len(seeds) * len(ways)) as on_step:
+            with progress(steps * len(seeds) * len(ways)) as shown:
+
+                def tell(seconds: float, steps_left: int) -> None:
+                    shown.expect(steps_left)
+                    shown.say(_estimate_in_words(seconds, steps, seeds))
+
+                shown.say(f"Training {task.title}: first two steps of each way, to see how long it takes.")
                 return train_in_ways(
                     task,
                     steps=steps,
@@ -112,12 +124,21 @@ def _trained(
                     setting=Setting(device, None if dtype is Dtype.fp32 else torch_dtype(dtype.value)),
                     side_bits=side_bits,
                     memory_bytes=gpu_memory,
-                    on_step=on_step,
+                    on_step=shown.advance,
+                    on_estimate=tell,
                 )
         except (DataError, NotTrainableError, patchers.RequestError) as error:
             fail(str(error))
     except KeyboardInterrupt:
         end_interrupted("Interrupted before there was anything to report.")
+
+
+def _estimate_in_words(seconds: float, steps: int, seeds: range) -> str:
+    lot = f"{steps} steps of each way" + (f" from each of {len(seeds)} seeds" if len(seeds) > 1 else "")
+    return (
+        f"About {duration_in_words(seconds)} more for {lot}. "
+        "Fewer --steps or --seeds or a smaller --batch-size take less; Ctrl-C reports what there is by then."
+    )
 
 
 def _trial_page(result: Trial) -> Page:
