@@ -6,7 +6,7 @@ import collections
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -255,7 +255,7 @@ class NotedNames:
 
 @dataclass(slots=True)
 class NotedTensor:
-    """A tensor's gradient, hooks and whether it asks for one; with `with_data`, also its numbers."""
+    """A tensor's gradient, hooks and whether it asks for one, and its numbers unless `copies` is False."""
 
     owner: Tensor
     requires_grad: bool
@@ -263,9 +263,10 @@ class NotedTensor:
     hooks: Any
     same_storage: Tensor | None  # notices `tensor.data = other`
     copied: Tensor | None
+    version: int
 
     @classmethod
-    def of(cls, owner: Tensor, *, with_data: bool) -> NotedTensor:
+    def of(cls, owner: Tensor, *, copies: bool) -> NotedTensor:
         plain = type(owner) in _PLAIN
         return cls(
             owner,
@@ -273,23 +274,42 @@ class NotedTensor:
             owner.grad if owner.is_leaf else None,
             owner._backward_hooks,
             owner.detach() if plain else None,
-            owner.detach().clone() if with_data and not owner.is_meta else None,
+            owner.detach().clone() if copies and not owner.is_meta else None,
+            _version(owner),
         )
 
     def put_back(self) -> None:
         owner, storage = self.owner, self.same_storage
         if storage is not None and not _same_place(owner, storage):
             owner.data = storage
-        if self.copied is not None and not torch.equal(owner.detach(), self.copied):
+        if self.copied is not None and not self._same_numbers():
             owner.data.copy_(self.copied)  # .data: no graph that kept this tensor is to think it changed once more
-        if not owner.is_leaf:
-            return
+        if owner.is_leaf:
+            self._leaf_put_back()
+        if type(owner) is nn.Parameter and self.copied is None and _version(owner) != self.version:
+            raise RuntimeError(
+                f"The model's forward changed in place a parameter of shape {tuple(owner.size())} that it reaches by "
+                "another way than its place in the module, so a simulated forward really changed it. Load the weights "
+                "again, and let forward reach the parameter as an attribute of its module."
+            )
+
+    def _same_numbers(self) -> bool:
+        if self.same_storage is None:  # comparing the parts of a DTensor would have to ask other processes
+            return _version(self.owner) == self.version
+        return torch.equal(self.owner.detach(), cast(Tensor, self.copied))
+
+    def _leaf_put_back(self) -> None:
+        owner = self.owner
         if owner.requires_grad is not self.requires_grad:
             owner.requires_grad_(self.requires_grad)
         if owner.grad is not self.grad:
             owner.grad = self.grad
         if owner._backward_hooks is not self.hooks:
             owner._backward_hooks = self.hooks
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 _PLAIN = (Tensor, nn.Parameter, nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from invact.named_globals import named_globals, of_library
 from invact.noted import (
@@ -38,7 +38,12 @@ from invact.random_states import generator_of, global_generators
 _HOLDS_NOTHING = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...), type(NotImplemented)),
     *(types.CodeType, types.FrameType, types.TracebackType, types.ModuleType, types.GetSetDescriptorType),
-    *(types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType),
+    *(
+        types.MemberDescriptorType,
+        types.WrapperDescriptorType,
+        types.MethodDescriptorType,
+        types.ClassMethodDescriptorType,
+    ),
     *(weakref.ref, *weakref.ProxyTypes, torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 # Of the standard library these hold what they are given; others (locks, files, loggers, threads) are left alone.
@@ -78,7 +83,7 @@ class Snapshot:
 
     Args:
         roots: where to begin: a model, its inputs.
-        tensors: notes also the numbers in tensors, which takes a copy of each.
+        tensors: notes the numbers in parameters as well, which takes a copy of each; of other tensors always.
     """
 
     def __init__(self, *roots: Any, tensors: bool = False) -> None:
@@ -195,7 +200,8 @@ class Snapshot:
             self._noted.append(noted)
 
     def _tensor(self, value: Tensor) -> None:
-        noted = NotedTensor.of(value, with_data=self._tensors)
+        # Operations that see no simulated tensor run for real inside a simulated pass: those of a counter, say.
+        noted = NotedTensor.of(value, copies=self._tensors or not isinstance(value, nn.Parameter))
         self._noted.append(noted)
         self._follow((noted.grad, noted.hooks))
 
@@ -320,7 +326,11 @@ def _is_machinery(cls: type) -> bool:
     top = module.partition(".")[0]
     if top in ("ctypes", "_ctypes", "numpy", "invact") or module.startswith("torch._"):
         return True
-    return top in sys.stdlib_module_names and top not in _HOLDERS and cls not in (types.SimpleNamespace, types.MappingProxyType)
+    return (
+        top in sys.stdlib_module_names
+        and top not in _HOLDERS
+        and cls not in (types.SimpleNamespace, types.MappingProxyType)
+    )
 
 
 def _is_core(module: Any) -> bool:

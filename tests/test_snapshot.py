@@ -84,7 +84,7 @@ def described(value, seen=None):
     if isinstance(value, torch.Tensor):
         inside += [id(value), id(value.grad), value.requires_grad, value.data_ptr(), value.tolist()]
     elif isinstance(value, numpy.ndarray):
-        inside += described(value.tolist(), seen) if value.dtype.hasobject else [id(value), value.tobytes()]
+        inside += [described(each, seen) for each in value.flat] if value.dtype.hasobject else [value.tobytes()]
     elif isinstance(value, (torch.Generator, random.Random)):
         inside.append(str(value.get_state().tolist() if isinstance(value, torch.Generator) else value.getstate()))
     elif isinstance(value, dict):
@@ -324,6 +324,13 @@ def test_plain_tensors_in_a_simulated_forward_are_what_they_were():
     with as_it_was(model), FakeTensorMode(allow_non_fake_inputs=True):
         model(torch.zeros(2))
     assert described(model) == before
+
+
+def test_a_parameter_that_a_simulated_forward_really_changes_is_told():
+    model = model_with()
+    with pytest.raises(RuntimeError, match="changed in place a parameter of shape"), as_it_was(model):
+        with torch.no_grad():
+            model[0].weight.add_(1)
 
 
 def test_numbers_in_tensors_are_put_back_on_request():
