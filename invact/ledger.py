@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from invact.pytorch_inside import StorageWeakRef, TorchDispatchMode, is_traceable_wrapper_subclass, sparse_parts
 
 Key = int
 """Identity of a storage, unique among the storages that are alive."""
@@ -30,13 +30,13 @@ def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
     elif tensor.layout is torch.strided:
         yield tensor
     elif tensor.layout is torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
+        yield from sparse_parts(tensor)
 
 
 def storage_sizes(tensor: Tensor) -> dict[Key, int]:
     """Bytes of each storage behind `tensor`: the whole storage, since a view keeps all of it alive."""
     storages = [part.untyped_storage() for part in dense_parts(tensor)]
-    return {storage._cdata: storage.nbytes() for storage in storages}
+    return {StorageWeakRef(storage).cdata: storage.nbytes() for storage in storages}
 
 
 class _Kept:
@@ -64,7 +64,7 @@ class _Casts(TorchDispatchMode):
                 copied_storage = copied.untyped_storage()
                 # Weak references tell whether a storage still lives or its identity was given to another.
                 references = StorageWeakRef(copied_storage), StorageWeakRef(source.untyped_storage())
-                self._sources[copied_storage._cdata] = references
+                self._sources[references[0].cdata] = references
         return out
 
     def source(self, key: Key) -> Key | None:

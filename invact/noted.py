@@ -11,6 +11,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from invact.pytorch_inside import changes_in_place
+
 MISSING: Any = object()
 """Stands for an attribute, a key or a content that was not there."""
 
@@ -275,7 +277,7 @@ class NotedTensor:
             owner._backward_hooks,
             owner.detach() if plain else None,
             owner.detach().clone() if copies and not owner.is_meta else None,
-            _version(owner),
+            changes_in_place(owner),
         )
 
     def put_back(self) -> None:
@@ -286,7 +288,7 @@ class NotedTensor:
             owner.data.copy_(self.copied)  # .data: no graph that kept this tensor is to think it changed once more
         if owner.is_leaf:
             self._leaf_put_back()
-        if type(owner) is nn.Parameter and self.copied is None and _version(owner) != self.version:
+        if type(owner) is nn.Parameter and self.copied is None and changes_in_place(owner) != self.version:
             raise RuntimeError(
                 f"The model's forward changed in place a parameter of shape {tuple(owner.size())} that it reaches by "
                 "another way than its place in the module, so a simulated forward really changed it. Load the weights "
@@ -295,7 +297,7 @@ class NotedTensor:
 
     def _same_numbers(self) -> bool:
         if self.same_storage is None:  # comparing the parts of a DTensor would have to ask other processes
-            return _version(self.owner) == self.version
+            return changes_in_place(self.owner) == self.version
         return torch.equal(self.owner.detach(), cast(Tensor, self.copied))
 
     def _leaf_put_back(self) -> None:
@@ -306,10 +308,6 @@ class NotedTensor:
             owner.grad = self.grad
         if owner._backward_hooks is not self.hooks:
             owner._backward_hooks = self.hooks
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 _PLAIN = (Tensor, nn.Parameter, nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)

@@ -271,7 +271,7 @@ _CONTENTS: dict[type, Callable[[Snapshot, Any], None]] = {
     Tensor: Snapshot._tensor,
     torch.Generator: Snapshot._generator,
     # It shows its cache, whose inside must not be touched; what it wraps is among its attributes.
-    functools._lru_cache_wrapper: Snapshot._nothing,
+    type(functools.lru_cache(lambda: None)): Snapshot._nothing,
 }
 
 
@@ -285,7 +285,7 @@ def _kind_of(cls: type) -> _Kind:
     if content is None and any(base.__module__ == "numpy" and base.__name__ == "ndarray" for base in bases):
         on_disk = any(base.__name__ == "memmap" for base in bases)
         content = Snapshot._nothing if on_disk else Snapshot._array
-    if content is None and (issubclass(cls, _HOLDS_NOTHING) and not _has_dict(cls) or _is_machinery(cls)):
+    if content is None and ((issubclass(cls, _HOLDS_NOTHING) and not _has_dict(cls)) or _is_machinery(cls)):
         return _Kind(True)
     written_in_python = bool(cls.__flags__ & _HEAP_TYPE)
     return _Kind(

@@ -11,6 +11,7 @@ import threading
 import time
 import types
 import weakref
+from typing import ClassVar
 
 import numpy
 import pytest
@@ -50,7 +51,7 @@ class Settings:
 
 class Tracker:
     total = 0
-    everywhere = []
+    everywhere: ClassVar = []
 
     def __init__(self):
         self.values, self.last = [1, 2], None
@@ -193,9 +194,13 @@ def test_what_an_error_interrupts_is_put_back_as_well(kind):
     value, change = CHANGES[kind]
     model = model_with(held=value)
     before = described(model)
-    with pytest.raises(ZeroDivisionError), as_it_was(model):
-        change(value)
-        raise ZeroDivisionError
+
+    def fails():
+        with as_it_was(model):
+            change(value)
+            raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, fails)
     assert described(model) == before
 
 
@@ -242,7 +247,7 @@ def test_attributes_classes_flags_and_hooks_of_modules_are_put_back():
 
 class Counting(nn.Module):
     calls = 0
-    history = []
+    history: ClassVar = []
     tracker = Tracker()
 
     def forward(self, x):
@@ -328,9 +333,9 @@ def test_plain_tensors_in_a_simulated_forward_are_what_they_were():
 
 def test_a_parameter_that_a_simulated_forward_really_changes_is_told():
     model = model_with()
-    with pytest.raises(RuntimeError, match="changed in place a parameter of shape"), as_it_was(model):
-        with torch.no_grad():
-            model[0].weight.add_(1)
+    told = pytest.raises(RuntimeError, match="changed in place a parameter of shape")
+    with told, as_it_was(model), torch.no_grad():
+        model[0].weight.add_(1)
 
 
 def test_numbers_in_tensors_are_put_back_on_request():
@@ -377,11 +382,16 @@ def test_an_object_that_cannot_be_put_back_does_not_keep_the_others_from_it():
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     array_held = numpy.zeros(2)
     model[0].array, model[1].log = array_held, [1]
-    with pytest.raises(ValueError, match="read-only"), as_it_was(model):
-        array_held[0] = 1
-        array_held.flags.writeable = False
-        model[1].log.append(2)
-        model[0].more = 1
+
+    def change():
+        with as_it_was(model):
+            array_held[0] = 1
+            array_held.flags.writeable = False
+            model[1].log.append(2)
+            model[0].more = 1
+
+    with pytest.raises(ValueError, match="read-only"):
+        change()
     assert model[1].log == [1]
     assert not hasattr(model[0], "more")
 
