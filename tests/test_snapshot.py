@@ -200,7 +200,8 @@ def test_what_an_error_interrupts_is_put_back_as_well(kind):
             change(value)
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fails)
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert described(model) == before
 
 
