@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from invact.pytorch_inside import StorageWeakRef, TorchDispatchMode, is_traceable_wrapper_subclass, sparse_parts
+from invact.pytorch_inside import (
+    StorageWeakRef,
+    TorchDispatchMode,
+    cast_operation,
+    is_traceable_wrapper_subclass,
+    sparse_parts,
+)
 
 Key = int
 """Identity of a storage, unique among the storages that are alive."""
@@ -59,7 +65,7 @@ class _Casts(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and out.dtype is not args[0].dtype:
+        if func is cast_operation and out.dtype is not args[0].dtype:
             for copied, source in zip(dense_parts(out), dense_parts(args[0]), strict=False):
                 copied_storage = copied.untyped_storage()
                 # Weak references tell whether a storage still lives or its identity was given to another.

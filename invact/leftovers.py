@@ -157,7 +157,7 @@ def _place_in_dict(holder: dict[Any, Any], held: Any) -> str | None:
     if module is not None and vars(module) is holder:
         return f"the global `{name}` of module `{module.__name__}`"
     for owner in gc.get_referrers(holder):
-        if isinstance(owner, type) and owner.__dict__.get(name) is held:
+        if isinstance(owner, type) and owner.__dict__.get(str(name)) is held:
             return f"attribute `{name}` of {_class(owner)}"
         if getattr(owner, "__dict__", None) is holder and not isinstance(owner, types.FunctionType):
             return f"attribute `{name}` of {_object(owner)}"

@@ -316,7 +316,7 @@ _PLAIN = (Tensor, nn.Parameter, nn.parameter.UninitializedParameter, nn.paramete
 def _same_place(one: Tensor, other: Tensor) -> bool:
     if one.layout is not torch.strided or other.layout is not torch.strided:
         return one.layout is other.layout
-    return (
+    return bool(
         one.size() == other.size()  # .shape is refused where a lazy layer has none yet
         and one.dtype is other.dtype
         and one.device == other.device

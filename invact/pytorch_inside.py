@@ -69,6 +69,9 @@ flash_attention: Callable[..., Any] = _found(torch.ops.aten, "_scaled_dot_produc
 efficient_attention: Callable[..., Any] = _found(torch.ops.aten, "_scaled_dot_product_efficient_attention")
 math_attention: Callable[..., Any] = _found(torch.ops.aten, "_scaled_dot_product_attention_math")
 
+# The operation behind a change of dtype: copies of weights under autocast would be counted as activations.
+cast_operation: Any = _found(_found(torch.ops.aten, "_to_copy"), "default")
+
 # nn.MultiheadAttention's function as PyTorch has it, which hides its operations from a mode: see `seen_by_modes`.
 stock_multi_head_attention: types.FunctionType = _found(functional, "multi_head_attention_forward")
 
@@ -134,6 +137,7 @@ __all__ = [
     "FakeTensorMode",
     "StorageWeakRef",
     "TorchDispatchMode",
+    "cast_operation",
     "changes_in_place",
     "checkpoint_generator",
     "efficient_attention",

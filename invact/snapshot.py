@@ -35,7 +35,7 @@ from invact.noted import (
 from invact.pytorch_inside import modes_off
 from invact.random_states import generator_of, global_generators
 
-_HOLDS_NOTHING = (
+_HOLDS_NOTHING: tuple[Any, ...] = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...), type(NotImplemented)),
     *(types.CodeType, types.FrameType, types.TracebackType, types.ModuleType, types.GetSetDescriptorType),
     *(
