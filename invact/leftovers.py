@@ -89,11 +89,16 @@ def _above(level: list[_Step], ours: int) -> list[_Step]:
         frame = frame.f_back
     steps = []
     for holder in gc.get_referrers(*objects):
-        if type(holder) is not _Step and id(holder) not in passed_by:
+        if not _is_ours(holder) and id(holder) not in passed_by:
             held = next((by_id[id(each)] for each in gc.get_referents(holder) if id(each) in by_id), None)
             if held is not None:
                 steps.append(_Step(holder, held))
     return steps
+
+
+def _is_ours(holder: Any) -> bool:
+    """Whether this search holds it, or the probe: what an operation kept lives as long as the user's own result."""
+    return type(holder).__module__ in (__name__, "invact.ledger", "invact.probing")
 
 
 def _empty_caches(found: list[FakeTensor]) -> int:

@@ -324,7 +324,7 @@ def _is_machinery(cls: type) -> bool:
     """Whether objects of this class belong to Python or PyTorch themselves, rather than to who uses them."""
     module = cls.__module__ if isinstance(cls.__module__, str) else ""
     top = module.partition(".")[0]
-    if top in ("ctypes", "_ctypes", "numpy", "invact") or module.startswith("torch._"):
+    if top in ("ctypes", "_ctypes", "numpy") or module.startswith("torch._"):
         return True
     return (
         top in sys.stdlib_module_names

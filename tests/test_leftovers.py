@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from invact.ledger import Ledger
 from invact.leftovers import LeftoverError, check_no_leftovers
 
 SEEN = []
@@ -180,3 +181,20 @@ def test_looking_takes_no_time_where_nothing_is_left():
         check_no_leftovers(mode)
         took.append(time.perf_counter() - began)
     assert min(took) < 0.3
+
+
+def test_a_result_whose_graph_lives_on_is_told_by_who_holds_the_result():
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, Ledger(model):
+        weights = {name: mode.from_tensor(p).requires_grad_() for name, p in model.named_parameters()}
+        TRACKER.last = torch.func.functional_call(model, weights, (torch.zeros(2, 4),))
+    del weights
+    try:
+        with pytest.raises(LeftoverError) as error:
+            check_no_leftovers(mode)
+    finally:
+        TRACKER.last = None
+    assert "held by attribute `last` of an object of class" in str(error.value)
+    assert "invact." not in str(error.value)
+    del error
+    check_no_leftovers(mode)

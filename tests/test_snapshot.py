@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_outputs import BaseModelOutput
 
+import invact
 from invact.snapshot import Snapshot, as_it_was
 
 COUNT = 0
@@ -272,6 +273,16 @@ def count_by_name(x):
 
 settings_module = types.ModuleType("settings_of_a_user")
 settings_module.count = 1
+
+
+def test_what_hangs_on_a_module_of_ours_is_noted_as_well():
+    seen, model = [], nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    invact.patch(model, (torch.zeros(2, 4),))
+    model[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    with as_it_was(model):
+        model(torch.zeros(2, 4))
+        assert len(seen) == 1
+    assert seen == []
 
 
 def test_globals_and_attributes_of_classes_are_put_back():
