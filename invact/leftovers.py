@@ -19,6 +19,7 @@ _LEVELS = 6
 _NAMED = 3
 """How many holders an error tells of."""
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+_PARTS_OF_CONTAINERS = ("weakref", "_weakrefset", "collections", "_thread")
 _Cached = type(functools.lru_cache(lambda: None))
 
 
@@ -122,12 +123,13 @@ def _holders(found: list[FakeTensor]) -> list[str]:
 
 def _inner(step: _Step) -> str:
     """The containers between the tensor and what has a name: "a list in "."""
-    words, below = "", step.below
+    below, words = step.below, ""
     while below is not None:
-        if isinstance(below.holder, _CONTAINERS):
-            words += f"{_a(type(below.holder).__name__)} in "
+        kind = type(below.holder)
+        if isinstance(below.holder, _CONTAINERS) or kind.__module__ in _PARTS_OF_CONTAINERS:
+            words = f"{_a(kind.__name__)} in {words}"
         below = below.below
-    return " in ".join(reversed(words.split(" in ")[:-1])) + (" in " if words else "")
+    return words
 
 
 def _place(step: _Step) -> str | None:
@@ -147,6 +149,8 @@ def _place(step: _Step) -> str | None:
         return f"local variables of {_code(holder.gi_code if hasattr(holder, 'gi_code') else holder.cr_code)}"
     if isinstance(holder, type):
         return f"an attribute of {_class(holder)}"
+    if type(holder).__module__ in _PARTS_OF_CONTAINERS:
+        return None
     attributes = getattr(holder, "__dict__", None)
     names = attributes if isinstance(attributes, dict) else {}
     slots = {name: getattr(holder, name, None) for cls in type(holder).__mro__ for name in _slots_of(cls)}
@@ -164,6 +168,8 @@ def _place_in_dict(holder: dict[Any, Any], held: Any) -> str | None:
     for owner in gc.get_referrers(holder):
         if isinstance(owner, type) and owner.__dict__.get(str(name)) is held:
             return f"attribute `{name}` of {_class(owner)}"
+        if type(owner).__module__ in _PARTS_OF_CONTAINERS:
+            return None
         if getattr(owner, "__dict__", None) is holder and not isinstance(owner, types.FunctionType):
             return f"attribute `{name}` of {_object(owner)}"
     return None
@@ -204,4 +210,4 @@ def _code(code: types.CodeType) -> str:
 
 
 def _a(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"

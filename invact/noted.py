@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import is_
@@ -22,6 +23,11 @@ class Noted(Protocol):
 
     def put_back(self) -> None:
         """Makes the object what it was; touches nothing that has not changed."""
+
+
+def _dead(value: Any) -> bool:
+    """Whether this is a weak reference, in a WeakKeyDictionary say, to what is gone meanwhile."""
+    return isinstance(value, weakref.ref) and value() is None
 
 
 def identical(one: Iterable[Any], other: Iterable[Any]) -> bool:
@@ -103,7 +109,7 @@ class NotedDict:
             if not identical(left, self.keys):
                 self.base.clear(self.owner)
         for key, value in zip(self.keys, self.values, strict=True):
-            if dict.get(self.owner, key, MISSING) is not value:
+            if not (_dead(key) or _dead(value)) and dict.get(self.owner, key, MISSING) is not value:
                 self.base.__setitem__(self.owner, key, value)
 
 
@@ -133,7 +139,7 @@ class NotedSet:
     def put_back(self) -> None:
         if set(map(id, set.__iter__(self.owner))) != set(map(id, self.items)):
             set.clear(self.owner)
-            set.update(self.owner, self.items)
+            set.update(self.owner, (item for item in self.items if not _dead(item)))
 
 
 @dataclass(slots=True)

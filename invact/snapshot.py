@@ -7,6 +7,7 @@ import collections
 import functools
 import gc
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -47,7 +48,10 @@ _HOLDS_NOTHING: tuple[Any, ...] = (
     *(weakref.ref, *weakref.ProxyTypes, torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 # Of the standard library these hold what they are given; others (locks, files, loggers, threads) are left alone.
-_HOLDERS = {"argparse", "array", "builtins", "collections", "dataclasses", "enum", "functools", "itertools", "random"}
+_HOLDERS = {
+    *("argparse", "array", "builtins", "collections", "dataclasses", "enum", "functools", "itertools", "random"),
+    *("_thread", "_threading_local", "_weakrefset", "weakref"),  # objects of threads and containers, not locks
+}
 _BIG = 100_000
 """A container of more items than this is noted, but its items are not looked into."""
 
@@ -78,8 +82,8 @@ class Snapshot:
     Noted are attributes, classes of objects, containers, numpy arrays, closures and defaults of functions, data of
     classes, and the globals that code which is no library's names. `put_back` writes only where something differs.
 
-    Known limits: objects written in C that do not show what they hold, iterators, weak references, locks, files,
-    threads, and the inside of torch are left alone.
+    Known limits: how far an iterator has come, objects written in C that do not show what they hold, what is only
+    weakly referred to, what another thread keeps for itself, locks, files, and the inside of torch are left alone.
 
     Args:
         roots: where to begin: a model, its inputs.
@@ -194,6 +198,9 @@ class Snapshot:
         self._noted.append(noted)
         self._follow((noted.content,))
 
+    def _of_this_thread(self, value: threading.local) -> None:
+        self._waiting.append(value.__dict__)
+
     def _generator(self, value: Any) -> None:
         noted = generator_of(value)
         if noted is not None:
@@ -263,6 +270,7 @@ _CONTENTS: dict[type, Callable[[Snapshot, Any], None]] = {
     set: Snapshot._set,
     collections.deque: Snapshot._deque,
     bytearray: Snapshot._buffer,
+    threading.local: Snapshot._of_this_thread,
     array.array: Snapshot._buffer,
     types.CellType: Snapshot._cell,
     types.FunctionType: Snapshot._function,

@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ TRACKER, SLOTTED, MODEL = Tracker(), Slotted(), Model()
 HOOK = hook_with([])
 DEQUE = collections.deque()
 GENERATORS = []
+BY_OBJECT = weakref.WeakKeyDictionary()
 OUTSIDE = types.ModuleType("code_of_a_user")
 sys.modules["code_of_a_user"] = OUTSIDE
 
@@ -92,6 +94,10 @@ PLACES = {
         lambda: HOOK.__closure__[0].cell_contents.clear(),
     ),
     "a list in a tuple in defaults or attributes of function `defaults` (": (defaults, defaults.__defaults__[0].clear),
+    "a dict in a WeakKeyDictionary in the global `BY_OBJECT` of module": (
+        lambda x: BY_OBJECT.update({TRACKER: x}),
+        lambda: BY_OBJECT.clear(),
+    ),
     "local variables of function `generator_of` (": (started, GENERATORS.clear),
 }
 

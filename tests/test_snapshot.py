@@ -114,6 +114,9 @@ def described(value, seen=None):
     return (type(value).__name__, id(value), *inside)
 
 
+OWN, WEAK = threading.local(), weakref.WeakKeyDictionary()
+
+
 def counting_hook():
     count, seen = 0, []
 
@@ -145,6 +148,8 @@ CHANGES = {
     "a view of a mapping": (types.MappingProxyType(TABLE), lambda v: v["a"].append(2)),
     "a deque": (collections.deque([1, 2], maxlen=2), lambda v: v.append(3)),
     "a set": ({1, 2}, lambda v: (v.add(3), v.discard(1))),
+    "a thread's own": (OWN, lambda v: setattr(v, "last", 1)),
+    "a weak dictionary": (WEAK, lambda v: v.update({Tracker: [1]})),
     "a bytearray": (bytearray(b"ab"), lambda v: v.extend(b"c")),
     "an array": (array.array("d", [1, float("nan")]), lambda v: v.append(2)),
     "a list in a tuple in a dict": ({"a": ([1],)}, lambda v: v["a"][0].append(2)),
