@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.parameter import is_lazy
+
+from invact.pytorch_inside import tree_leaves
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 """How a model is called: a dict holds keyword arguments, a tuple positional ones."""
@@ -38,6 +41,20 @@ def check_not_sharded(model: nn.Module) -> None:
             "This model is already sharded by FSDP, whose own hooks can not run in a trial forward pass. "
             "Patch it first and shard it afterwards: the inverted activations stay."
         )
+
+
+def check_shapes_known(model: nn.Module) -> None:
+    """Refuses a model with lazy layers that have seen no input: a simulated one would fix their shapes.
+
+    Raises:
+        ValueError: names the first parameter or buffer without a shape.
+    """
+    for path, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"`{path}` has no shape yet, since its lazy layer takes that from the first input it sees: run the "
+                "model once on real inputs first."
+            )
 
 
 def check_inputs(inputs: Any) -> None:

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from invact.pytorch_inside import (
+    StorageWeakRef,
+    TorchDispatchMode,
+    cast_operation,
+    is_traceable_wrapper_subclass,
+    sparse_parts,
+)
 
 Key = int
 """Identity of a storage, unique among the storages that are alive."""
@@ -30,13 +36,13 @@ def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
     elif tensor.layout is torch.strided:
         yield tensor
     elif tensor.layout is torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
+        yield from sparse_parts(tensor)
 
 
 def storage_sizes(tensor: Tensor) -> dict[Key, int]:
     """Bytes of each storage behind `tensor`: the whole storage, since a view keeps all of it alive."""
     storages = [part.untyped_storage() for part in dense_parts(tensor)]
-    return {storage._cdata: storage.nbytes() for storage in storages}
+    return {StorageWeakRef(storage).cdata: storage.nbytes() for storage in storages}
 
 
 class _Kept:
@@ -59,12 +65,12 @@ class _Casts(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and out.dtype is not args[0].dtype:
+        if func is cast_operation and out.dtype is not args[0].dtype:
             for copied, source in zip(dense_parts(out), dense_parts(args[0]), strict=False):
                 copied_storage = copied.untyped_storage()
                 # Weak references tell whether a storage still lives or its identity was given to another.
                 references = StorageWeakRef(copied_storage), StorageWeakRef(source.untyped_storage())
-                self._sources[copied_storage._cdata] = references
+                self._sources[references[0].cdata] = references
         return out
 
     def source(self, key: Key) -> Key | None:

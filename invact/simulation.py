@@ -1,4 +1,7 @@
-"""The circumstances of training that a probe imitates: device, autocast, attention, checkpointed regions."""
+"""The circumstances of training that a probe imitates: device, autocast, attention, checkpointed regions.
+
+All of it holds for the thread that asks and no other.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from invact.pytorch_inside import (
+    CheckpointFunction,
+    TorchDispatchMode,
+    checkpoint_generator,
+    efficient_attention,
+    flash_attention,
+    math_attention,
+    seen_by_modes,
+    stock_attention,
+    stock_multi_head_attention,
+    suggest_memory_format,
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ class AsOnGpu(TorchFunctionMode):
         super().__init__()
         self._fused = setting.attention == "fused"
         self._on_cpu = stand_in(setting.device).type == "cpu"
+        self._in_others_attention = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -80,33 +92,27 @@ class AsOnGpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._on_cpu and func is F.dropout:
             return _dropout(*args, **kwargs)
-        if not self._fused and func in (_STOCK_ATTENTION, F.multi_head_attention_forward):
-            with sdpa_kernel(SDPBackend.MATH):  # on CPU tensors PyTorch would take its fused kernel
-                return func(*args, **kwargs)
-        if self._fused and func is _STOCK_ATTENTION:
-            return _attention(*args, **kwargs)
-        if self._fused and func is F.multi_head_attention_forward:
-            # Inside it this mode is off, so its attention is put in by name.
-            F.scaled_dot_product_attention = _attention
-            try:
-                return func(*args, **kwargs)
-            finally:
-                F.scaled_dot_product_attention = _STOCK_ATTENTION
+        if func is stock_attention:
+            return (_fused_attention if self._fused else _math_attention)(*args, **kwargs)
+        if func in (stock_multi_head_attention, F.multi_head_attention_forward):
+            return self._multi_head_attention(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _multi_head_attention(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is stock_multi_head_attention or self._in_others_attention:
+            with self:  # which is off in here
+                return seen_by_modes(stock_multi_head_attention)(*args, **kwargs)
+        # Another library has put its own in the place of PyTorch's, and comes here again when it calls that.
+        self._in_others_attention = True
+        try:
+            with self:
+                return func(*args, **kwargs)
+        finally:
+            self._in_others_attention = False
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
-
-
-_STOCK_ATTENTION = F.scaled_dot_product_attention
-
-
-def _attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    # The fused kernels take (batch, heads, length, width) only. Real tensors are another thread's.
-    if isinstance(query, FakeTensor) and query.dim() == 4:
-        return _fused_attention(query, *args, **kwargs)
-    return _STOCK_ATTENTION(query, *args, **kwargs)
 
 
 def _fused_attention(
@@ -119,28 +125,55 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if query.dim() != 4:  # the fused kernels take (batch, heads, length, width) only
+        return stock_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
     head_dim = value.shape[-1]
     out: Tensor
     # The kernels read 16 bytes at a time, so PyTorch pads heads of other widths first.
     query, key, value = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (query, key, value))
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
-        out = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]
+        out = flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     else:
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
         bias = None if attn_mask is None else _additive(attn_mask, query, key)
-        out = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, True, dropout_p, is_causal, scale=scale
-        )[0]
+        out = efficient_attention(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
     return out[..., :head_dim]
 
 
+def _math_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    # By name: on CPU tensors PyTorch takes its fused kernel, and the switch for that is one for all threads.
+    bias = None if attn_mask is None else _added(attn_mask, query)
+    out: Tensor = math_attention(query, key, value, bias, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+    return out
+
+
 def _additive(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return _added(mask, query).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def _added(mask: Tensor, query: Tensor) -> Tensor:
     if mask.dtype is torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+    return mask
 
 
 class AsRealKernels(TorchDispatchMode):
@@ -178,54 +211,67 @@ class AsRealKernels(TorchDispatchMode):
 @contextmanager
 def fake_tensor_log_silent() -> Iterator[None]:
     """PyTorch logs a failing operation with its traceback; the error itself is enough."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, log.disabled = log.disabled, True
+    log, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    log.addFilter(of_others)
     try:
         yield
     finally:
-        log.disabled = disabled
+        log.removeFilter(of_others)
 
 
 @contextmanager
 def checkpoints_counted(count: list[int], *, run_them: bool) -> Iterator[None]:
-    """Counts this thread's regions under torch.utils.checkpoint; runs them as ordinary code unless `run_them`."""
+    """Counts this thread's regions under torch.utils.checkpoint; runs them as ordinary code unless `run_them`.
+
+    PyTorch has no way to be told of a region, so its two ways to run one are wrapped for the length of the block.
+    What another library puts over ours meanwhile stays, and finds what was there before us underneath.
+    """
     thread = threading.get_ident()
-    reentrant = torch_checkpoint.CheckpointFunction
-    # The generator's name differs between releases of PyTorch; `checkpoint` looks it up here at each call.
-    generators = {
-        name: getattr(torch_checkpoint, name)
-        for name in (
-            "_checkpoint_without_reentrant_generator",
-            "_checkpoint_without_reentrant_generator_impl",
-        )
-        if hasattr(torch_checkpoint, name)
-    }
+    over = False
+    name = checkpoint_generator()
+    generator, apply = getattr(torch_checkpoint, name), CheckpointFunction.apply
 
     def is_ours() -> bool:
-        return threading.get_ident() == thread
+        return threading.get_ident() == thread and not over
 
-    def counted_function(function: Any, preserve: bool, *args: Any) -> Any:
+    def counted_apply(function: Any, preserve: bool, *args: Any) -> Any:
         if is_ours():
             count[0] += 1
-        return function(*args) if is_ours() and not run_them else reentrant.apply(function, preserve, *args)
+        return function(*args) if is_ours() and not run_them else apply(function, preserve, *args)
 
-    def counted(generator: Any) -> Any:
-        def region(*args: Any, **kwargs: Any) -> Iterator[None]:
-            if is_ours():
-                count[0] += 1
-            if is_ours() and not run_them:
-                yield
-            else:
-                yield from generator(*args, **kwargs)
+    def counted_generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if is_ours():
+            count[0] += 1
+        if is_ours() and not run_them:
+            yield
+        else:
+            yield from generator(*args, **kwargs)
 
-        return region
+    with (
+        _instead(torch_checkpoint, name, counted_generator),
+        _instead(CheckpointFunction, "apply", staticmethod(counted_apply)),
+    ):
+        try:
+            yield
+        finally:
+            over = True
 
-    torch_checkpoint.CheckpointFunction = SimpleNamespace(apply=counted_function)  # type: ignore[misc, assignment]
-    for name, generator in generators.items():
-        setattr(torch_checkpoint, name, counted(generator))
+
+@contextmanager
+def _instead(owner: Any, name: str, ours: Any) -> Iterator[None]:
+    """Sets an attribute for the length of the block, and undoes that if nobody has set it since."""
+    own = vars(owner)
+    was_there, before = name in own, own.get(name)
+    setattr(owner, name, ours)
     try:
         yield
     finally:
-        torch_checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
-        for name, generator in generators.items():
-            setattr(torch_checkpoint, name, generator)
+        if vars(owner).get(name) is ours:
+            if was_there:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)

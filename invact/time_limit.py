@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from invact.pytorch_inside import TorchDispatchMode
 
 
 class TookTooLongError(TimeoutError):

@@ -1,5 +1,6 @@
 """Planning and patching change nothing outside the model, and threads do not disturb each other."""
 
+import contextlib
 import gc
 import logging
 import os
@@ -16,11 +17,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
 import invact
+from invact.arguments import check_shapes_known
+from invact.kept_storages import KeptStorages
 from invact.planning import decide_for_device
+from invact.pytorch_inside import checkpoint_generator
+from invact.simulation import AsOnGpu, Setting, checkpoints_counted, fake_tensor_log_silent
 
 
 class Attends(nn.Module):
@@ -202,3 +208,124 @@ def test_a_model_that_trains_in_one_thread_is_not_disturbed_by_planning_in_anoth
             stop.set()
 
     assert in_threads(train, plan) == [{expected}, regions]
+
+
+def probing(device="cuda", attention="fused"):
+    """The circumstances of a probe for a GPU, entered."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(checkpoints_counted([0], run_them=False))
+    stack.enter_context(fake_tensor_log_silent())
+    stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+    stack.enter_context(AsOnGpu(Setting(torch.device(device), attention=attention)))
+    return stack
+
+
+@pytest.mark.parametrize("attention", ["fused", "math"])
+def test_nothing_of_pytorch_is_exchanged_while_attention_is_imitated(attention):
+    before = {name: getattr(F, name) for name in ("scaled_dot_product_attention", "multi_head_attention_forward")}
+    switches, seen = global_state()["attention kernels"], []
+
+    class Watches(nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            hook = torch.autograd.graph.saved_tensors_hooks(lambda t: (look(), t)[1], lambda t: t)
+            with hook:
+                return super().forward(*args, **kwargs)
+
+    def look():
+        seen.append(
+            global_state()["attention kernels"] == switches and all(getattr(F, n) is f for n, f in before.items())
+        )
+
+    with probing(attention=attention):
+        x = torch.zeros(2, 8, 32)
+        Watches(32, 4, batch_first=True)(x, x, x, need_weights=False)
+    assert seen
+    assert all(seen)
+
+
+def attention_of_somebody_else(monkeypatch, name):
+    """Another library's function in the place of one of F's, that calls PyTorch's."""
+    called, original = [], getattr(F, name)
+
+    def theirs(*args, **kwargs):
+        called.append(name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, name, theirs)
+    return theirs, called
+
+
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "multi_head_attention_forward"])
+@pytest.mark.parametrize("attention", ["fused", "math"])
+def test_another_librarys_attention_stays_and_counts_as_pytorchs(name, attention, monkeypatch):
+    model = Attends()
+    expected = told(decide_for_device(model, (X,), device="cuda", attention=attention).report)
+    theirs, called = attention_of_somebody_else(monkeypatch, name)
+    assert told(decide_for_device(model, (X,), device="cuda", attention=attention).report) == expected
+    assert called
+    assert getattr(F, name) is theirs
+
+
+def test_a_patch_that_another_library_puts_on_meanwhile_stays(monkeypatch):
+    generator = checkpoint_generator()
+    monkeypatch.setattr(torch.utils.checkpoint, generator, getattr(torch.utils.checkpoint, generator))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
+    model, count = Attends(), [0]
+    with checkpoints_counted(count, run_them=True):
+        wrapped, seen = getattr(torch.utils.checkpoint, generator), []
+
+        def theirs(*args, **kwargs):
+            seen.append(1)
+            return (yield from wrapped(*args, **kwargs))
+
+        setattr(torch.utils.checkpoint, generator, theirs)
+        model(X)
+        assert count == [1]
+    assert getattr(torch.utils.checkpoint, generator) is theirs
+    model(X).sum().backward()  # ours, still underneath, does nothing any more
+    assert (count, len(seen)) == ([1], 2)
+    theirs, _ = attention_of_somebody_else(monkeypatch, "scaled_dot_product_attention")
+    invact.plan(model, (X,))
+    assert F.scaled_dot_product_attention is theirs
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_regions_of_another_thread_are_not_counted_and_run_as_regions(reentrant, count_kept):
+    model, count = Attends(reentrant=reentrant), [0]
+    expected = count_kept(model, (X,))
+    with checkpoints_counted(count, run_them=False):
+        assert in_threads(lambda: count_kept(model, (X,))) == [expected]
+        assert count == [0]
+        assert count_kept(model, (X,)) > expected
+        assert count == [1]
+    assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)
+
+
+def test_logs_of_another_thread_are_not_silenced(caplog):
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    with fake_tensor_log_silent():
+        log.error("mine")
+        in_threads(lambda: log.error("theirs"))
+    assert [record.message for record in caplog.records] == ["theirs"]
+
+
+def test_math_attention_keeps_what_pytorchs_own_keeps():
+    def kept(mask):
+        with KeptStorages() as storages:
+            q = torch.randn(2, 4, 8, 16, requires_grad=True)
+            F.scaled_dot_product_attention(q, q, q, mask, 0.1, scale=0.3)
+        return sorted(storages.sizes().values())
+
+    for mask in (None, torch.ones(8, 8, dtype=torch.bool).tril(), torch.zeros(2, 1, 8, 8)):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            expected = kept(mask)
+        with AsOnGpu(Setting(torch.device("cuda"), attention="math")):
+            assert kept(mask) == expected
+
+
+def test_a_model_with_lazy_layers_is_refused_by_the_name_of_the_first():
+    model = nn.Sequential(nn.Linear(32, 32), nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"`1\.weight` has no shape yet.*run the model once on real inputs first"):
+        check_shapes_known(model)
+    model(X)
+    check_shapes_known(model)

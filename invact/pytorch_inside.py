@@ -1,0 +1,157 @@
+"""The one file of this folder that leans on PyTorch's inside: each private name, what for, and what breaks without.
+
+A PyTorch that has renamed one of them is met here, at import, with one sentence; nothing goes on with a guess.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+
+def _names_missing(what: object) -> ImportError:
+    return ImportError(
+        f"invact leans on names inside PyTorch that PyTorch {torch.__version__} does not have: {what}. Install a newer "
+        "invact, or a PyTorch between 2.6 and 2.14, with which this one was tried."
+    )
+
+
+def _found(owner: Any, name: str) -> Any:
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        raise _names_missing(f"{getattr(owner, '__name__', owner)}.{name}") from error
+
+
+try:
+    # How a kernel lays its output out, given an input in part of a channels-last tensor, which is_contiguous does not
+    # tell: a reshape after batch norm would be counted as a copy where it is none.
+    from torch._prims_common import suggest_memory_format
+
+    # Simulated tensors, which a probe runs the model on: without them each probe would be a real forward pass.
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    # A storage's identity, and whether it still lives: without it the ledger would count some storages twice.
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    # Modes that see every tensor operation: without them no time limit, no casts of weights told from activations.
+    # is_traceable_wrapper_subclass tells tensors that hold others, such as DTensor: they would count as nothing.
+    from torch.utils._python_dispatch import (
+        TorchDispatchMode,
+        _disable_current_modes,
+        is_traceable_wrapper_subclass,
+    )
+
+    # Tensors in nested containers, whatever those are: inputs of models in dicts and data classes would be missed.
+    from torch.utils._pytree import tree_leaves, tree_map_only
+except ImportError as _error:
+    raise _names_missing(_error) from _error
+
+# Whether torch.func (vmap, grad, jvp) is at work: inverted functions would give wrong gradients there.
+transforms_active: Callable[[], bool] = _found(torch._C, "_are_functorch_transforms_active")
+
+# Turns off what changes operations by their Python names, such as a default device: snapshots would land there.
+_no_torch_function: Callable[[], Any] = _found(torch._C, "DisableTorchFunction")
+
+# The attention that F names, before anybody patches that name: attention on a GPU could not be told from others.
+stock_attention: Callable[..., Tensor] = _found(_found(torch._C, "_nn"), "scaled_dot_product_attention")
+
+# Its kernels, by what they keep for backward: plans for a GPU would count an N x N matrix, or none.
+flash_attention: Callable[..., Any] = _found(torch.ops.aten, "_scaled_dot_product_flash_attention")
+efficient_attention: Callable[..., Any] = _found(torch.ops.aten, "_scaled_dot_product_efficient_attention")
+math_attention: Callable[..., Any] = _found(torch.ops.aten, "_scaled_dot_product_attention_math")
+
+# The operation behind a change of dtype: copies of weights under autocast would be counted as activations.
+cast_operation: Any = _found(_found(torch.ops.aten, "_to_copy"), "default")
+
+# nn.MultiheadAttention's function as PyTorch has it, which hides its operations from a mode: see `seen_by_modes`.
+stock_multi_head_attention: types.FunctionType = _found(functional, "multi_head_attention_forward")
+
+# torch.utils.checkpoint's regions: one class, and one generator, whose name differs between releases. `checkpoint`
+# looks both up at each call. Without them regions are not counted, and sites inside them counted as keeping nothing.
+CheckpointFunction: Any = _found(torch_checkpoint, "CheckpointFunction")
+
+
+def checkpoint_generator() -> str:
+    """The name, in torch.utils.checkpoint, of the generator that runs a region that is not reentrant."""
+    names = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+    name = next((name for name in names if hasattr(torch_checkpoint, name)), None)
+    if name is None:
+        raise _names_missing(" and ".join(f"torch.utils.checkpoint.{name}" for name in names))
+    return name
+
+
+checkpoint_generator()  # at import, like the others
+_found(forward_ad, "_current_level")
+_found(Tensor, "_version")
+_found(Tensor, "_backward_hooks")
+_found(functional, "has_torch_function")
+
+
+def forward_ad_active() -> bool:
+    """Whether derivatives are taken forward: inverted functions would give none."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def changes_in_place(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; an activation whose output is changed later must be kept."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def modes_off() -> Iterator[None]:
+    """Tensor operations in the block are real and as written: no mode sees them, no default device moves them."""
+    with _no_torch_function(), _disable_current_modes():
+        yield
+
+
+def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and values of a sparse tensor as they are stored; the public methods refuse what is not coalesced."""
+    return tensor._indices(), tensor._values()
+
+
+def seen_by_modes(function: types.FunctionType) -> types.FunctionType:
+    """A function of torch.nn.functional whose operations a mode sees, though it would go to the mode as a whole.
+
+    Nothing of PyTorch's is changed: the copy has its own globals, in which it is told that there is no mode.
+    """
+    own_globals = {**function.__globals__, "has_torch_function": lambda values: False}
+    copied = types.FunctionType(
+        function.__code__, own_globals, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+__all__ = [
+    "CheckpointFunction",
+    "FakeTensor",
+    "FakeTensorMode",
+    "StorageWeakRef",
+    "TorchDispatchMode",
+    "cast_operation",
+    "changes_in_place",
+    "checkpoint_generator",
+    "efficient_attention",
+    "flash_attention",
+    "forward_ad_active",
+    "is_traceable_wrapper_subclass",
+    "math_attention",
+    "modes_off",
+    "seen_by_modes",
+    "sparse_parts",
+    "stock_attention",
+    "stock_multi_head_attention",
+    "suggest_memory_format",
+    "transforms_active",
+    "tree_leaves",
+    "tree_map_only",
+]
