@@ -43,6 +43,35 @@ def check_not_sharded(model: nn.Module) -> None:
         )
 
 
+def check_trainable_here(model: nn.Module) -> None:
+    """Refuses what can not be trained, or not be tried out, as it is.
+
+    Raises:
+        ValueError: says why, and what to do first.
+    """
+    check_shapes_known(model)
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        where = "was made" if not torch.is_inference_mode_enabled() else "is planned"
+        raise ValueError(
+            f"The model {where} inside torch.inference_mode, where autograd keeps nothing and nothing can be trained. "
+            "Leave that block first; torch.no_grad() is no obstacle."
+        )
+    _check_weights_at_hand(model)
+
+
+def _check_weights_at_hand(model: nn.Module) -> None:
+    named = list(model.named_parameters())
+    away = [path for path, p in named if hasattr(p, "ds_id") or (p.is_meta and not named[0][1].is_meta)]
+    some_meta = {p.is_meta for _, p in named} == {True, False}
+    if away or some_meta:
+        path = away[0] if away else named[0][0]
+        raise ValueError(
+            f"`{path}` is not here: hooks fetch it when it is needed, as accelerate's offloading and DeepSpeed's "
+            "ZeRO-3 do, which can not be tried out. Patch the model before its parameters are taken away: it stays "
+            "patched."
+        )
+
+
 def check_shapes_known(model: nn.Module) -> None:
     """Refuses a model with lazy layers that have seen no input: a simulated one would fix their shapes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 
 
@@ -20,6 +21,22 @@ def own_error(call: Callable[[], object]) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+_OF_MODES = ("__torch_dispatch__", "__torch_function__")
+
+
+def raised_by_invact(error: BaseException) -> bool:
+    """Whether code of this package raised it, rather than the model or PyTorch that were called from here.
+
+    The modes of `simulation` do not count: what they raise, they raise in the stead of the operations they imitate.
+    """
+    places = [
+        (frame.f_globals.get("__name__", ""), frame.f_code.co_name)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    places = [place for place in places if place[1] not in ("__torch_dispatch__", "__torch_function__")]
+    return bool(places) and places[-1][0].partition(".")[0] == __name__.partition(".")[0]
 
 
 def first_line(error: Exception) -> str:

@@ -10,7 +10,15 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from invact.arguments import Inputs, check_autocast, check_inputs, check_model, device_of
+from invact.arguments import (
+    Inputs,
+    check_autocast,
+    check_inputs,
+    check_model,
+    check_patterns,
+    check_trainable_here,
+    device_of,
+)
 from invact.kernels import Curve, check_side_bits
 from invact.ledger import Entry, Key
 from invact.patchers import example_inputs as make_inputs
@@ -19,6 +27,7 @@ from invact.recognition import Rounding, own_rounding
 from invact.report import INVERT, KEEP, Report, Site
 from invact.rewriting import Written
 from invact.simulation import Setting
+from invact.snapshot import as_it_was
 from invact.swapping import Inversion, InvertedExpression, Patched, Swaps, swap_in
 from invact.walking import Found, walk
 
@@ -35,8 +44,8 @@ def plan(
     """What `invact.patch` would do to `model`, and what that would save; the model is not changed.
 
     Args:
-        model: planned for training, as a whole; modules in evaluation mode stay so if the model itself is in
-            training mode.
+        model: planned for training in the mode in which it is: one left in `eval()`, as `from_pretrained` returns it,
+            is counted without dropout, which the report notes.
         example_inputs: a dict is passed as keyword arguments, a tuple as positional ones. Only shapes, dtypes
             and which inputs there are matter. Without it a Hugging Face, timm or OpenCLIP model gets inputs made
             from its configuration.
@@ -47,8 +56,10 @@ def plan(
             minimum, and with 4 those in bf16 are as exact as stock's.
 
     Raises:
-        TypeError: `model` is no module, or the inputs are of the wrong kind.
-        ValueError: the model belongs to no known library and no inputs were given.
+        TypeError: `model` is no module, or an argument is of the wrong kind.
+        ValueError: the model belongs to no known library and no inputs were given, or it can not be trained as it
+            is: inside `torch.inference_mode`, with lazy layers that have no shape yet, with offloaded parameters.
+        LeftoverError: a hook or a cache holds on to what it was shown; see `invact.leftovers`.
         TimeoutError: a forward pass of the model takes longer than `invact.probing.TIME_LIMIT`.
         Exception: the model's own, if its forward fails with these inputs.
 
@@ -104,7 +115,9 @@ def decide(
 ) -> Decided:
     """The plan in a form that can be applied; arguments and errors as of `plan`."""
     check_model(model)
+    check_trainable_here(model)
     check_autocast(autocast)
+    check_patterns(include, exclude)
     if example_inputs is None:
         example_inputs = make_inputs(model)
     check_inputs(example_inputs)
@@ -122,7 +135,8 @@ def _decide(
 ) -> Decided:
     """Walk, probe, choose; then probe again with the choice applied, so that both totals are counts."""
     already = [site for path, module in model.named_modules() for site in _already_inverted(path, module)]
-    found = [replace(site, curve=site.curve.with_side_bits(side_bits)) for site in walk(model)]
+    with as_it_was(model):
+        found = [replace(site, curve=site.curve.with_side_bits(side_bits)) for site in walk(model)]
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
 
     decisive = observe(model, inputs, setting, watch=found, checkpointing=False)
@@ -149,7 +163,7 @@ def _decide(
     report.weight_cast_bytes = after.memory.weight_cast_bytes
     report.kept_by_class = dict(Counter(after.memory.by_class).most_common())
     report.setting = _in_words(setting, side_bits)
-    report.notes = [*before.notes, *_notes(decisive, len(already), nothing_allowed=bool(found) and not allowed)]
+    report.notes = [*before.notes, *_notes(model, decisive, len(already), nothing_allowed=bool(found) and not allowed)]
     return decided
 
 
@@ -329,8 +343,13 @@ def _in_words(setting: Setting, side_bits: int) -> str:
     return ", ".join(words)
 
 
-def _notes(decisive: Observation, already: int, *, nothing_allowed: bool) -> list[str]:
+def _notes(model: nn.Module, decisive: Observation, already: int, *, nothing_allowed: bool) -> list[str]:
     notes = []
+    if not model.training:
+        notes.append(
+            "counted in evaluation mode, in which the model is: its dropouts keep nothing; call model.train() before "
+            "planning if you train in that mode."
+        )
     if decisive.checkpoints:
         notes.append(
             f"{decisive.checkpoints} checkpointed regions keep nothing between forward and backward; bytes_saved of "

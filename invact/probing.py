@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -11,12 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
-from invact.arguments import Inputs, check_autocast, check_inputs, check_model, device_of
+from invact.arguments import (
+    Inputs,
+    check_autocast,
+    check_inputs,
+    check_model,
+    check_trainable_here,
+    device_of,
+)
 from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
+from invact.leftovers import check_no_leftovers
+from invact.own_errors import raised_by_invact
 from invact.patchers import as_on_real_tensors
+from invact.pytorch_inside import FakeTensorMode, changes_in_place, tree_map_only
 from invact.rewriting import Runner, Written
 from invact.simulation import (
     AsOnGpu,
@@ -27,6 +34,7 @@ from invact.simulation import (
     fake_tensor_log_silent,
     stand_in,
 )
+from invact.snapshot import as_it_was
 from invact.swapping import swap_in
 from invact.time_limit import TimeLimit, TookTooLongError
 from invact.walking import Found
@@ -73,12 +81,13 @@ def activation_memory(model: nn.Module, example_inputs: Inputs, *, autocast: tor
     The pass runs on fake tensors and leaves the model as it was; see `observe`.
 
     Args:
-        model: counted in training mode, on the device where it is.
+        model: counted in the mode in which it is, training or evaluation, on the device where it is.
         example_inputs: a dict is passed as keyword arguments, a tuple as positional ones.
         autocast: the dtype of torch.autocast in training, or None.
 
     Raises:
         TypeError: the model is no module or the inputs are neither dict nor tuple.
+        ValueError: the model can not be trained as it is here; see `invact.plan`.
         TimeoutError: the pass takes longer than `TIME_LIMIT`.
 
     Example:
@@ -87,6 +96,7 @@ def activation_memory(model: nn.Module, example_inputs: Inputs, *, autocast: tor
         {'Linear': 10240, 'GELU': 8192}
     """
     check_model(model)
+    check_trainable_here(model)
     check_inputs(example_inputs)
     check_autocast(autocast)
     return observe(model, example_inputs, Setting(device_of(model), autocast)).memory
@@ -100,11 +110,11 @@ def observe(
     watch: Sequence[Found] = (),
     checkpointing: bool = True,
 ) -> Observation:
-    """Runs `model` forward once in training mode and reports what autograd kept.
+    """Runs `model` forward once, in the mode in which it is, and reports what autograd kept.
 
     The pass runs on fake tensors. Where the model cannot (it branches on values, say) one real pass at the
-    smallest batch takes its place, with a note. Parameters, buffers, gradients, training flags, attributes
-    and random states are afterwards what they were.
+    smallest batch takes its place, with a note. Whatever can be reached from the model is afterwards what it was;
+    see `invact.snapshot`.
 
     Args:
         watch: the sites whose calls are to be recorded.
@@ -112,27 +122,116 @@ def observe(
 
     Raises:
         TimeoutError: a forward pass takes longer than `TIME_LIMIT`.
+        LeftoverError: something holds on to simulated tensors.
         Exception: the model's own, if it fails in its forward with these inputs on real tensors as well.
     """
+    probe = _Probe(model, inputs, setting, watch, checkpointing)
     with _ONE_AT_A_TIME:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        found = probe.on_simulated_tensors(mode)
+        if isinstance(found, str):
+            why, found = found, probe.on_real_tensors()
+            found.notes.append(
+                f"counted in one real forward pass at the smallest batch, since the model does not run on fake tensors "
+                f"({why})"
+            )
+        check_no_leftovers(mode)
+        return found
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One forward pass of a model; the arguments are those of `observe`."""
+
+    model: nn.Module
+    inputs: Inputs
+    setting: Setting
+    watch: Sequence[Found]
+    checkpointing: bool
+
+    def on_simulated_tensors(self, mode: FakeTensorMode) -> Observation | str:
+        """What was kept, or why the model does not run so."""
+        device = stand_in(self.setting.device)
         try:
-            return _observe_fake(model, inputs, setting, watch, checkpointing)
+            with as_on_real_tensors(self.inputs), as_it_was(self.model, self.inputs), mode:
+                weights = {name: self._fake(mode, tensor) for name, tensor in _weights(self.model).items()}
+                inputs = tree_map_only(Tensor, lambda tensor: self._fake(mode, tensor), self.inputs)
+                as_on_gpu = AsOnGpu(self.setting) if self.setting.device.type == "cuda" else nullcontext()
+                with as_on_gpu, AsRealKernels(self.setting), fake_tensor_log_silent():
+                    found = self._run(weights, inputs)
         except TookTooLongError:
             raise
-        except Exception as fake_error:
-            if any(p.is_meta for p in model.parameters()):
-                raise _with_inputs_named(fake_error, inputs) from None
-            try:
-                found = _observe_real(model, inputs, setting, watch, checkpointing)
-            except TookTooLongError:
+        except Exception as error:
+            if raised_by_invact(error):
                 raise
-            except Exception as error:
-                raise _with_inputs_named(error, inputs) from None
+            if any(p.is_meta for p in self.model.parameters()):  # there are no numbers to run it on
+                raise _with_inputs_named(error, self.inputs) from None
+            return f"{type(error).__name__}: {str(error).strip()[:120]}"
+        if device.type != self.setting.device.type and self.setting.autocast is not None:
             found.notes.append(
-                "counted in one real forward pass at the smallest batch, since the model does not run on fake "
-                f"tensors ({type(fake_error).__name__}: {str(fake_error).strip()[:120]})"
+                "this PyTorch cannot imitate a GPU where there is none, so autocast followed the rules of the CPU, "
+                "which leave more operations in low precision; PyTorch 2.15 can"
             )
-            return found
+        return found
+
+    def on_real_tensors(self) -> Observation:
+        """What was kept by the first example alone, or by all where the model does not run on one."""
+        try:
+            return self._run_real(_smallest_batch(self.inputs))
+        except (TookTooLongError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # batch norm wants more than one value, some models fixed batches
+            if raised_by_invact(error):
+                raise
+        try:
+            return self._run_real(self.inputs)
+        except TookTooLongError:
+            raise
+        except Exception as error:
+            if raised_by_invact(error):
+                raise
+            raise _with_inputs_named(error, self.inputs) from None
+
+    def _fake(self, mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+        """A simulated tensor where it is to be, or, of a model that is planned for where it is, where it is."""
+        device = stand_in(self.setting.device)
+        if self.setting.device == device_of(self.model) and not tensor.is_meta:
+            device = tensor.device
+        fake: Tensor
+        if tensor.device == device:
+            fake = mode.from_tensor(tensor)
+        else:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return fake.detach().requires_grad_(tensor.requires_grad)
+
+    def _run_real(self, inputs: Inputs) -> Observation:
+        with as_it_was(self.model, self.inputs, tensors=True):
+            return self._run(_weights(self.model), inputs)
+
+    def _run(self, weights: dict[str, Tensor], inputs: Any) -> Observation:
+        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+        calls: list[_OpenCall] = []
+        checkpoints = [0]
+        ledger = Ledger(self.model, weights.values())
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
+            stack.enter_context(checkpoints_counted(checkpoints, run_them=self.checkpointing))
+            stack.enter_context(autocast_as_set(self.setting))
+            stack.enter_context(_recorded(self.model, self.watch, ledger, calls))
+            stack.enter_context(TimeLimit(TIME_LIMIT))
+            with ledger:
+                output = torch.func.functional_call(self.model, weights, args, kwargs)
+            entries = ledger.entries()
+            found = Observation(
+                entries=entries,
+                memory=ledger.memory(),
+                calls=[call.closed() for call in calls],
+                labels={entry.path: ledger.label(entry.path) for entry in entries},
+                checkpoints=checkpoints[0],
+            )
+            del output
+        return found
 
 
 def _with_inputs_named(error: Exception, inputs: Inputs) -> Exception:
@@ -141,82 +240,9 @@ def _with_inputs_named(error: Exception, inputs: Inputs) -> Exception:
         given = tree_map_only(Tensor, lambda t: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}", inputs)
         error.add_note(
             f"invact ran the model's forward on example inputs {given} to see what it keeps for backward, and the "
-            "forward failed. The model is as it was. Pass example_inputs with which the model runs."
+            "forward failed; what it had changed was put back. Pass example_inputs with which the model runs."
         )
     return error
-
-
-def _observe_fake(
-    model: nn.Module,
-    inputs: Inputs,
-    setting: Setting,
-    watch: Sequence[Found],
-    checkpointing: bool,
-) -> Observation:
-    device = stand_in(setting.device)
-    with as_on_real_tensors(inputs), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        weights = {name: _fake(mode, tensor, device) for name, tensor in _weights(model).items()}
-        fake_inputs = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device), inputs)
-        as_on_gpu = AsOnGpu(setting) if setting.device.type == "cuda" else nullcontext()
-        with as_on_gpu, AsRealKernels(setting), fake_tensor_log_silent():
-            found = _observe(model, weights, fake_inputs, setting, watch, checkpointing)
-    if device.type != setting.device.type and setting.autocast is not None:
-        found.notes.append(
-            "this PyTorch cannot imitate a GPU where there is none, so autocast followed the rules of the CPU, which "
-            "leave more operations in low precision; PyTorch 2.15 can"
-        )
-    return found
-
-
-def _observe_real(
-    model: nn.Module,
-    inputs: Inputs,
-    setting: Setting,
-    watch: Sequence[Found],
-    checkpointing: bool,
-) -> Observation:
-    weights = {name: _own_copy_if_buffer(tensor) for name, tensor in _weights(model).items()}
-    try:
-        return _observe(model, weights, _smallest_batch(inputs), setting, watch, checkpointing)
-    except TookTooLongError:
-        raise
-    except Exception:  # batch norm wants more than one value, some models fixed batches
-        weights = {name: _own_copy_if_buffer(tensor) for name, tensor in _weights(model).items()}
-        return _observe(model, weights, inputs, setting, watch, checkpointing)
-
-
-def _observe(
-    model: nn.Module,
-    weights: dict[str, Tensor],
-    inputs: Any,
-    setting: Setting,
-    watch: Sequence[Found],
-    checkpointing: bool,
-) -> Observation:
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    calls: list[_OpenCall] = []
-    checkpoints = [0]
-    ledger = Ledger(model, weights.values())
-    with ExitStack() as stack:
-        stack.enter_context(_as_it_was(model))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
-        stack.enter_context(checkpoints_counted(checkpoints, run_them=checkpointing))
-        stack.enter_context(autocast_as_set(setting))
-        stack.enter_context(_recorded(model, watch, ledger, calls))
-        stack.enter_context(TimeLimit(TIME_LIMIT))
-        with ledger:
-            output = torch.func.functional_call(model, weights, args, kwargs)
-        entries = ledger.entries()
-        found = Observation(
-            entries=entries,
-            memory=ledger.memory(),
-            calls=[call.closed() for call in calls],
-            labels={entry.path: ledger.label(entry.path) for entry in entries},
-            checkpoints=checkpoints[0],
-        )
-        del output
-    return found
 
 
 @dataclass
@@ -247,7 +273,7 @@ class _OpenCall:
             y_cast=self.x.dtype is not self.y.dtype,
             dtype=self.x.dtype,
             bit_nbytes=-(-numel // 8),
-            changed_later=self.y._version != self.version,
+            changed_later=changes_in_place(self.y) != self.version,
             in_place=self.in_place,
             hooked=self.hooked,
         )
@@ -282,7 +308,7 @@ def _record_calls(module: nn.Module, path: str, calls: list[_OpenCall], stack: E
     def after_hooks(module: nn.Module, args: Any, output: Any) -> None:
         raw = outputs.pop()
         call = calls[-1]
-        call.hooked = output is not raw or (call.y is not None and call.y._version != call.version)
+        call.hooked = output is not raw or (call.y is not None and changes_in_place(call.y) != call.version)
 
     stack.callback(module.register_forward_hook(before_hooks, prepend=True, with_kwargs=True).remove)
     stack.callback(module.register_forward_hook(after_hooks).remove)
@@ -313,7 +339,7 @@ def _opened(path: str, args: tuple[Any, ...], output: Any) -> _OpenCall:
         x=x.detach(),
         y=y.detach(),  # not y: its graph must be free to go if the model drops this branch
         needs_grad=y.requires_grad,
-        version=y._version,
+        version=changes_in_place(y),
         in_place=y is x,
     )
 
@@ -329,19 +355,6 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device) -> Tensor:
-    fake: Tensor
-    if tensor.device == device:
-        fake = mode.from_tensor(tensor)
-    else:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return fake.detach().requires_grad_(tensor.requires_grad)
-
-
-def _own_copy_if_buffer(tensor: Tensor) -> Tensor:
-    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
-
-
 def _smallest_batch(inputs: Any) -> Any:
     """The first example alone, of every tensor that has the batch as its first dimension."""
     sizes: list[int] = []
@@ -350,28 +363,3 @@ def _smallest_batch(inputs: Any) -> Any:
     return tree_map_only(
         Tensor, lambda tensor: tensor[:1] if tensor.dim() and tensor.shape[0] == batch else tensor, inputs
     )
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back every attribute of every module, and the random states, when the block ends."""
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    contents = [
-        (value, value.copy())
-        for _, saved in attributes
-        for value in saved.values()
-        if isinstance(value, (dict, list, set))
-    ]
-    python_random = random.getstate()
-    cuda = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
-    with torch.random.fork_rng(devices=sorted(cuda, key=str)):
-        try:
-            yield
-        finally:
-            random.setstate(python_random)
-            for module, saved in attributes:
-                module.__dict__.clear()
-                module.__dict__.update(saved)
-            for value, copied in contents:
-                value.clear()
-                value.extend(copied) if isinstance(value, list) else value.update(copied)

@@ -80,7 +80,7 @@ def own_rounding(module: nn.Module, curve: Curve, dtype: torch.dtype) -> Roundin
         >>> steps.own > steps.once
         True
     """
-    x = torch.randn(4, 16, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(4, 16, 16, 16, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
     with torch.no_grad(), torch.device("cpu"):
         steps, once, exact = _output(_copy_without_hooks(module), x.clone()), curve.f(x), curve.f(x.double())
     if torch.equal(steps, once):
