@@ -44,19 +44,17 @@ class Setting:
 @contextmanager
 def autocast_as_set(setting: Setting) -> Iterator[None]:
     """torch.autocast, which switches itself off where the device it is for is missing; this does not."""
-    if setting.autocast is None:
-        yield
-        return
     device = stand_in(setting.device).type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, True)
-    torch.set_autocast_dtype(device, setting.autocast)
+    if setting.autocast is not None:
+        torch.set_autocast_enabled(device, True)
+        torch.set_autocast_dtype(device, setting.autocast)
     torch.autocast_increment_nesting()
     try:
         yield
     finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()  # of casts of simulated weights: a block of the caller's would keep them
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)
 
