@@ -866,7 +866,9 @@ def test_parameters_shared_between_threads_train_in_both():
         with ThreadPoolExecutor(4) as pool:
             together = list(pool.map(partial(gradient_of, model), batches))
         alone = [gradient_of(model, batch) for batch in batches]
-        pairs = [pair for found, expected in zip(together, alone, strict=True) for pair in zip(found, expected)]
+        pairs = [
+            pair for found, expected in zip(together, alone, strict=True) for pair in zip(found, expected, strict=True)
+        ]
         return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
     assert apart(patched) <= 2 * apart(stock) + 1e-6
