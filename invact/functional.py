@@ -278,7 +278,7 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
 
 def wants_gradient(x: Tensor) -> bool:
     """Whether autograd records what is done with x. Under torch.jit.trace, which knows stock operators alone: no."""
-    traced = not torch.compiler.is_compiling() and torch.jit.is_tracing()
+    traced = not torch.compiler.is_compiling() and torch.jit.is_tracing()  # type: ignore[attr-defined]
     return torch.is_grad_enabled() and x.requires_grad and not traced
 
 
