@@ -280,7 +280,7 @@ def wants_gradient(x: Tensor) -> bool:
     """Whether autograd records what is done with x. While a graph is traced or exported, which is the stock one: no."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_exporting()
-    return torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing()
+    return torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _of_parts(x: Tensor, curve: Curve, inplace: bool) -> Tensor:

@@ -116,5 +116,5 @@ def slope_at(looked_up: Tensor, curve: TwoSided) -> Tensor:
 
 
 def bottom(curve: TwoSided) -> float:
-    """The fp32 number below the one that the minimum rounds to."""
-    return minimum_in_two(curve.fit, torch.float32)[0] - 2 * half_ulp(curve.y_min, torch.float32)
+    """Two fp32 numbers below the one that the minimum rounds to: from the next on f' does not change any more."""
+    return minimum_in_two(curve.fit, torch.float32)[0] - 4 * half_ulp(curve.y_min, torch.float32)

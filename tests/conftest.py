@@ -1,13 +1,23 @@
 """What the tests measure with: an independent count of what autograd keeps, and all gradients as one vector."""
 
+import getpass
 import os
+import tempfile
 
 # One thread per worker, before torch starts its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor keeps what it compiled for one processor and takes it for another: each that is played has a folder.
+if processor := os.environ.get("ATEN_CPU_CAPABILITY"):
+    folder = f"torchinductor_{getpass.getuser()}_{processor}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+
+# For the whole run: PyTorch's own operators where oneDNN's would be taken.
+if os.environ.get("INVACT_TESTS_WITHOUT_ONEDNN") == "1":
+    torch.backends.mkldnn.set_flags(False)
 
 
 def kept_bytes(model, inputs):

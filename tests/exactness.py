@@ -38,7 +38,8 @@ def weights(x: Tensor, deviation: float) -> Tensor:
 def floor(x: Tensor, y: Tensor, curve: Curve, weight: Tensor) -> Tensor:
     """The best that y and one bit allow: the mean true derivative of the x that share them, rounded to the dtype."""
     true = curve.derivative(x.double())
-    key = (y.view(torch.int16).int() & 0xFFFF) + ((x.double() >= curve.x_min).int() << 16)
+    kind = torch.int16 if y.dtype.itemsize == 2 else torch.int32
+    key = 2 * y.view(kind).long() + (x.double() >= curve.x_min)
     _, group = key.unique(return_inverse=True)
     mass = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(0, group, weight)
     mean = torch.zeros_like(mass).index_add(0, group, weight * true) / mass

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from invact.kernels import CURVES, Curve, monotone
+from invact.kernels import CURVES, Curve, monotone, tables
+from invact.kernels.own_thread import in_own_thread
 from invact.kernels.two_sided import TwoSided
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import invact.nn
 from invact import functional
@@ -187,6 +194,177 @@ def test_vectorized_jacobians_are_those_of_a_loop(curve: Curve) -> None:
     x = torch.linspace(-2.9, 2.85, 7)
     jacobian = torch.autograd.functional.jacobian(lambda x: functional.invert(x, curve), x, vectorize=True)
     torch.testing.assert_close(jacobian.diagonal(), curve.derivative(x.double()).float(), atol=1e-5, rtol=1e-5)
+
+
+# --- what is around the call ----------------------------------------------------------------------------
+
+
+class Upsetting(TorchFunctionMode):
+    """A mode of somebody's in which whatever PyTorch makes is made wrong."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        return made * 0 if isinstance(made, Tensor) else made
+
+
+class UpsettingInside(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {})) * 0
+
+
+@contextlib.contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+AMBIENT = {
+    "default_device": lambda: default_device("meta"),
+    "device": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+UPSETTING = {
+    **AMBIENT,
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "function_mode": Upsetting,
+    "dispatch_mode": UpsettingInside,
+    "fake_tensors": FakeTensorMode,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("around", AMBIENT.values(), ids=AMBIENT.keys())
+@EVERY_CURVE
+def test_a_default_device_or_dtype_changes_nothing(
+    curve: Curve, dtype: torch.dtype, around: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> None:
+    def derivatives() -> tuple[Tensor, ...]:
+        x = values.clone().requires_grad_()
+        y = functional.invert(x, curve)
+        (first,) = torch.autograd.grad(y, x, ones, create_graph=True)
+        (second,) = torch.autograd.grad(first, x, ones)
+        return y.detach(), first.detach(), second
+
+    values = torch.linspace(-9, 9, 1001).to(dtype)
+    ones = torch.ones_like(values)
+    expected = derivatives()
+    with around():
+        found = derivatives()
+    for ours, wanted in zip(found, expected, strict=True):
+        assert ours.dtype == wanted.dtype
+        assert torch.equal(ours, wanted)
+
+
+def made_tables() -> list[Tensor]:
+    """One of each kind."""
+    return [
+        tables.slope_table(CURVES["gelu"], torch.bfloat16),
+        tables.slope_table(CURVES["softsign"], torch.float16),
+        tables.code_table(CURVES["silu"].with_side_bits(4), torch.bfloat16),
+        *tables.fp32_tables(CURVES["gelu"]),
+    ]
+
+
+@pytest.fixture
+def no_tables() -> Iterator[None]:
+    """As before the first use, and no table that was made in the test is left to others."""
+    caches = (tables.slope_table, tables.code_table, tables.fp32_tables)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def check_tables(made: list[Tensor]) -> None:
+    for cache in (tables.slope_table, tables.code_table, tables.fp32_tables):
+        cache.cache_clear()
+    for table, expected in zip(made, made_tables(), strict=True):
+        assert type(table) is Tensor
+        assert table.device.type == "cpu"
+        assert not table.is_inference()
+        assert not table.requires_grad
+        assert torch.equal(table.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("around", UPSETTING.values(), ids=UPSETTING.keys())
+def test_tables_made_at_first_use_are_whole_whatever_mode_is_active(
+    around: Callable[[], contextlib.AbstractContextManager[Any]], no_tables: None
+) -> None:
+    with around():
+        made = made_tables()
+    check_tables(made)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "functionalize", "jacobian"])
+def test_tables_made_inside_a_transform_are_whole(transform: str, no_tables: None) -> None:
+    made: list[Tensor] = []
+
+    def function(x: Tensor) -> Tensor:
+        made.extend(made_tables())
+        return x * 2
+
+    x = torch.tensor([1.0])
+    if transform == "grad":
+        torch.func.grad(lambda x: function(x).sum())(x)
+    elif transform == "vmap":
+        torch.func.vmap(function)(x)
+    elif transform == "jvp":
+        torch.func.jvp(function, (x,), (x,))
+    elif transform == "functionalize":
+        torch.func.functionalize(function)(x)
+    else:
+        torch.autograd.functional.jacobian(function, x, vectorize=True)
+    check_tables(made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_that_need_a_table_at_once_get_the_same_gradients(dtype: torch.dtype, no_tables: None) -> None:
+    def gradient(_: int) -> Tensor:
+        x = torch.linspace(-6, 6, 999).to(dtype).requires_grad_()
+        return torch.autograd.grad(functional.gelu(x).sum(), x)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(gradient, range(8))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_what_fails_in_making_a_table_is_raised_where_it_was_needed() -> None:
+    def work() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        in_own_thread(work)
+
+
+def test_curves_with_ever_new_parameters_are_not_kept_for_good() -> None:
+    curve = CURVES["gelu"]
+    gone = weakref.ref(curve.with_side_bits(2).with_side_bits(4).with_side_bits(2))
+    for step in range(300):
+        monotone.elu(1 + step / 1000)
+        curve = curve.with_side_bits((2, 4, 1)[step % 3])
+    gc.collect()
+    assert monotone.elu.cache_info().currsize <= 256
+    assert gone() is None
+
+
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_y_is_freed_with_its_last_reference(images: Tensor) -> None:

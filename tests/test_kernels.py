@@ -9,6 +9,7 @@ from exactness import (
     derivative_from_output,
     errors_and_floors,
     every_value,
+    floor,
     norm,
     step_of,
     stock_gradient,
@@ -18,13 +19,17 @@ from exactness import (
 from invact.kernels import CURVES, Curve, backward, forward, monotone, storage_order
 from invact.kernels.monotone import Monotone
 from invact.kernels.packing import packed, unpacked
-from invact.kernels.pytorch import sides
-from invact.kernels.rounding import rounded
+from invact.kernels.pytorch import codes_in, scaled, second, sides
+from invact.kernels.rounding import rounded, ulp
 from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor
 
 EVERY_CURVE = pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
 EVERY_TWO_SIDED = pytest.mark.parametrize("curve", TWO_SIDED, ids=str)
+
+
+def named(curve: Curve) -> str:
+    return f"{curve}-{curve.side_bits}"
 
 
 @EVERY_TWO_SIDED
@@ -46,13 +51,27 @@ def test_no_finite_16_bit_value_gives_nan_or_infinity(curve: Curve, dtype: torch
     assert derivative_from_output(x, curve).isfinite().all()
 
 
+def numbers_around(middle: float, reach: float) -> Tensor:
+    """Every fp32 number that is no further than this from a negative one."""
+    ends = torch.tensor([middle + reach, middle - reach], dtype=torch.float32).view(torch.int32).tolist()
+    return torch.arange(*ends, dtype=torch.int32).view(torch.float32)
+
+
+def units_off(x: Tensor, y: Tensor, curve: TwoSided) -> float:
+    """By how many units of y_min stock's fp32 y is wrong in this process: 2 or 3, and 8 with a coarse erf."""
+    return float((y.double() - curve.f(x.double())).abs().max()) / ulp(curve.y_min, torch.float32)
+
+
 @EVERY_TWO_SIDED
-def test_fp32_gradients_reach_the_floor_of_one_bit(curve: Curve) -> None:
-    x = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-    true = curve.derivative(x.double())
+def test_fp32_gradients_reach_the_floor_of_one_bit(curve: TwoSided) -> None:
+    x = numbers_around(curve.x_min, 0.02)
+    y, true = curve.f(x), curve.derivative(x.double())
     error = derivative_from_output(x, curve).double() - true
-    assert error.norm() / true.norm() <= 2.6e-6
-    assert error.abs().max() <= 4e-4
+    best = floor(x, y, curve, torch.ones_like(true)) - true
+    # Where a library's error is more than a rounding it has a bias, which the floor knows and no code can.
+    allowed = 1.25 * max(1.0, units_off(x, y, curve) / 4)
+    assert error.norm() <= allowed * best.norm()
+    assert error.abs().max() <= 1.2 * allowed * best.abs().max()
 
 
 @EVERY_TWO_SIDED
@@ -61,6 +80,109 @@ def test_gradients_away_from_the_minimum_are_exact_to_1e_5(curve: Curve, dtype: 
     x = torch.linspace(-120, 60, 1 << 18, dtype=dtype)
     x = x[(x - curve.x_min).abs() > 0.1]
     assert (derivative_from_output(x, curve).double() - curve.derivative(x.double())).abs().max() <= 1e-5
+
+
+# --- y as any library may give it -----------------------------------------------------------------------
+
+
+def outputs(curve: Curve, dtype: torch.dtype) -> Tensor:
+    """Every finite y of 16 bits, or a dense set; of a monotone curve those in its range and a little beyond."""
+    if dtype.itemsize == 2:
+        y = every_value(dtype)
+    else:
+        steps = torch.arange(-400, 400)
+        around = [near + ulp(near, dtype) * steps.to(dtype) for near in (getattr(curve, "y_min", -1.0), 1.0, 3.0, 6.0)]
+        tiny = torch.tensor(
+            [0.0, torch.finfo(dtype).tiny * torch.finfo(dtype).eps, 1e-40, 1e-38, 1e-7, 3e-7], dtype=dtype
+        )
+        huge = torch.tensor([1e4, 1e18, 1e30, 3e38], dtype=dtype)
+        y = torch.cat([*around, tiny, -tiny, huge, -huge, torch.linspace(-0.5, 20, 20000, dtype=dtype)])
+    if isinstance(curve, TwoSided):
+        return y
+    x = torch.tensor([-1e30, 1e30], dtype=torch.float64)
+    low, high = curve.f(x).nan_to_num().tolist()
+    margin = 4 * torch.finfo(dtype).eps * max(1.0, abs(min(low, 0.0)) if low > -10 else 1.0)
+    return y[(y >= low - margin) & (y <= high + margin)]
+
+
+def packed_codes(code: int, count: int, bits: int) -> Tensor:
+    return packed(torch.full((count,), code, dtype=torch.bool if bits == 1 else torch.uint8), bits)
+
+
+@pytest.mark.parametrize(
+    "curve", [*CURVES.values(), *(curve.with_side_bits(bits) for curve in TWO_SIDED for bits in (2, 4))], ids=named
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SHORT_DTYPES], ids=str)
+def test_no_finite_y_gives_nan_or_infinity_whatever_the_code(curve: Curve, dtype: torch.dtype) -> None:
+    y = outputs(curve, dtype)
+    for code in range(1 << curve.side_bits):
+        side = packed_codes(code, len(y), curve.side_bits) if curve.side_bits else y.new_empty(0, dtype=torch.uint8)
+        by_table = backward(torch.ones_like(y), y, side, curve, (0,))
+        by_formula = scaled(torch.ones_like(y), y, codes_in(side, len(y), curve), curve)
+        assert by_table.isfinite().all()
+        assert by_formula.isfinite().all()
+        assert second(y, side, curve).isfinite().all()
+        torch.testing.assert_close(by_table, by_formula, atol=2e-5, rtol=2 * torch.finfo(dtype).eps)
+
+
+@EVERY_TWO_SIDED
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SHORT_DTYPES], ids=str)
+@pytest.mark.parametrize("bits", [1, 4])
+def test_far_on_the_left_f_is_level_whatever_the_sign_of_y(curve: TwoSided, dtype: torch.dtype, bits: int) -> None:
+    """+0 and more is what oneDNN's GELU for AVX2 gives there, and a coarse error function may."""
+    y = torch.tensor([0.0, -0.0, 1e-45, 1e-20, 3e-7, 1e-3], dtype=dtype)
+    side = packed_codes(0, len(y), bits)
+    told = curve.with_side_bits(bits)
+    code = codes_in(side, len(y), told)
+    for slope in (backward(torch.ones_like(y), y, side, told, (0,)), scaled(torch.ones_like(y), y, code, told)):
+        assert torch.equal(slope, torch.zeros_like(y))
+
+
+@EVERY_TWO_SIDED
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SHORT_DTYPES], ids=str)
+def test_below_the_minimum_f_is_as_level_as_at_it(curve: TwoSided, dtype: torch.dtype) -> None:
+    minimum = torch.tensor(curve.y_min, dtype=dtype)
+    unit = ulp(curve.y_min, dtype)
+    y = minimum - unit * torch.arange(0, 30, dtype=torch.float64).to(dtype)
+    level = 2 * unit**0.5  # f' is less than that within a unit of the minimum: it grows as the root of the height
+    for code in (0, 1):
+        slope = backward(torch.ones_like(y), y, packed_codes(code, len(y), 1), curve, (0,))
+        assert (slope >= 0).all() if code else (slope <= 0).all()
+        assert slope.abs().max() <= level
+
+
+@EVERY_TWO_SIDED
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SHORT_DTYPES], ids=str)
+def test_a_nan_stays_one_and_its_neighbours_keep_their_codes(curve: TwoSided, dtype: torch.dtype) -> None:
+    for bits in (1, 2, 4):
+        told = curve.with_side_bits(bits)
+        x = torch.linspace(-3, 3, 64, dtype=dtype)
+        expected = unpacked(sides(x, told.f(x), told), 64, bits)
+        x[::2] = torch.nan
+        assert torch.equal(unpacked(sides(x, told.f(x), told), 64, bits)[1::2], expected[1::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SHORT_DTYPES], ids=str)
+@EVERY_CURVE
+def test_no_finite_x_gives_nan_or_infinity(curve: Curve, dtype: torch.dtype) -> None:
+    x = torch.cat([torch.linspace(-200, 200, 40001), torch.linspace(-9, 9, 40001)]).to(dtype)
+    x = x[curve.f(x).isfinite()]
+    assert derivative_from_output(x, curve).isfinite().all()
+
+
+def test_denormals_may_be_taken_as_zero() -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such setting")
+    try:
+        for curve in TWO_SIDED:
+            y = torch.tensor([0.0, -0.0, 1e-40, -1e-40])
+            slope = backward(torch.ones_like(y), y, packed_codes(0, len(y), 1), curve, (0,))
+            assert torch.equal(slope, torch.zeros_like(y))
+    finally:
+        torch.set_flush_denormal(False)
+
+
+# ------------------------------------------------------------------------------------------------------
 
 
 @EVERY_CURVE
@@ -182,7 +304,8 @@ def test_four_bits_help_fp32_next_to_the_minimum(curve: TwoSided) -> None:
         (derivative_from_output(x, curve.with_side_bits(bits)).double() - curve.derivative(x.double())).norm()
         for bits in (1, 4)
     )
-    assert four < 0.7 * one
+    # the bits tell where x was in the stretch of one y: less where y is off by more than that
+    assert four < (0.7 if units_off(x, curve.f(x), curve) < 3 else 0.95) * one
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -861,11 +861,20 @@ def test_parameters_shared_between_threads_train_in_both():
     def gradient_of(model, batch):
         return torch.autograd.grad(loss_of(model(batch)), list(model.parameters()))
 
-    with ThreadPoolExecutor(4) as pool:
-        ours = list(pool.map(partial(gradient_of, patched), batches))
-    for batch, found in zip(batches, ours, strict=True):
-        for a, b in zip(found, gradient_of(stock, batch), strict=True):
-            assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7
+    def apart(model):
+        """How far, relatively, the gradients of threads are from those of one after the other."""
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(partial(gradient_of, model), batches))
+        alone = [gradient_of(model, batch) for batch in batches]
+        pairs = [
+            pair for found, expected in zip(together, alone, strict=True) for pair in zip(found, expected, strict=True)
+        ]
+        return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+    assert apart(patched) <= 2 * apart(stock) + 1e-6
+    for model in (stock, patched):
+        train_once(model, batches[0])
+    assert_same_gradients(patched, stock)
 
 
 def test_training_for_many_steps_ends_at_the_stock_loss():

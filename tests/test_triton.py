@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton")
 COMPARISON = """
 import torch
 from invact.kernels import CURVES, dispatch, monotone, pytorch, triton_pair
-from invact.kernels.packing import unpacked
+from invact.kernels.packing import packed, unpacked
 from invact.kernels.two_sided import TWO_SIDED
 
 triton_pair.ROWS = 8192  # the interpreter is slow by program, not by element
@@ -64,6 +64,22 @@ for curve in TWO_SIDED:
         ones, y = torch.ones_like(x), told.f(x)
         dx = triton_pair.backward(ones, y, side, told)
         torch.testing.assert_close(dx, pytorch.backward(ones, y, side, told), atol=1e-6, rtol=1e-6)
+
+    # y as any library may give it: zeros of either sign, below the minimum, above 0 on the left
+    odd = torch.tensor([0.0, 1e-45, 1e-38, 1e-7, 3e-7, 1e-3, 1e4, 1e30, 3e38])
+    y = torch.cat([torch.linspace(-0.5, 20, 9999), curve.y_min + torch.arange(-400, 400) * 2.0**-26, odd, -odd])
+    finite = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    for y in (y, finite.view(torch.bfloat16), finite.view(torch.float16)):
+        y = y[y.isfinite() & ((y == 0) | (y.abs() >= 2.0**-126))]  # the interpreter takes bf16's denormals as 0
+        for bits, code in ((1, 0), (1, 1), (4, 0), (4, 15)):
+            told = curve.with_side_bits(bits)
+            codes = torch.full(y.shape, code, dtype=torch.bool if bits == 1 else torch.uint8)
+            side = packed(codes, bits)
+            dx, reference = (pair.backward(torch.ones_like(y), y, side, told) for pair in (triton_pair, pytorch))
+            assert dx.isfinite().all(), (curve, y.dtype, code)
+            error = (dx.double() - reference.double()).abs()
+            within = 1e-5 + reference.double().abs() * torch.finfo(y.dtype).eps
+            assert (error <= within).all(), (curve, y.dtype, bits, code, error.max())
 
     # the bits that the kernel makes of x: in fp16, where the interpreter rounds as a GPU does, and in fp32
     wide = torch.linspace(-9, 9, 40001)
