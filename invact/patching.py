@@ -23,22 +23,23 @@ def patch(
     exclude: str | Sequence[str] | None = None,
     side_bits: int = 1,
 ) -> Report:
-    """Replaces, in place, every activation of `model` whose inversion saves memory, and reports what was done.
+    """Inverts, in place, every activation of `model` whose inversion saves memory, and reports what was done.
 
     Takes the arguments and raises the errors of `invact.plan`. Either every site that the report calls "invert"
-    is replaced, or, after an error, none. Parameters, state dict, hooks and results in evaluation mode stay.
+    is inverted, or, after an error, none. Every module stays the object that it is, with its attributes, parameters and
+    hooks; those inverted get a class of their own, a subclass of the one they had. Results without gradients stay.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
         >>> report = patch(model, (torch.randn(8, 64),))
-        >>> model[1]
-        Inverted(gelu, was GELU(approximate='none'))
+        >>> [site.path for site in report.inverted], isinstance(model[1], nn.GELU)
+        (['1'], True)
     """
     return _patch(model, example_inputs, autocast, include, exclude, side_bits)[0]
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives back every module that `patch` replaced, and returns the number of sites restored.
+    """Gives every module that `patch` changed its class back, and returns the number of sites restored.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))

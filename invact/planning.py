@@ -316,7 +316,7 @@ class _Choice:
 
 def _already_inverted(path: str, module: nn.Module) -> Iterator[Site]:
     for method, curve in module._invact_sites if isinstance(module, Patched) else ():
-        place = f"{path}.{method}:{curve}".lstrip(".") if method else path
+        place = ".".join(part for part in (path, method and method + ":" + curve) if part)
         yield Site(place, curve, module._invact_stock.__name__, KEEP, "already inverted by an earlier patch")
 
 
