@@ -338,7 +338,8 @@ class InvertedEagerly(torch.autograd.Function):
             y = x.copy_(y)
             ctx.mark_dirty(x)
         ctx.save_for_backward(y, side)
-        ctx.save_for_forward(y, side)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(y, side)
         return y
 
     @staticmethod

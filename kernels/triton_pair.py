@@ -2,8 +2,11 @@
 
 The formulas of `slopes`, in one pass each: forward reads x and writes y and the codes, backward reads dy, y and the
 codes and writes dx. A program works on rows of eight elements: the codes of a row are one number, of as many bytes as a
-code has bits, and in 16 bits a row is one access of 16 bytes. All tensors are flat and contiguous. Left to the PyTorch
-pair: fp64, and forward of monotone curves, which is the stock operator.
+code has bits, and in 16 bits a row is one access of 16 bytes. All tensors are contiguous, of any shape. Left to the
+PyTorch pair: fp64, and forward of monotone curves, which is the stock operator.
+
+With one bit in 16 bits, the usual case, there are some 20 instructions per element forward and 35 backward: so few that
+the memory of a large card is what they wait for.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,no-untyped-call"
@@ -216,7 +219,7 @@ def backward_kernel(
     dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     word = tl.load(side_ptr + rows, mask=rows * 8 < n, other=0).to(tl.int32)
     code = (word[:, None] >> (BITS * tl.arange(0, 8)[None, :])) & ((1 << BITS) - 1)
-    if SHORT and BITS == 1 and CURVE != "hardswish":
+    if (SHORT and BITS == 1) and CURVE != "hardswish":  # Triton 3.2 takes no longer chain
         logarithm = quick_log2(-tl.minimum(y, -1.1754943508222875e-38), CHIP)
         slope = quick_slope(y, logarithm, code != 0, CURVE, y_ptr.dtype.element_ty == tl.bfloat16)
         slope += y * 0.0  # NaN at infinity, where stock's formulas say NaN too
