@@ -335,14 +335,18 @@ def launch_here(kernel: Any, constants: Constants, tensors: tuple[Tensor, ...], 
     kept = REUSED and n > 1 and not any(tensor.data_ptr() % 16 for tensor in tensors)
     key = (kernel, id(constants), ROWS, n % 16 == 0, wide(n), n < 2**31, tensors[0].get_device())
     if kept and key in built:
-        built[key][1][grid](*tensors, n, *fixed)
-        return
+        try:
+            built[key][1][grid](*tensors, n, *fixed)
+            return
+        except TypeError:  # another Triton may want other arguments of what it has built; nothing has run
+            built.clear()
+            kept = False
     found = kernel[grid](*tensors, n, *fixed)
     if kept:
         built[key] = constants, found  # the constants too, so that no others come to their address
 
 
-REUSED = CHIP != "interpreter" and hasattr(triton, "knobs")  # older Tritons want other arguments of what is built
+REUSED = CHIP != "interpreter" and hasattr(triton, "knobs")  # older Tritons want other arguments
 built: dict[tuple[Any, ...], tuple[Constants, Any]] = {}
 
 
