@@ -159,6 +159,13 @@ def test_any_layout_gets_stocks_values_gradients_and_strides() -> None:
     assert_as_stock(image.flatten()[1:])  # not at 16 bytes
 
 
+def test_a_kernel_built_once_serves_other_lengths_and_addresses() -> None:
+    for _ in range(2):
+        for count in (16, 17, 1000, 4096):
+            for start in (0, 1, 8):
+                assert_as_stock(torch.randn(count + start, device=DEVICE)[start:])
+
+
 # --- training -----------------------------------------------------------------------------------------
 
 
