@@ -7,9 +7,10 @@
     torch.Size([4, 8])
 
 Each takes a floating tensor of any shape, strides and memory format, in fp64, fp32, fp16 or bf16, and gives what the
-stock operator gives, laid out alike. For backward it keeps y, which the next layer keeps as well. Where no gradient is
-asked for, the stock operator runs and nothing is kept. A tensor that is not floating raises TypeError, a parameter that
-the curve can not have ValueError.
+stock operator gives, laid out alike; on a GPU the last digit may differ, and far on the left, where stock's gelu takes
+the difference of two numbers near 1, y is nearer to the true value. For backward it keeps y, which the next layer keeps
+as well. Where no gradient is asked for, the stock operator runs and nothing is kept. A tensor that is not floating
+raises TypeError, a parameter that the curve can not have ValueError.
 
 **Curves with two sides** (gelu, silu, quick_gelu, mish, hardswish) keep one bit per element besides y. The gradient is
 f' as far as y and the bit tell it: exact away from the curve's minimum, and next to it, where rounding y hides where x
@@ -338,7 +339,8 @@ class InvertedEagerly(torch.autograd.Function):
             y = x.copy_(y)
             ctx.mark_dirty(x)
         ctx.save_for_backward(y, side)
-        ctx.save_for_forward(y, side)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(y, side)
         return y
 
     @staticmethod

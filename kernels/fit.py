@@ -5,7 +5,7 @@ out with 40 digits. What a piece is, `pieces.Fit` says. Each polynomial is the C
 where the error in f' falls below `TOLERANCE`; the table printed gives the error reached, in exact arithmetic and
 with the polynomial worked out in fp32.
 
-    python -m invact.kernels.fit            # fit, print the errors, write coefficients.py and triton_polynomials.py
+    python -m invact.kernels.fit            # fit, print the errors, write the coefficients and triton_polynomials.py
     python -m invact.kernels.fit --check    # fit, print the errors, compare with coefficients.py
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .pieces import Fit, Piece, scale_and_shift
+from .pieces import Fit, Piece, QuickFit, scale_and_shift
 
 try:
     import mpmath as mp
@@ -30,10 +30,13 @@ except ModuleNotFoundError as missing:
         "and need nothing. Install it with: pip install 'invact[test]'"
     ) from missing
 
+from .quick_fit import TOLERANCES, quick_fit
+
 mp.mp.dps = 40
 
 Number = Any  # an mpmath number: mpmath has no types
 Function = Callable[[Number], Number]
+QuickFits = dict[str, dict[str, QuickFit]]  # by curve and dtype
 
 TOLERANCE = 3e-7  # absolute error of f' for fp32 and fp64; the floor of fp32 is some 1e-6 (relative L2)
 SHORT_TOLERANCE = 2e-5  # for 16-bit outputs, whose floor is 4e-4 at the least: a GPU has no time for more terms
@@ -241,7 +244,11 @@ def same(ours: Fit, theirs: Fit) -> bool:
     return len(ours_flat) == len(theirs_flat) and np.allclose(ours_flat, theirs_flat, rtol=1e-13, atol=1e-30)
 
 
-GENERATED = "Written by ``python -m invact.kernels.fit``: change that, not this."
+def alike(ours: QuickFit, theirs: QuickFit) -> bool:
+    """Whether two fits agree as far as least squares do from one library to another."""
+    ours_flat, theirs_flat = (np.concatenate([np.atleast_1d(value) for value in fit]) for fit in (ours, theirs))
+    return len(ours_flat) == len(theirs_flat) and np.allclose(ours_flat, theirs_flat, rtol=1e-6, atol=1e-9)
+
 
 GENERATED = "Written by ``python -m invact.kernels.fit``: change that, not this."
 
@@ -251,7 +258,16 @@ The error reached, per piece; the shorter of two is for 16-bit outputs:
 
 '''
 
-TRITON_HEADER = f'''"""The polynomials of `coefficients`, for Triton. {GENERATED}
+QUICK_HEADER = f'''"""The fits of `quick_fit`. {GENERATED}"""
+
+from .pieces import QuickFit
+
+QUICK_FITS: dict[str, dict[str, QuickFit]] = {{
+'''
+
+TRITON_HEADER = f'''"""The polynomials of `coefficients` and `quick_coefficients`, for Triton.
+
+{GENERATED}
 
 Triton 3.2 can index no tuple of constants, so every one is written out.
 """
@@ -272,7 +288,44 @@ def coefficients(fits: dict[str, Fit], short_fits: dict[str, Fit], lines: list[s
     return HEADER + table + imports + long + short
 
 
-def triton_polynomials(fits: dict[str, Fit], short_fits: dict[str, Fit]) -> str:
+def quick_coefficients(quick_fits: QuickFits) -> str:
+    """The source of quick_coefficients.py."""
+    source = QUICK_HEADER
+    for name, by_dtype in quick_fits.items():
+        source += f'    "{name}": {{\n'
+        for dtype, fit in by_dtype.items():
+            source += f'        "{dtype}": QuickFit(\n'
+            for field, value in zip(fit._fields, fit, strict=True):
+                if isinstance(value, tuple):
+                    terms = "".join(f"                {term!r},\n" for term in value)
+                    source += f"            {field}=(\n{terms}            ),\n"
+                else:
+                    source += f"            {field}={value!r},\n"
+            source += "        ),\n"
+        source += "    },\n"
+    return source + "}\n"
+
+
+def quick_function(quick_fits: QuickFits) -> str:
+    """The function of triton_polynomials.py for 16-bit outputs with one bit."""
+    source = "\n\n@triton.jit\ndef quick_slope(y, logarithm, right, CURVE: tl.constexpr, BF16: tl.constexpr):\n"
+    source += '    """f\' by `quick_fit.QuickFit`; the logarithm is log2(-y)."""\n'
+    keyword = "if"
+    for name, by_dtype in quick_fits.items():
+        for dtype, fit in by_dtype.items():
+            source += f'    {keyword} CURVE == "{name}"{" and BF16" if dtype == "bfloat16" else ""}:\n'
+            source += f"        left = logarithm * {fit.log_scale!r} + {fit.log_shift!r}\n"
+            source += f"        w = tl.where(right, y + {-fit.bottom!r}, left)\n"
+            source += f"        v = tl.sqrt(tl.maximum(w, {fit.least!r}))\n"
+            source += f"        u = tl.minimum(v * {fit.scale!r} + {fit.shift!r}, 1.0)\n"
+            for letter, variable, terms in (("p", "u", fit.right), ("q", "v", fit.left)):
+                source += f"        {letter} = tl.zeros_like(v) + {terms[-1]!r}\n"
+                source += "".join(f"        {letter} = {letter} * {variable} + {term!r}\n" for term in terms[-2::-1])
+            keyword = "elif"
+    return source + "    return tl.where(right, p, y * q)\n"
+
+
+def triton_polynomials(fits: dict[str, Fit], short_fits: dict[str, Fit], quick_fits: QuickFits) -> str:
     """The source of triton_polynomials.py: a function for each kind of piece, with a branch for each curve."""
     source = TRITON_HEADER
     for kind in ("near", "right", "tail"):
@@ -288,7 +341,7 @@ def triton_polynomials(fits: dict[str, Fit], short_fits: dict[str, Fit]) -> str:
                 source += "".join(f"        p = p * u + {term!r}\n" for term in reversed(piece.coefficients[:-1]))
                 keyword = "elif"
         source += "    return p\n"
-    return source
+    return source + quick_function(quick_fits)
 
 
 def main() -> int:
@@ -296,28 +349,36 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with what is checked in; write nothing")
     check = parser.parse_args().check
     fits, short_fits, table = dict(EXACT), dict(EXACT), []
+    quick_fits: QuickFits = {}
     for name in DEFINITIONS:
         fits[name], lines = fitted(name, TOLERANCE)
         short_fits[name], short_lines = fitted(name, SHORT_TOLERANCE)
         table += lines + short_lines
+        curve = Inverse(name)
+        quick_fits[name] = {dtype: quick_fit(curve.f, curve.slope, curve.x_min, dtype) for dtype in TOLERANCES}
         print(*lines, *short_lines, sep="\n", flush=True)
     folder = Path(__file__).parent
     if check:
-        return differences(fits, short_fits, folder)
+        return differences(fits, short_fits, quick_fits, folder)
     (folder / "coefficients.py").write_text(coefficients(fits, short_fits, table))
-    (folder / "triton_polynomials.py").write_text(triton_polynomials(fits, short_fits))
+    (folder / "quick_coefficients.py").write_text(quick_coefficients(quick_fits))
+    (folder / "triton_polynomials.py").write_text(triton_polynomials(fits, short_fits, quick_fits))
     return 0
 
 
-def differences(fits: dict[str, Fit], short_fits: dict[str, Fit], folder: Path) -> int:
+def differences(fits: dict[str, Fit], short_fits: dict[str, Fit], quick_fits: QuickFits, folder: Path) -> int:
     """How many files differ from what is checked in; says which and what to do."""
-    from . import coefficients
+    from . import coefficients, quick_coefficients
 
     differing = []
     for ours, theirs in ((fits, coefficients.FITS), (short_fits, coefficients.SHORT_FITS)):
         differing += [name for name, fit in ours.items() if name not in theirs or not same(fit, theirs[name])]
-    checked_in = (folder / "triton_polynomials.py").read_text()
-    if checked_in != triton_polynomials(coefficients.FITS, coefficients.SHORT_FITS):
+    for name, by_dtype in quick_fits.items():
+        checked_in = quick_coefficients.QUICK_FITS.get(name, {})
+        if any(dtype not in checked_in or not alike(fit, checked_in[dtype]) for dtype, fit in by_dtype.items()):
+            differing.append(f"the quick fit of {name}")
+    source = triton_polynomials(coefficients.FITS, coefficients.SHORT_FITS, quick_coefficients.QUICK_FITS)
+    if (folder / "triton_polynomials.py").read_text() != source:
         differing.append("triton_polynomials.py")
     if differing:
         print(f"{', '.join(differing)}: not what is checked in. Run: python -m invact.kernels.fit", file=sys.stderr)

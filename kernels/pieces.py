@@ -42,3 +42,25 @@ class Fit(NamedTuple):
     near: Piece
     right: Piece
     tail: Piece | None
+
+
+class QuickFit(NamedTuple):
+    """The same for 16-bit outputs with one bit, in fewer operations: one polynomial on either side of the minimum.
+
+    Both are in ``v = sqrt(max(w, least))``. On the right w is ``y - y_min``. On the left, where y runs out to -0, w is
+    ``|y_min| log(y_min / y)``, which next to the minimum is the same.
+
+    * right: ``w = y - bottom`` and ``f' = right(min(v * scale + shift, 1))``, which at 1 is 1;
+    * left: ``w = log2(-y) * log_scale + log_shift`` and ``f' = y * left(v)``.
+
+    Coefficients start with the constant term.
+    """
+
+    bottom: float
+    log_scale: float
+    log_shift: float
+    least: float
+    scale: float
+    shift: float
+    right: tuple[float, ...]
+    left: tuple[float, ...]

@@ -2,8 +2,11 @@
 
 The formulas of `slopes`, in one pass each: forward reads x and writes y and the codes, backward reads dy, y and the
 codes and writes dx. A program works on rows of eight elements: the codes of a row are one number, of as many bytes as a
-code has bits, and in 16 bits a row is one access of 16 bytes. All tensors are flat and contiguous. Left to the PyTorch
-pair: fp64, and forward of monotone curves, which is the stock operator.
+code has bits, and in 16 bits a row is one access of 16 bytes. All tensors are contiguous, of any shape. Left to the
+PyTorch pair: fp64, and forward of monotone curves, which is the stock operator.
+
+With one bit in 16 bits, the usual case, there are some 20 instructions per element forward and 35 backward: so few that
+the memory of a large card is what they wait for.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,no-untyped-call"
@@ -11,6 +14,7 @@ pair: fp64, and forward of monotone curves, which is the stock operator.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -22,24 +26,31 @@ from .curve import Curve
 from .monotone import Monotone
 from .rounding import half_ulp, rounded, rounded_up
 from .slopes import NEAR, minimum_in_two, root_expansion, saturation
-from .triton_math import exponential, tanh
+from .triton_math import (
+    exponential,
+    normal_cdf,
+    quick_exp2,
+    quick_log2,
+    quick_normal_cdf,
+    quick_reciprocal,
+)
 from .triton_monotone import monotone_slope
 from .two_sided import TwoSided
 
 ROWS = 256 if torch.version.hip else 128  # of eight elements, per program: a row for each thread of four warps
-
 near_polynomial = triton_polynomials.near
 right_polynomial = triton_polynomials.right
 tail_polynomial = triton_polynomials.tail
+quick_slope = triton_polynomials.quick_slope
 
 
 @triton.jit
 def activation(x, CURVE: tl.constexpr):
-    """f, step by step as PyTorch's CUDA operators work it out."""
+    """f, as PyTorch's CUDA operators have it; where these lose digits, far on the left, nearer to the true value."""
     if CURVE == "gelu":
-        y = x * 0.5 * (1.0 + tl.math.erf(x * 0.70710678118654752440))
+        y = x * normal_cdf(x)
     elif CURVE == "gelu_tanh":
-        y = 0.5 * x * (1.0 + tanh(0.79788456080286535588 * (x + 0.044715 * (x * x * x))))
+        y = tl.math.div_rn(x, 1.0 + exponential(-(x * (1.5957691216057308 + 0.07135481627260025 * (x * x)))))
     elif CURVE == "quick_gelu":
         y = x * tl.math.div_rn(tl.zeros_like(x) + 1.0, 1.0 + exponential(-1.702 * x))
     elif CURVE == "silu":
@@ -51,6 +62,33 @@ def activation(x, CURVE: tl.constexpr):
     elif CURVE == "hardswish":
         y = x * tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) * 0.16666666666666666
     return y
+
+
+@triton.jit
+def quick_activation(x, CURVE: tl.constexpr, CHIP: tl.constexpr):
+    """f with the digits that 16 bits need."""
+    if CURVE == "gelu":
+        y = x * quick_normal_cdf(x, CHIP)
+    elif CURVE == "gelu_tanh":
+        y = quick_sigmoid_product(x, x * (-2.302208198144325 + -0.1029432395800235 * (x * x)), CHIP)
+    elif CURVE == "quick_gelu":
+        y = quick_sigmoid_product(x, x * -2.4554669595930156, CHIP)
+    elif CURVE == "silu":
+        y = quick_sigmoid_product(x, x * -1.4426950408889634, CHIP)
+    elif CURVE == "mish":
+        power = quick_exp2(tl.minimum(x, 20.0) * 1.4426950408889634, CHIP)
+        n = power * (power + 2.0)
+        y = x * (n * quick_reciprocal(n + 2.0, CHIP))
+    else:
+        y = activation(x, CURVE)
+    return y
+
+
+@triton.jit
+def quick_sigmoid_product(x, power, CHIP: tl.constexpr):
+    """``x / (1 + 2^power)``; the divisor is divided by 2^32, so that its reciprocal is not too small for the chip's."""
+    divisor = quick_exp2(power - 32.0, CHIP) + 2.3283064365386963e-10
+    return x * (quick_reciprocal(divisor, CHIP) * 2.3283064365386963e-10)
 
 
 @triton.jit
@@ -78,23 +116,24 @@ def forward_kernel(
     LEFT_END: tl.constexpr,
     X_MIN: tl.constexpr,
     X_MIN_LOW: tl.constexpr,
-    Y_MIN: tl.constexpr,
-    Y_MIN_LOW: tl.constexpr,
-    HALF_ULP: tl.constexpr,
     NEAR: tl.constexpr,
     ROOT_1: tl.constexpr,
     ROOT_2: tl.constexpr,
     ROOT_3: tl.constexpr,
+    Y_MIN: tl.constexpr,
+    Y_MIN_LOW: tl.constexpr,
+    HALF_ULP: tl.constexpr,
     CURVE: tl.constexpr,
     SHORT: tl.constexpr,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
+    CHIP: tl.constexpr,
 ):
     rows, offsets = row_offsets(ROWS, WIDE)
     inside = offsets < n
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    wide_y = activation(x, CURVE)
+    wide_y = quick_activation(x, CURVE, CHIP) if SHORT and BITS == 1 else activation(x, CURVE)
     y = wide_y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, y, mask=inside)
     code = tl.where(x < LEFT_END, 0, 1)  # a NaN is on the right
@@ -114,34 +153,24 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
-    dy_ptr,
-    y_ptr,
-    side_ptr,
-    dx_ptr,
-    n,
-    Y_MIN: tl.constexpr,
-    Y_MIN_LOW: tl.constexpr,
-    HALF_ULP: tl.constexpr,
+def slope_of(
+    y,
+    code,
     NEAR_HIGH: tl.constexpr,
     SATURATION: tl.constexpr,
     TAIL_START: tl.constexpr,
     TAIL_OFFSET: tl.constexpr,
     TAIL_LOW: tl.constexpr,
+    Y_MIN: tl.constexpr,
+    Y_MIN_LOW: tl.constexpr,
+    HALF_ULP: tl.constexpr,
     CURVE: tl.constexpr,
     SHORT: tl.constexpr,
     BITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
+    CHIP: tl.constexpr,
 ):
-    rows, offsets = row_offsets(ROWS, WIDE)
-    inside = offsets < n
-    y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    word = tl.load(side_ptr + rows, mask=rows * 8 < n, other=0).to(tl.int32)
-    code = (word[:, None] >> (BITS * tl.arange(0, 8)[None, :])) & ((1 << BITS) - 1)
+    """f' of fp32 y and the code, as `slopes.slope` has it."""
     right = (code & 1) == 1
-
     lower, upper = roots_of_stretch(y, Y_MIN, Y_MIN_LOW, HALF_ULP)
     if BITS == 1:
         root = (lower + upper) * 0.5
@@ -155,10 +184,62 @@ def backward_kernel(
         slope = tl.where(right | (y < TAIL_START), slope, 0.0)
     else:
         below = tl.minimum(y, 0.0)  # the library's own error may have put it above
-        s = tl.sqrt(tl.maximum(-tl.log(below * (1.0 / Y_MIN)), 0.0))
-        w = tl.maximum(1.0 / (s + TAIL_OFFSET), TAIL_LOW)
+        s = tl.sqrt(tl.maximum(quick_log2(below * (1.0 / Y_MIN), CHIP) * -0.6931471805599453, 0.0))
+        w = tl.maximum(quick_reciprocal(s + TAIL_OFFSET, CHIP), TAIL_LOW)
         slope = tl.where(right | (y < TAIL_START), slope, below * tail_polynomial(w, CURVE, SHORT))
         slope += y - y  # 0, but NaN at infinity, where stock's formulas say NaN too
+    return slope
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr,
+    y_ptr,
+    side_ptr,
+    dx_ptr,
+    n,
+    NEAR_HIGH: tl.constexpr,
+    SATURATION: tl.constexpr,
+    TAIL_START: tl.constexpr,
+    TAIL_OFFSET: tl.constexpr,
+    TAIL_LOW: tl.constexpr,
+    Y_MIN: tl.constexpr,
+    Y_MIN_LOW: tl.constexpr,
+    HALF_ULP: tl.constexpr,
+    CURVE: tl.constexpr,
+    SHORT: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHIP: tl.constexpr,
+):
+    rows, offsets = row_offsets(ROWS, WIDE)
+    inside = offsets < n
+    y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    word = tl.load(side_ptr + rows, mask=rows * 8 < n, other=0).to(tl.int32)
+    code = (word[:, None] >> (BITS * tl.arange(0, 8)[None, :])) & ((1 << BITS) - 1)
+    if (SHORT and BITS == 1) and CURVE != "hardswish":  # Triton 3.2 takes no longer chain
+        logarithm = quick_log2(-tl.minimum(y, -1.1754943508222875e-38), CHIP)
+        slope = quick_slope(y, logarithm, code != 0, CURVE, y_ptr.dtype.element_ty == tl.bfloat16)
+        slope += y * 0.0  # NaN at infinity, where stock's formulas say NaN too
+    else:
+        slope = slope_of(
+            y,
+            code,
+            NEAR_HIGH,
+            SATURATION,
+            TAIL_START,
+            TAIL_OFFSET,
+            TAIL_LOW,
+            Y_MIN,
+            Y_MIN_LOW,
+            HALF_ULP,
+            CURVE,
+            SHORT,
+            BITS,
+            CHIP,
+        )
     tl.store(dx_ptr + offsets, (dy * slope).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -175,6 +256,7 @@ def monotone_backward_kernel(
     CURVE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
+    CHIP: tl.constexpr,
 ):
     _, offsets = row_offsets(ROWS, WIDE)
     inside = offsets < n
@@ -182,6 +264,13 @@ def monotone_backward_kernel(
     dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     dx = dy * monotone_slope(y, A, B, C, D, CURVE)
     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+Constants = dict[str, float | str | bool]  # in the order of a kernel's parameters
+KEPT_CONSTANTS = 256  # curves and dtypes, each a few numbers
+
+# What the kernels are built for; instructions of the one are not those of the other, and the interpreter knows none.
+CHIP = "interpreter" if not isinstance(forward_kernel, triton.JITFunction) else "hip" if torch.version.hip else "cuda"
 
 
 def knows(curve: Curve) -> bool:
@@ -195,9 +284,7 @@ def forward(x: Tensor, curve: TwoSided) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
     side = torch.empty(curve.side_nbytes(n), dtype=torch.uint8, device=x.device)
     if n:
-        constants = forward_constants(curve, x.dtype)
-        with on(x):
-            forward_kernel[grid(n)](x, y, words(side, curve), n, **constants, ROWS=ROWS, WIDE=wide(n))
+        launch(forward_kernel, forward_constants(curve, x.dtype), (x, y, words(side, curve)), n)
     return y, side
 
 
@@ -205,25 +292,18 @@ def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
     """``dy * f'(x)``, from y and the packed codes alone."""
     n = y.numel()
     dx = torch.empty_like(y)
-    if not n:
-        return dx
-    with on(y):
-        if isinstance(curve, TwoSided):
-            constants = backward_constants(curve, y.dtype)
-            backward_kernel[grid(n)](dy, y, words(side, curve), dx, n, **constants, ROWS=ROWS, WIDE=wide(n))
-        else:
-            monotone = monotone_constants(curve, y.dtype)
-            monotone_backward_kernel[grid(n)](dy, y, dx, n, **monotone, ROWS=ROWS, WIDE=wide(n))
+    if n and isinstance(curve, TwoSided):
+        launch(backward_kernel, backward_constants(curve, y.dtype), (dy, y, words(side, curve), dx), n)
+    elif n:
+        launch(monotone_backward_kernel, monotone_constants(curve, y.dtype), (dy, y, dx), n)
     return dx
 
 
 def words(side: Tensor, curve: Curve) -> Tensor:
     """The packed codes as one unsigned number for eight elements: Triton 3.2's interpreter writes int32 as int64."""
-    return side.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[curve.side_bits])
-
-
-def grid(n: int) -> tuple[int]:
-    return (triton.cdiv(n, 8 * ROWS),)
+    if curve.side_bits == 1:
+        return side
+    return side.view({2: torch.uint16, 4: torch.uint32}[curve.side_bits])
 
 
 def wide(n: int) -> bool:
@@ -231,13 +311,46 @@ def wide(n: int) -> bool:
     return n > 2**31 - 8 * ROWS
 
 
-def on(tensor: Tensor) -> torch.cuda.device_of:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(tensor)
+# --- launching ----------------------------------------------------------------------------------------
 
 
-Constants = dict[str, float | str | bool]
-KEPT_CONSTANTS = 256  # curves and dtypes, each a few numbers
+def launch(kernel: Any, constants: Constants, tensors: tuple[Tensor, ...], n: int) -> None:
+    """Runs a kernel over n elements on the device of its tensors, which need not be the current one."""
+    first = tensors[0]
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(first):
+            launch_here(kernel, constants, tensors, n)
+    else:
+        launch_here(kernel, constants, tensors, n)
+
+
+def launch_here(kernel: Any, constants: Constants, tensors: tuple[Tensor, ...], n: int) -> None:
+    """Triton's own launch takes some 50 us to find what it has built; here the address of the constants finds it.
+
+    Triton builds another kernel where an address or the length is no multiple of 16, and where the length is 1 or takes
+    64 bits.
+    """
+    grid = (-(-n // (8 * ROWS)), 1, 1)
+    fixed = (*constants.values(), ROWS, wide(n), CHIP)
+    kept = REUSED and n > 1 and not any(tensor.data_ptr() % 16 for tensor in tensors)
+    key = (kernel, id(constants), ROWS, n % 16 == 0, wide(n), n < 2**31, tensors[0].get_device())
+    if kept and key in built:
+        try:
+            built[key][1][grid](*tensors, n, *fixed)
+            return
+        except TypeError:  # another Triton may want other arguments of what it has built; nothing has run
+            built.clear()
+            kept = False
+    found = kernel[grid](*tensors, n, *fixed)
+    if kept:
+        built[key] = constants, found  # the constants too, so that no others come to their address
+
+
+REUSED = CHIP != "interpreter" and hasattr(triton, "knobs")  # older Tritons want other arguments
+built: dict[tuple[Any, ...], tuple[Constants, Any]] = {}
+
+
+# --- constants ----------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(KEPT_CONSTANTS)

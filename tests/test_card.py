@@ -41,15 +41,16 @@ def test_the_tests_for_a_card_pass_as_far_as_a_cpu_can_run_them(tiny):
 
 def test_every_way_of_every_model_is_timed_and_gets_stocks_gradients(tiny):
     steps = tiny[1]["steps"]
-    assert list(steps) == ["bert", "mistral", "gpt2", "vit", "clip", "lora", "convnext"]
+    eager = ["bert", "gpt2", "mistral", "vit", "clip", "convnext", "lora"]
+    assert list(steps) == [*eager, "bert-compiled", "mistral-compiled"]
     for name, found in steps.items():
         assert found["inverted"] > 0, name
-        assert {"stock", "invact", "checkpointing", "selective"} <= found["ways"].keys()
+        others = ["invact", "checkpointing", "selective"] if name in eager else ["compile", "compile+invact"]
+        assert list(found["ways"]) == ["stock", *others]
         for way, measured in found["ways"].items():
             assert measured["ratio"] > 0, (name, way)
             off = measured["gradients_off"]
             assert off is None or off["whole"] < 1e-4, (name, way)
-    assert {"compile", "compile+invact"} <= steps["bert"]["ways"].keys()
 
 
 def test_the_planned_batch_is_beside_one_that_was_tried(tiny):

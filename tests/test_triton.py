@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ triton = pytest.importorskip("triton")
 
 COMPARISON = """
 import torch
+from exactness import errors_and_floors
 from invact.kernels import CURVES, dispatch, monotone, pytorch, triton_pair
 from invact.kernels.packing import packed, unpacked
 from invact.kernels.two_sided import TWO_SIDED
@@ -35,7 +37,7 @@ def steps(values, others):
 for curve in TWO_SIDED:
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
-        x = x[x.isfinite() & curve.f(x).isfinite()]
+        x = x[x.isfinite() & curve.f(x).isfinite()].sort().values
         y, side = triton_pair.forward(x, curve)
         expected, expected_side = curve.f(x), pytorch.sides(x, curve.f(x), curve)
         assert torch.equal(side, expected_side), (curve, dtype)
@@ -43,8 +45,20 @@ for curve in TWO_SIDED:
         error = (y.double() - expected.double()).abs()
         assert (error <= 1e-6 + expected.double().abs() * torch.finfo(dtype).eps).all(), (curve, dtype, error.max())
 
+        # one bit: in fewer operations than the PyTorch pair, so by the floor; in fp32, which is not cut off
+        dx = torch.empty(x.shape)
+        operands = torch.ones_like(expected), expected, expected_side, dx
+        triton_pair.launch(triton_pair.backward_kernel, triton_pair.backward_constants(curve, dtype), operands, len(x))
+        assert dx.isfinite().all(), (curve, dtype)
+        for deviation in (1.0, 3.0):
+            errors, floors = errors_and_floors(x, expected, dx.to(dtype), curve, deviation)
+            assert errors.norm <= 1.08 * floors.norm, (curve, dtype, errors.norm / floors.norm)
+            assert errors.largest <= 1.2 * floors.largest, (curve, dtype, errors.largest / floors.largest)
+        far = expected > 20
+        assert (dx.to(dtype)[far] == 1).all(), (curve, dtype)
+
         dy = torch.linspace(-2, 2, x.numel()).to(dtype)
-        for bits in (1, 2, 4):
+        for bits in (2, 4):
             told = curve.with_side_bits(bits)
             side = pytorch.sides(x, expected, told)
             dx = triton_pair.backward(dy, expected, side, told)
@@ -54,7 +68,7 @@ for curve in TWO_SIDED:
             within = 1e-6 + reference.double().abs() * torch.finfo(dtype).eps
             assert (error <= within).all(), (curve, dtype, bits, error.max())
             if dtype == torch.float16:
-                assert (dx == reference).double().mean() > (0.999 if bits == 1 else 0.99), (curve, bits)
+                assert (dx == reference).double().mean() > 0.99, (curve, bits)
 
     x = torch.cat([torch.linspace(-30, 30, 10007), torch.tensor([0.0, -0.0, 1e-42, -1e-42, 1e30, -1e30])])
     for bits in (1, 2, 4):
@@ -89,7 +103,8 @@ for curve in TWO_SIDED:
         ours, theirs = (unpacked(codes, x.numel(), 4).int() for codes in (side, pytorch.sides(x, y, told)))
         assert ((ours & 1) == (theirs & 1)).all()
         reach = 0.5 if x.dtype == torch.float16 else 0.01  # as far as the parts of an fp32 y can be told apart
-        apart = ((ours >> 1) - (theirs >> 1)).abs()[(x - curve.x_min).abs() < reach]
+        same = y == told.f(x) if x.dtype == torch.float16 else True  # else both are right, each for its own y
+        apart = ((ours >> 1) - (theirs >> 1)).abs()[((x - curve.x_min).abs() < reach) & same]
         assert apart.max() <= 1, (curve, x.dtype)  # a root on the border of two parts
         assert apart.double().mean() < 0.2, (curve, x.dtype)
 
@@ -122,15 +137,26 @@ image = torch.randn(3, 5, 4, 7)
 assert dispatch.triton_pair_for(image, gelu) is not None
 assert dispatch.triton_pair_for(image.double(), gelu) is None
 assert dispatch.triton_pair_for(image, monotone.softplus(threshold=1.0)) is None
+line = torch.randn(1001)
 for x in (image, image.to(memory_format=torch.channels_last), image[:, ::2, :, 1:], image[:1].expand(6, -1, -1, -1),
-          image[0, 0, 0, 0], image[:0]):
+          image[0, 0, 0, 0], image[:0], line[::2], line[:1].expand(77), image.transpose(1, 3)):
     x = x.detach().requires_grad_()
     y = functional.gelu(x)
     stock = torch.nn.functional.gelu(x)
     assert y.stride() == stock.stride()
     torch.testing.assert_close(y, stock)
-    dy = torch.randn(y.shape)
-    torch.testing.assert_close(*(torch.autograd.grad(out, x, dy)[0] for out in (y, stock)), atol=1e-3, rtol=1e-3)
+    wider = torch.randn([2 * size for size in y.shape] + [2])
+    gradients = [
+        torch.randn(y.shape),
+        torch.ones(()).expand(y.shape),  # what a sum sends back
+        wider[(*(slice(None, None, 2) for _ in y.shape), 0)],
+        torch.randn(y.shape[::-1]).permute([*range(y.dim())][::-1]),
+    ]
+    for dy in gradients:
+        torch.testing.assert_close(*(torch.autograd.grad(out, x, dy, retain_graph=True)[0] for out in (y, stock)),
+                                   atol=1e-3, rtol=1e-3)
+    own = torch.autograd.grad(functional.gelu(x).sum(), x)[0]
+    torch.testing.assert_close(own, torch.autograd.grad(stock.sum(), x)[0], atol=1e-3, rtol=1e-3)
 print("agreed")
 """
 
@@ -138,7 +164,7 @@ print("agreed")
 @pytest.mark.parametrize("script", [COMPARISON, LAYOUTS], ids=["every_16_bit_value", "every_layout"])
 def test_the_interpreted_pair_agrees_with_the_pytorch_pair(script: str) -> None:
     # Triton reads TRITON_INTERPRET when it is imported: it needs a process of its own
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
     )
@@ -173,7 +199,7 @@ def kernels(curve: Curve, dtype: torch.dtype, rows: int, wide: bool, target: Any
 
     kind = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     length = {"n": "i64" if wide else "i32"}
-    shape = {"ROWS": rows, "WIDE": wide}
+    shape = {"ROWS": rows, "WIDE": wide, "CHIP": target.backend}
     if isinstance(curve, Monotone):
         backward = {"dy_ptr": kind, "y_ptr": kind, "dx_ptr": kind, **length}
         constants = {**triton_pair.monotone_constants(curve, dtype), **shape}
@@ -235,4 +261,42 @@ def test_more_than_2_31_elements_are_addressed_with_64_bits() -> None:
 
     assert not wide(2**31 - 2048)
     assert wide(2**31)
-    assert kernels(CURVES["gelu"], torch.bfloat16, 128, True, GPUTarget("cuda", 90, 32))
+    for kernel in kernels(CURVES["gelu"], torch.bfloat16, 128, True, GPUTarget("cuda", 90, 32)):
+        code = kernel.asm["ptx"]
+        assert "mul.wide.u32" in code or "mul.wide.s32" in code  # the program's number, before it can overflow
+        assert not re.findall(r"setp\.\w+\.[su]32", code)  # what is inside is asked in 64 bits
+
+
+def test_the_constants_of_a_kernel_come_in_the_order_of_its_parameters() -> None:
+    from invact.kernels import triton_pair
+
+    gelu, elu = CURVES["gelu"], CURVES["elu"]
+    assert isinstance(gelu, TwoSided)
+    assert isinstance(elu, Monotone)
+    for kernel, constants in (
+        (triton_pair.forward_kernel, triton_pair.forward_constants(gelu, torch.bfloat16)),
+        (triton_pair.backward_kernel, triton_pair.backward_constants(gelu, torch.bfloat16)),
+        (triton_pair.monotone_backward_kernel, triton_pair.monotone_constants(elu, torch.bfloat16)),
+    ):
+        names = list(inspect.signature(kernel.fn).parameters)
+        assert names[names.index("n") + 1 :] == [*constants, "ROWS", "WIDE", "CHIP"]
+
+
+# Issued instructions per element: an H200 has time for 49 while it copies what the backward pass of 16 bits moves
+@pytest.mark.parametrize(("name", "most"), [("gelu", (26, 40)), ("silu", (18, 40)), ("mish", (20, 40))])
+def test_the_kernels_of_16_bits_have_no_more_instructions_than_a_copy_leaves_time_for(
+    name: str, most: tuple[int, int], tmp_path: Path
+) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    if not disassembler.exists():
+        pytest.skip("this Triton comes without nvdisasm")
+    for kernel, limit in zip(
+        kernels(CURVES[name], torch.bfloat16, 128, False, GPUTarget("cuda", 90, 32)), most, strict=True
+    ):
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        code = subprocess.run([disassembler, "-c", binary], capture_output=True, text=True, check=True).stdout
+        instructions = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", code)
+        assert sum(each != "NOP" for each in instructions) / 8 <= limit

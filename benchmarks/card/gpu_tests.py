@@ -1,4 +1,7 @@
-"""Part "tests": the tests marked `gpu`, with how each ended."""
+"""Part "tests": the tests marked `gpu`, with how each ended.
+
+The one of more than 2^31 elements has a process of its own: a wrong address in it would end all that come after.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,27 @@ import torch
 from checkout import ROOT
 from record import Record
 
+LARGE = "2_31"
 FILES = ("test_on_a_card.py", "test_training_loops.py", "test_bench.py")
 
 
 def measure(item: str, record: Record, tiny: bool) -> None:
-    """Without a card only those of the first file, which then run on the CPU."""
+    """Item "tests" or "large". Without a card only those of the first file, which then run on the CPU."""
     files = FILES if torch.cuda.is_available() else FILES[:1]
     options = ["-o", "addopts=", "--import-mode=importlib", "-m", "gpu", "-p", "no:cacheprovider", "-q", "--no-header"]
     options += ["--continue-on-collection-errors", "-p", "no:xdist", "--rootdir", str(ROOT), "--tb=short"]
-    narrowed = ["-k", "not compiled and (not every_16_bit or silu) and not float16"] if tiny else []
-    pytest.main([*options, *narrowed, *(str(ROOT / "tests" / file) for file in files)], plugins=[_Outcomes(record)])
+    chosen = LARGE if item == "large" else f"not {LARGE}"
+    if tiny:
+        chosen += " and not compiled and (not every_16_bit or silu) and not float16"
+    paths = [str(ROOT / "tests" / file) for file in files]
+    pytest.main([*options, "-k", chosen, *paths], plugins=[_Outcomes(record, item)])
 
 
 class _Outcomes:
     """Writes down how every test ended, as it ends."""
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
+    def __init__(self, record: Record, item: str) -> None:
+        self.record, self.item = record, item
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         self.failures: dict[str, str] = {}
         self.figures: dict[str, Any] = {}
@@ -49,7 +56,7 @@ class _Outcomes:
 
     def _write(self) -> None:
         slowest = sorted(self.seconds.items(), key=lambda pair: -pair[1])[:10]
-        self.record["tests"] = {
+        self.record[self.item] = {
             **self.counts,
             "failures": self.failures,
             "figures": self.figures,

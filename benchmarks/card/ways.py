@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from invact.bench_steps import loss_of
 from invact.checkpointing import checkpointed
@@ -32,6 +32,8 @@ _PRODUCTS = (
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
 )
+_KEPT = [getattr(torch.ops.aten, name).default for name in _PRODUCTS if hasattr(torch.ops.aten, name)]
+_ARGUMENTS = {operator: [argument.name for argument in operator._schema.arguments] for operator in _KEPT}
 
 
 def eager_ways(model: nn.Module, decided: Decided) -> dict[str, Callable[[], AbstractContextManager[object]]]:
@@ -56,8 +58,7 @@ def inverted(model: nn.Module, decided: Decided) -> Iterator[None]:
 @contextmanager
 def selectively_checkpointed(model: nn.Module) -> Iterator[None]:
     """Every repeated block keeps its matrix products, and makes the rest of its tensors again."""
-    kept = [getattr(torch.ops.aten, name).default for name in _PRODUCTS if hasattr(torch.ops.aten, name)]
-    contexts = partial(create_selective_checkpoint_contexts, kept)
+    contexts = partial(create_selective_checkpoint_contexts, _kept)
     blocks = repeated_blocks(model)
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
@@ -66,6 +67,19 @@ def selectively_checkpointed(model: nn.Module) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
+
+
+def _kept(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    """Products, but no attention that drops out: where it is kept it draws no random numbers when the rest is made
+    again, and whatever drops out after it would then draw others than in the forward pass."""
+    names = _ARGUMENTS.get(operator)
+    if names is None:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    if "dropout_p" in names:
+        values = dict(zip(names, arguments, strict=False)) | named
+        if values.get("dropout_p", 0.0) > 0:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
