@@ -50,25 +50,31 @@ def check_trainable_here(model: nn.Module) -> None:
         ValueError: says why, and what to do first.
     """
     check_shapes_known(model)
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-        where = "was made" if not torch.is_inference_mode_enabled() else "is planned"
+    if torch.is_inference_mode_enabled():
         raise ValueError(
-            f"The model {where} inside torch.inference_mode, where autograd keeps nothing and nothing can be trained. "
-            "Leave that block first; torch.no_grad() is no obstacle."
+            "The model is planned inside torch.inference_mode, where autograd keeps nothing and nothing can be "
+            "trained. Leave that block first; torch.no_grad() is no obstacle."
         )
+    for path, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"`{path}` was made inside torch.inference_mode, so autograd refuses it and the model can not be "
+                "trained. Make the model, or load its weights, outside that block; torch.no_grad() is no obstacle."
+            )
     _check_weights_at_hand(model)
 
 
 def _check_weights_at_hand(model: nn.Module) -> None:
-    named = list(model.named_parameters())
-    away = [path for path, p in named if hasattr(p, "ds_id") or (p.is_meta and not named[0][1].is_meta)]
-    some_meta = {p.is_meta for _, p in named} == {True, False}
-    if away or some_meta:
-        path = away[0] if away else named[0][0]
+    named = dict(model.named_parameters())
+    meta = [path for path, p in named.items() if p.is_meta]
+    # A model that is on meta as a whole is one that was never loaded, unless accelerate has put hooks on it.
+    whole = len(meta) == len(named) and not any(hasattr(module, "_hf_hook") for module in model.modules())
+    away = [path for path, p in named.items() if hasattr(p, "ds_id")] or ([] if whole else meta)
+    if away:
         raise ValueError(
-            f"`{path}` is not here: hooks fetch it when it is needed, as accelerate's offloading and DeepSpeed's "
-            "ZeRO-3 do, which can not be tried out. Patch the model before its parameters are taken away: it stays "
-            "patched."
+            f"`{away[0]}` is not here: hooks fetch it when it is needed, as accelerate's offloading and DeepSpeed's "
+            "ZeRO-3 do, or it was never loaded, so the model can not be tried out. Patch it while all its parameters "
+            "are in place: it stays patched when they are taken away."
         )
 
 
@@ -179,5 +185,7 @@ def check_patterns(include: Any, exclude: Any) -> None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model is; a model on meta is planned for a GPU."""
-    tensor = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    if tensor is None:
+        return torch.device("cpu")
     return torch.device("cuda") if tensor.is_meta else tensor.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from invact.own_errors import users_call
 from invact.pytorch_inside import (
     StorageWeakRef,
     TorchDispatchMode,
@@ -64,7 +66,7 @@ class _Casts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = users_call(func, *args, **(kwargs or {}))
         if func is cast_operation and out.dtype is not args[0].dtype:
             for copied, source in zip(dense_parts(out), dense_parts(args[0]), strict=False):
                 copied_storage = copied.untyped_storage()
@@ -112,6 +114,9 @@ class Memory:
 class Ledger:
     """Counts what autograd keeps during the forward passes that run inside it.
 
+    Attributes:
+        of_other_threads: paths of modules that another thread ran; what autograd keeps there is not counted.
+
     Args:
         model: whose modules are named, and whose parameters and buffers are left out of the count.
         weights: the tensors that stand for the parameters and buffers, if not the model's own.
@@ -129,6 +134,8 @@ class Ledger:
         self._weights = list(weights if weights is not None else [*model.parameters(), *model.buffers()])
         self._packed: list[tuple[weakref.ref[_Kept], str]] = []
         self._running: list[str] = []
+        self._thread = threading.get_ident()
+        self.of_other_threads: set[str] = set()
         self._labels = {path: type(module).__name__ for path, module in model.named_modules()}
         self._casts = _Casts()
         self._stack = ExitStack()
@@ -175,21 +182,29 @@ class Ledger:
     def named(self, path: str, label: str) -> Iterator[None]:
         """What is kept during the block is put down to `path`, as if it were a module of class `label`."""
         self._labels[path] = label
-        self._running.append(path)
+        self._enter_module(path)
         try:
             yield
         finally:
-            self._running.pop()
+            self._leave_module(path)
+
+    def is_here(self) -> bool:
+        """Whether this is called in the thread that the ledger counts."""
+        return threading.get_ident() == self._thread
 
     def label(self, path: str) -> str:
         """The class name of the module at `path`, or what `named` called it."""
         return self._labels[path]
 
-    def _enter_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._running.append(path)
+    def _enter_module(self, path: str, *_: Any) -> None:
+        if self.is_here():
+            self._running.append(path)
+        else:
+            self.of_other_threads.add(path)
 
-    def _leave_module(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._running.pop()
+    def _leave_module(self, path: str, *_: Any) -> None:
+        if self.is_here():
+            self._running.pop()
 
     def _pack(self, tensor: Tensor) -> _Kept:
         kept = _Kept(tensor.detach())

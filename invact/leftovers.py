@@ -6,6 +6,7 @@ import collections
 import functools
 import gc
 import sys
+import threading
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -116,9 +117,23 @@ def _holders(found: list[FakeTensor]) -> list[str]:
     named = [f"{_inner(step)}{place}" for step in steps if (place := _place(step)) is not None]
     if named:
         return list(dict.fromkeys(named))[:_NAMED]
+    if local := _local_of_another_thread({id(step.holder) for step in steps}):
+        return [local]
     if steps:
         return [f"{_a(type(steps[-1].holder).__qualname__)} that has no name"]
     return ["code that is not Python's, such as a graph of autograd that something keeps"]
+
+
+def _local_of_another_thread(holders: set[int]) -> str | None:
+    """Running code does not show what it holds to the search; its frames do, if they are asked."""
+    for thread, top in sys._current_frames().items():
+        frame = top if thread != threading.get_ident() else None
+        while frame is not None:
+            for name, value in frame.f_locals.items():
+                if id(value) in holders:
+                    return f"local variable `{name}` of {_code(frame.f_code)}, which another thread runs"
+            frame = frame.f_back
+    return None
 
 
 def _inner(step: _Step) -> str:

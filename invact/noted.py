@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from invact.pytorch_inside import changes_in_place
+from invact.pytorch_inside import changes_in_place, plain_parts
 
 MISSING: Any = object()
 """Stands for an attribute, a key or a content that was not there."""
@@ -291,7 +291,7 @@ class NotedTensor:
         if storage is not None and not _same_place(owner, storage):
             owner.data = storage
         if self.copied is not None and not self._same_numbers():
-            owner.data.copy_(self.copied)  # .data: no graph that kept this tensor is to think it changed once more
+            self._numbers_put_back(self.copied)
         if owner.is_leaf:
             self._leaf_put_back()
         if type(owner) is nn.Parameter and self.copied is None and changes_in_place(owner) != self.version:
@@ -304,7 +304,21 @@ class NotedTensor:
     def _same_numbers(self) -> bool:
         if self.same_storage is None:  # comparing the parts of a DTensor would have to ask other processes
             return changes_in_place(self.owner) == self.version
-        return torch.equal(self.owner.detach(), cast(Tensor, self.copied))
+        now, then = plain_parts(self.owner.detach()), plain_parts(cast(Tensor, self.copied))
+        if now is None or then is None:
+            return changes_in_place(self.owner) == self.version
+        return len(now) == len(then) and all(map(torch.equal, now, then))
+
+    def _numbers_put_back(self, copied: Tensor) -> None:
+        data = self.owner.data  # not the owner: no graph that kept it is to think it changed once more
+        now, then = plain_parts(data), plain_parts(copied)
+        if data.layout is torch.strided or now is None or then is None:
+            data.copy_(copied)
+        elif [part.size() for part in now] == [part.size() for part in then]:
+            for part, was in zip(now, then, strict=True):
+                part.copy_(was)
+        else:
+            self.owner.data = copied
 
     def _leaf_put_back(self) -> None:
         owner = self.owner
@@ -320,8 +334,8 @@ _PLAIN = (Tensor, nn.Parameter, nn.parameter.UninitializedParameter, nn.paramete
 
 
 def _same_place(one: Tensor, other: Tensor) -> bool:
-    if one.layout is not torch.strided or other.layout is not torch.strided:
-        return one.layout is other.layout
+    if any(each.layout is not torch.strided or each.is_nested for each in (one, other)):
+        return one.layout is other.layout and one.is_nested is other.is_nested
     return bool(
         one.size() == other.size()  # .shape is refused where a lazy layer has none yet
         and one.dtype is other.dtype

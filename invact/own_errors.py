@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def own_error(call: Callable[[], object]) -> Exception | None:
@@ -23,20 +26,37 @@ def own_error(call: Callable[[], object]) -> Exception | None:
     return None
 
 
-_OF_MODES = ("__torch_dispatch__", "__torch_function__")
+class ImitatedError(RuntimeError):
+    """Raised in the stead of an operation that would refuse what the model gives it."""
+
+
+def users_call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Calls the user's code, or an operation for it: what goes wrong in there is told as his; see below."""
+    return function(*args, **kwargs)
 
 
 def raised_by_invact(error: BaseException) -> bool:
-    """Whether code of this package raised it, rather than the model or PyTorch that were called from here.
+    """Whether the fault is one of this package, rather than of the model or of PyTorch when it runs the model.
 
-    The modes of `simulation` do not count: what they raise, they raise in the stead of the operations they imitate.
+    Told by the innermost code that is not PyTorch's: somebody else's, or ours, which is at fault unless it was just
+    `users_call`.
+
+    Example:
+        >>> try:
+        ...     users_call(int, "five")
+        ... except ValueError as error:
+        ...     raised_by_invact(error)
+        False
     """
-    places = [
-        (frame.f_globals.get("__name__", ""), frame.f_code.co_name)
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]
-    places = [place for place in places if place[1] not in ("__torch_dispatch__", "__torch_function__")]
-    return bool(places) and places[-1][0].partition(".")[0] == __name__.partition(".")[0]
+    if isinstance(error, ImitatedError):
+        return False
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package == __name__.partition(".")[0]:
+            return frame.f_code is not users_call.__code__
+        if package != "torch":
+            return False
+    return False
 
 
 def first_line(error: Exception) -> str:

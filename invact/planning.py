@@ -26,7 +26,7 @@ from invact.probing import Call, Observation, observe
 from invact.recognition import Rounding, own_rounding
 from invact.report import INVERT, KEEP, Report, Site
 from invact.rewriting import Written
-from invact.simulation import Setting
+from invact.simulation import Setting, autocast_here
 from invact.snapshot import as_it_was
 from invact.swapping import Inversion, InvertedExpression, Patched, Swaps, swap_in
 from invact.walking import Found, walk
@@ -49,7 +49,7 @@ def plan(
         example_inputs: a dict is passed as keyword arguments, a tuple as positional ones. Only shapes, dtypes
             and which inputs there are matter. Without it a Hugging Face, timm or OpenCLIP model gets inputs made
             from its configuration.
-        autocast: the dtype of torch.autocast in training, or None.
+        autocast: the dtype of torch.autocast in training, or None: as it is where this is called, which is mostly off.
         include: glob patterns over site paths; only these sites may be inverted.
         exclude: glob patterns over site paths; these sites are kept.
         side_bits: 1, 2 or 4 bits per element for curves with two sides; more make gradients more exact near the
@@ -122,7 +122,9 @@ def decide(
         example_inputs = make_inputs(model)
     check_inputs(example_inputs)
     check_side_bits(side_bits)
-    return _decide(model, example_inputs, Setting(device_of(model), autocast), include, exclude, side_bits)
+    device = device_of(model)
+    setting = Setting(device, autocast or autocast_here(device))
+    return _decide(model, example_inputs, setting, include, exclude, side_bits)
 
 
 def _decide(
@@ -228,6 +230,8 @@ class _Choice:
             return "somebody has put another forward on it, which would go on to call the stock one"
         if not calls:
             return "not called in this forward pass"
+        if any(call.elsewhere for call in calls):
+            return "called in another thread, where what autograd keeps is not seen"
         if not all(call.simple for call in calls):
             return "called with something other than one tensor"
         if not any(call.needs_grad for call in calls):

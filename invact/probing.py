@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,7 +23,7 @@ from invact.arguments import (
 )
 from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
 from invact.leftovers import check_no_leftovers
-from invact.own_errors import raised_by_invact
+from invact.own_errors import raised_by_invact, users_call
 from invact.patchers import as_on_real_tensors
 from invact.pytorch_inside import FakeTensorMode, changes_in_place, tree_map_only
 from invact.rewriting import Runner, Written
@@ -30,6 +32,7 @@ from invact.simulation import (
     AsRealKernels,
     Setting,
     autocast_as_set,
+    autocast_here,
     checkpoints_counted,
     fake_tensor_log_silent,
     stand_in,
@@ -60,7 +63,8 @@ class Call:
     bit_nbytes: int  # of one bit per element
     changed_later: bool
     in_place: bool  # the output is the input, changed
-    hooked: bool  # a hook on the module changes the output, or gives another
+    hooked: bool  # a hook changes the output, or gives another
+    elsewhere: bool  # in another thread than the probe's
 
 
 @dataclass
@@ -83,7 +87,7 @@ def activation_memory(model: nn.Module, example_inputs: Inputs, *, autocast: tor
     Args:
         model: counted in the mode in which it is, training or evaluation, on the device where it is.
         example_inputs: a dict is passed as keyword arguments, a tuple as positional ones.
-        autocast: the dtype of torch.autocast in training, or None.
+        autocast: the dtype of torch.autocast in training, or None: as it is where this is called.
 
     Raises:
         TypeError: the model is no module or the inputs are neither dict nor tuple.
@@ -99,7 +103,8 @@ def activation_memory(model: nn.Module, example_inputs: Inputs, *, autocast: tor
     check_trainable_here(model)
     check_inputs(example_inputs)
     check_autocast(autocast)
-    return observe(model, example_inputs, Setting(device_of(model), autocast)).memory
+    device = device_of(model)
+    return observe(model, example_inputs, Setting(device, autocast or autocast_here(device))).memory
 
 
 def observe(
@@ -152,17 +157,16 @@ class _Probe:
     def on_simulated_tensors(self, mode: FakeTensorMode) -> Observation | str:
         """What was kept, or why the model does not run so."""
         device = stand_in(self.setting.device)
+        moved = self.setting.device != device_of(self.model)
         try:
             with as_on_real_tensors(self.inputs), as_it_was(self.model, self.inputs), mode:
-                weights = {name: self._fake(mode, tensor) for name, tensor in _weights(self.model).items()}
-                inputs = tree_map_only(Tensor, lambda tensor: self._fake(mode, tensor), self.inputs)
+                weights = {name: _fake(mode, tensor, device, moved) for name, tensor in _weights(self.model).items()}
+                inputs = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device, moved), self.inputs)
                 as_on_gpu = AsOnGpu(self.setting) if self.setting.device.type == "cuda" else nullcontext()
                 with as_on_gpu, AsRealKernels(self.setting), fake_tensor_log_silent():
                     found = self._run(weights, inputs)
-        except TookTooLongError:
-            raise
         except Exception as error:
-            if raised_by_invact(error):
+            if _ends_the_probe(error):
                 raise
             if any(p.is_meta for p in self.model.parameters()):  # there are no numbers to run it on
                 raise _with_inputs_named(error, self.inputs) from None
@@ -178,31 +182,15 @@ class _Probe:
         """What was kept by the first example alone, or by all where the model does not run on one."""
         try:
             return self._run_real(_smallest_batch(self.inputs))
-        except (TookTooLongError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # batch norm wants more than one value, some models fixed batches
-            if raised_by_invact(error):
+            if _ends_the_probe(error):
                 raise
         try:
             return self._run_real(self.inputs)
-        except TookTooLongError:
-            raise
         except Exception as error:
-            if raised_by_invact(error):
+            if _ends_the_probe(error):
                 raise
             raise _with_inputs_named(error, self.inputs) from None
-
-    def _fake(self, mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-        """A simulated tensor where it is to be, or, of a model that is planned for where it is, where it is."""
-        device = stand_in(self.setting.device)
-        if self.setting.device == device_of(self.model) and not tensor.is_meta:
-            device = tensor.device
-        fake: Tensor
-        if tensor.device == device:
-            fake = mode.from_tensor(tensor)
-        else:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        return fake.detach().requires_grad_(tensor.requires_grad)
 
     def _run_real(self, inputs: Inputs) -> Observation:
         with as_it_was(self.model, self.inputs, tensors=True):
@@ -221,7 +209,9 @@ class _Probe:
             stack.enter_context(_recorded(self.model, self.watch, ledger, calls))
             stack.enter_context(TimeLimit(TIME_LIMIT))
             with ledger:
-                output = torch.func.functional_call(self.model, weights, args, kwargs)
+                # In a context of its own: what forward sets context variables to ends with it.
+                call = contextvars.copy_context().run
+                output = users_call(call, torch.func.functional_call, self.model, weights, args, kwargs)
             entries = ledger.entries()
             found = Observation(
                 entries=entries,
@@ -230,8 +220,29 @@ class _Probe:
                 labels={entry.path: ledger.label(entry.path) for entry in entries},
                 checkpoints=checkpoints[0],
             )
+            if ledger.of_other_threads:
+                path = min(ledger.of_other_threads)
+                found.notes.append(f"`{path}` runs in another thread: what is kept there is not counted.")
             del output
         return found
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device, moved: bool) -> Tensor:
+    """A simulated tensor on `device`, or, of a model that is planned for where it is, where it is."""
+    if not moved and not tensor.is_meta:
+        device = tensor.device
+    fake: Tensor
+    if tensor.device == device:
+        fake = users_call(mode.from_tensor, tensor)
+    else:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return fake.detach().requires_grad_(tensor.requires_grad)
+
+
+def _ends_the_probe(error: Exception) -> bool:
+    """Whether to run the model in another way would not help: a fault of ours, out of time, out of memory."""
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return out_of_memory or isinstance(error, TookTooLongError) or raised_by_invact(error)
 
 
 def _with_inputs_named(error: Exception, inputs: Inputs) -> Exception:
@@ -257,11 +268,14 @@ class _OpenCall:
     version: int = 0
     in_place: bool = False
     hooked: bool = False
+    elsewhere: bool = False
 
     def closed(self) -> Call:
         """The call as it turned out."""
         if self.x is None or self.y is None:
-            return Call(self.path, self.simple, False, 0, 0, False, torch.float32, 0, False, False, False)
+            return Call(
+                self.path, self.simple, False, 0, 0, False, torch.float32, 0, False, False, False, self.elsewhere
+            )
         ((key, nbytes),) = storage_sizes(self.y).items()
         numel = sum(part.numel() for part in dense_parts(self.x))  # of a DTensor, what is here
         return Call(
@@ -276,6 +290,7 @@ class _OpenCall:
             changed_later=changes_in_place(self.y) != self.version,
             in_place=self.in_place,
             hooked=self.hooked,
+            elsewhere=self.elsewhere,
         )
 
 
@@ -291,26 +306,33 @@ def _recorded(model: nn.Module, watch: Sequence[Found], ledger: Ledger, calls: l
         with ExitStack() as stack:
             for site in watch:
                 if site.written is None:
-                    _record_calls(model.get_submodule(site.path), site.path, calls, stack)
+                    _record_calls(model.get_submodule(site.path), site.path, ledger, calls, stack)
             yield
     finally:
         swaps.undo()
 
 
-def _record_calls(module: nn.Module, path: str, calls: list[_OpenCall], stack: ExitStack) -> None:
-    """Looks at the output before any hook of the user's, and after all of them."""
-    outputs: list[Any] = []  # of the calls that are running
+def _record_calls(module: nn.Module, path: str, ledger: Ledger, calls: list[_OpenCall], stack: ExitStack) -> None:
+    """Looks at the output as forward gives it, before any hook, one for all modules included, and after the last."""
+    running: list[tuple[_OpenCall, Any]] = []  # calls that hooks are still to see
+    stock = module.forward
 
-    def before_hooks(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append(_opened(path, args if not kwargs else (), output))
-        outputs.append(output)
+    @functools.wraps(stock)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = users_call(stock, *args, **kwargs)
+        call = _opened(path, args if not kwargs else (), output, ledger)
+        calls.append(call)
+        running.append((call, output))
+        return output
 
     def after_hooks(module: nn.Module, args: Any, output: Any) -> None:
-        raw = outputs.pop()
-        call = calls[-1]
+        call, raw = running.pop()
         call.hooked = output is not raw or (call.y is not None and changes_in_place(call.y) != call.version)
 
-    stack.callback(module.register_forward_hook(before_hooks, prepend=True, with_kwargs=True).remove)
+    own = vars(module)
+    was_there = "forward" in own
+    object.__setattr__(module, "forward", forward)  # past a `__setattr__` of the user's
+    stack.callback(own.__setitem__ if was_there else own.pop, "forward", stock)
     stack.callback(module.register_forward_hook(after_hooks).remove)
 
 
@@ -324,14 +346,15 @@ class _Recorder:
 
     def __call__(self, module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with self.ledger.named(self.site.path, self.site.label):
-            y = original(x)
-        self.calls.append(_opened(self.site.path, (x,), y))
+            y = users_call(original, x)
+        self.calls.append(_opened(self.site.path, (x,), y, self.ledger))
         return y
 
 
-def _opened(path: str, args: tuple[Any, ...], output: Any) -> _OpenCall:
+def _opened(path: str, args: tuple[Any, ...], output: Any, ledger: Ledger) -> _OpenCall:
+    elsewhere = not ledger.is_here()
     if not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
-        return _OpenCall(path, simple=False)
+        return _OpenCall(path, simple=False, elsewhere=elsewhere)
     x, y = args[0], output
     return _OpenCall(
         path,
@@ -341,6 +364,7 @@ def _opened(path: str, args: tuple[Any, ...], output: Any) -> _OpenCall:
         needs_grad=y.requires_grad,
         version=changes_in_place(y),
         in_place=y is x,
+        elsewhere=elsewhere,
     )
 
 

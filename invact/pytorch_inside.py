@@ -118,6 +118,21 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return tensor._indices(), tensor._values()
 
 
+def plain_parts(tensor: Tensor) -> list[Tensor] | None:
+    """The strided tensors that hold a tensor's numbers and say where they stand; None if it does not show them."""
+    if tensor.layout is torch.sparse_coo:
+        return list(sparse_parts(tensor))
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if tensor.layout is not torch.strided:
+        return None
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    return [tensor.int_repr()] if tensor.is_quantized else [tensor]
+
+
 def seen_by_modes(function: types.FunctionType) -> types.FunctionType:
     """A function of torch.nn.functional whose operations a mode sees, though it would go to the mode as a whole.
 
@@ -146,6 +161,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "math_attention",
     "modes_off",
+    "plain_parts",
     "seen_by_modes",
     "sparse_parts",
     "stock_attention",

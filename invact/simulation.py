@@ -18,6 +18,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from invact.own_errors import ImitatedError, users_call
 from invact.pytorch_inside import (
     CheckpointFunction,
     TorchDispatchMode,
@@ -39,6 +40,11 @@ class Setting:
     device: torch.device
     autocast: torch.dtype | None = None
     attention: str = "fused"
+
+
+def autocast_here(device: torch.device) -> torch.dtype | None:
+    """The dtype of the torch.autocast for `device` inside which this is called, or None."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 @contextmanager
@@ -89,28 +95,28 @@ class AsOnGpu(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self._on_cpu and func is F.dropout:
-            return _dropout(*args, **kwargs)
+            return users_call(_dropout, *args, **kwargs)
         if func is stock_attention:
             return (_fused_attention if self._fused else _math_attention)(*args, **kwargs)
         if func in (stock_multi_head_attention, F.multi_head_attention_forward):
             return self._multi_head_attention(func, args, kwargs)
-        return func(*args, **kwargs)
+        return users_call(func, *args, **kwargs)
 
     def _multi_head_attention(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is stock_multi_head_attention or self._in_others_attention:
             with self:  # which is off in here
-                return seen_by_modes(stock_multi_head_attention)(*args, **kwargs)
+                return users_call(seen_by_modes(stock_multi_head_attention), *args, **kwargs)
         # Another library has put its own in the place of PyTorch's, and comes here again when it calls that.
         self._in_others_attention = True
         try:
             with self:
-                return func(*args, **kwargs)
+                return users_call(func, *args, **kwargs)
         finally:
             self._in_others_attention = False
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+    return users_call(torch.native_dropout, input, p, True)[0] if training and p > 0 else input
 
 
 def _fused_attention(
@@ -124,7 +130,8 @@ def _fused_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     if query.dim() != 4:  # the fused kernels take (batch, heads, length, width) only
-        return stock_attention(
+        return users_call(
+            stock_attention,
             query,
             key,
             value,
@@ -139,12 +146,12 @@ def _fused_attention(
     # The kernels read 16 bytes at a time, so PyTorch pads heads of other widths first.
     query, key, value = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (query, key, value))
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
-        out = flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        out = users_call(flash_attention, query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     else:
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
         bias = None if attn_mask is None else _additive(attn_mask, query, key)
-        out = efficient_attention(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
+        out = users_call(efficient_attention, query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
     return out[..., :head_dim]
 
 
@@ -160,7 +167,8 @@ def _math_attention(
 ) -> Tensor:
     # By name: on CPU tensors PyTorch takes its fused kernel, and the switch for that is one for all threads.
     bias = None if attn_mask is None else _added(attn_mask, query)
-    out: Tensor = math_attention(query, key, value, bias, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    out: Tensor = users_call(math_attention, query, key, value, bias, dropout_p, is_causal, **options)[0]
     return out
 
 
@@ -196,10 +204,10 @@ class AsRealKernels(TorchDispatchMode):
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
             factors = tensors[:2] if func.overloadpacket is torch.ops.aten.convolution else tensors[-2:]
             if len({factor.dtype for factor in factors}) > 1:
-                raise RuntimeError(f"the factors of {func} have different dtypes: {[f.dtype for f in factors]}")
+                raise ImitatedError(f"the factors of {func} have different dtypes: {[f.dtype for f in factors]}")
         if func.overloadpacket is torch.ops.aten.mkldnn_rnn_layer and self._for_cpu:
-            raise NotImplementedError("only oneDNN knows how much its LSTM keeps")
-        out = func(*args, **(kwargs or {}))
+            raise ImitatedError("only oneDNN knows how much its LSTM keeps")
+        out = users_call(func, *args, **(kwargs or {}))
         if func.overloadpacket is torch.ops.aten.native_batch_norm and args[0].device.type == "cpu":
             normed, *statistics = out
             return (normed.contiguous(memory_format=suggest_memory_format(args[0])), *statistics)

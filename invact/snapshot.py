@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import array
 import collections
+import contextvars
 import functools
 import gc
+import itertools
 import sys
 import threading
 import types
@@ -45,7 +47,7 @@ _HOLDS_NOTHING: tuple[Any, ...] = (
         types.MethodDescriptorType,
         types.ClassMethodDescriptorType,
     ),
-    *(weakref.ref, *weakref.ProxyTypes, torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(*weakref.ProxyTypes, torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 # Of the standard library these hold what they are given; others (locks, files, loggers, threads) are left alone.
 _HOLDERS = {
@@ -82,8 +84,8 @@ class Snapshot:
     Noted are attributes, classes of objects, containers, numpy arrays, closures and defaults of functions, data of
     classes, and the globals that code which is no library's names. `put_back` writes only where something differs.
 
-    Known limits: how far an iterator has come, objects written in C that do not show what they hold, what is only
-    weakly referred to, what another thread keeps for itself, locks, files, and the inside of torch are left alone.
+    Known limits: how far an iterator has come, objects written in C that do not show what they hold, what another
+    thread keeps for itself, locks, files, and what the standard library and torch keep of their own are left alone.
 
     Args:
         roots: where to begin: a model, its inputs.
@@ -198,6 +200,16 @@ class Snapshot:
         self._noted.append(noted)
         self._follow((noted.content,))
 
+    def _cycle(self, value: itertools.cycle[Any]) -> None:
+        for held in gc.get_referents(value):  # an iterator, and a list of its own that must grow as it does
+            self._follow(held if type(held) is list else (held,))
+
+    def _weak(self, value: weakref.ref[Any]) -> None:
+        self._follow((value(),))
+
+    def _context_variable(self, value: contextvars.ContextVar[Any]) -> None:
+        self._follow((value.get(None), *gc.get_referents(value)))  # the latter for its default
+
     def _of_this_thread(self, value: threading.local) -> None:
         self._waiting.append(value.__dict__)
 
@@ -271,6 +283,9 @@ _CONTENTS: dict[type, Callable[[Snapshot, Any], None]] = {
     collections.deque: Snapshot._deque,
     bytearray: Snapshot._buffer,
     threading.local: Snapshot._of_this_thread,
+    contextvars.ContextVar: Snapshot._context_variable,
+    itertools.cycle: Snapshot._cycle,
+    weakref.ref: Snapshot._weak,
     array.array: Snapshot._buffer,
     types.CellType: Snapshot._cell,
     types.FunctionType: Snapshot._function,

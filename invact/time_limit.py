@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from invact.own_errors import users_call
 from invact.pytorch_inside import TorchDispatchMode
 
 
@@ -42,13 +43,13 @@ class TimeLimit(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = users_call(func, *args, **(kwargs or {}))
         # C++ asks for a fake tensor's device and the like from where an exception would end the process.
         if time.monotonic() > self._deadline and isinstance(out, Tensor):
             self._error = TookTooLongError(
                 f"The model's forward had not ended after {self._seconds:g} s. invact runs it to see what it keeps for "
-                "backward, which takes seconds for most models; the model is as it was. Pass smaller example_inputs, "
-                "or raise invact.probing.TIME_LIMIT (in seconds) if the model only needs longer."
+                "backward, which takes seconds for most models; what it had changed was put back. Pass smaller "
+                "example_inputs, or raise invact.probing.TIME_LIMIT (in seconds) if the model only needs longer."
             )
             raise self._error
         return out
