@@ -88,7 +88,9 @@ class Settings:
         """Whether all of it is what it was, for a module of the same class as the one that was read."""
         if torch.compiler.is_compiling():
             as_set = all(getattr(module, name) == value for name, value in self._attributes)
-            return self._can_be_traced and as_set and all(name not in module.__dict__ for name in self._absent)
+            # that it was asked for makes torch.compile watch whether it stands on the instance later
+            absent = all(hasattr(module, name) and name not in module.__dict__ for name in self._absent)
+            return self._can_be_traced and as_set and absent
         for reading in self.readings:
             now = reading.now(module)
             if now is not reading.value and not _same(now, reading.value):

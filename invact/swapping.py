@@ -24,6 +24,7 @@ from torch.nn.modules import module as torch_module
 
 from invact import functional
 from invact.kernels import Curve
+from invact.pytorch_inside import transforms_active
 from invact.rewriting import Runner, Written, calling, methods_of
 from invact.settings import Settings
 
@@ -44,8 +45,11 @@ class Inversion:
 
     def applies(self, module: nn.Module, x: Any) -> bool:
         """Whether `x` is to be computed here and not by the stock code."""
-        is_tensor = isinstance(x, Tensor) and x.is_floating_point()  # fx, for one, traces with what is no tensor
-        return is_tensor and functional.wants_gradient(x) and self.settings.unchanged(module)
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout is not torch.strided:
+            return False  # fx, for one, traces with what is no tensor
+        if getattr(_THREAD, "watched", None) is not None and transforms_active():
+            return False  # what hooks change can not be told there
+        return functional.wants_gradient(x) and self.settings.unchanged(module)
 
     def __call__(self, x: Tensor) -> Tensor:
         watched = getattr(_THREAD, "watched", None)
