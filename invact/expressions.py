@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from invact.recognition import recognise
 from invact.rewriting import Place, Source, Written, as_lambda, cells_of, methods_of, source_of
-from invact.settings import Reading, Settings, UnseenError, readings_of_value
+from invact.settings import (
+    Reading,
+    Settings,
+    UnseenError,
+    attribute_access_is_its_own,
+    readings_of_value,
+    static_attribute,
+)
 
 # What an activation may be built of: torch functions and tensor methods that work element by element.
 # fmt: off
@@ -169,9 +176,11 @@ def _readings(place: Place, method: _Method) -> Iterator[Reading]:
         value = _meaning(node, method)
         if value is _UNKNOWN or value is method.module:
             continue
+        if isinstance(value, types.ModuleType):
+            continue  # what is read of it stands in a node of its own
         if isinstance(node, ast.Attribute):
-            if _meaning(node.value, method) is method.module:
-                yield from readings_of_value(None, node.attr, value, seen)
+            owner = _meaning(node.value, method)
+            yield from readings_of_value(None if owner is method.module else owner, node.attr, value, seen)
         elif node.id in method.cells:
             yield from readings_of_value(method.cells[node.id], node.id, value, seen)
         else:
@@ -317,7 +326,14 @@ def _meaning(node: ast.expr, method: _Method) -> Any:
         owner = _meaning(node.value, method)
         # Of self only what stands in the instance: properties and methods may do anything.
         if owner is method.module:
-            return _UNKNOWN if node.attr == "training" else method.module.__dict__.get(node.attr, _UNKNOWN)
+            return _of_instance(method.module, node.attr)
         if isinstance(owner, types.ModuleType):
             return getattr(owner, node.attr, _UNKNOWN)
     return _UNKNOWN
+
+
+def _of_instance(module: nn.Module, name: str) -> Any:
+    """What `self.name` gives, where that is what the instance holds and no code of the author's decides."""
+    kind = type(module)
+    decided = attribute_access_is_its_own(kind) or hasattr(static_attribute(kind, name), "__set__")
+    return _UNKNOWN if decided or name == "training" else module.__dict__.get(name, _UNKNOWN)

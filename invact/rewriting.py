@@ -11,7 +11,6 @@ import copy
 import functools
 import inspect
 import operator
-import textwrap
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,17 +110,17 @@ _SOURCES: weakref.WeakKeyDictionary[types.FunctionType, Source | None] = weakref
 
 def _read(function: types.FunctionType) -> Source | None:
     code = function.__code__
-    if hasattr(function, "__wrapped__"):
+    if hasattr(function, "__wrapped__") or not _READ_OWN_VARIABLES.isdisjoint(code.co_names):
         return None
     try:
         lines, before = inspect.findsource(function)
-        definition = ast.parse(textwrap.dedent("".join(inspect.getblock(lines[before:])))).body[0]
+        definition = _definition(inspect.getblock(lines[before:]))
         proven = any(_is_same_code(code, other) for other in _codes_in("".join(lines), code.co_filename)[_place(code)])
     except (OSError, TypeError, SyntaxError, ValueError, LookupError):  # no source, or not one that stands by itself
         return None
     if not proven or not isinstance(definition, ast.FunctionDef) or not definition.args.args:
         return None
-    if _has_mangled_names(definition):
+    if _has_mangled_names(definition) or _exchanges(definition, definition.args.args[0].arg):
         return None
     ast.increment_lineno(definition, before)
     flags = code.co_flags & _FUTURE_FLAGS
@@ -130,9 +129,22 @@ def _read(function: types.FunctionType) -> Source | None:
         filename=code.co_filename,
         flags=flags,
         self_name=definition.args.args[0].arg,
-        variables=frozenset(code.co_varnames + code.co_cellvars),
+        variables=frozenset(_variables(code)),
         references=tuple({ast.dump(node): node for node in ast.walk(definition) if _is_reference(node)}.values()),
     )
+
+
+_READ_OWN_VARIABLES = frozenset(("locals", "vars", "dir", "eval", "exec"))  # and would see ours
+
+
+def _definition(block: Sequence[str]) -> ast.stmt:
+    """The first statement of some lines, which may be indented; its first line is 1."""
+    if not block[0][0].isspace():
+        return ast.parse("".join(block)).body[0]
+    # Under an `if` and not dedented, which would change strings of several lines.
+    around = ast.parse("if True:\n" + "".join(block)).body[0]
+    assert isinstance(around, ast.If)
+    return ast.increment_lineno(around.body[0], -1)
 
 
 def cells_of(function: types.FunctionType) -> dict[str, types.CellType]:
@@ -174,13 +186,13 @@ def _place(code: types.CodeType) -> tuple[str, int]:
 
 
 _COMPARED = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount")
-_COMPARED += ("co_posonlyargcount", "co_kwonlyargcount", "co_name")
+_COMPARED += ("co_posonlyargcount", "co_kwonlyargcount", "co_name", "co_exceptiontable")
 
 
 def _is_same_code(one: types.CodeType, other: types.CodeType) -> bool:
     """Whether two codes do the same, wherever they stand."""
     flags = (one.co_flags ^ other.co_flags) & ~inspect.CO_NESTED
-    if flags or any(getattr(one, name) != getattr(other, name) for name in _COMPARED):
+    if flags or any(getattr(one, name, None) != getattr(other, name, None) for name in _COMPARED):
         return False
     return len(one.co_consts) == len(other.co_consts) and all(
         _is_same_code(a, b) if isinstance(a, types.CodeType) and isinstance(b, types.CodeType) else _is_same(a, b)
@@ -199,6 +211,22 @@ def _is_reference(node: ast.AST) -> TypeGuard[ast.expr]:
 def _has_mangled_names(tree: ast.AST) -> bool:
     names = (node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "") for node in ast.walk(tree))
     return any(name.startswith("__") and not name.endswith("__") for name in names)
+
+
+def _exchanges(definition: ast.FunctionDef, self_name: str) -> bool:
+    """Whether `self` becomes something else in a method, or in a function in it."""
+    nodes = list(ast.walk(definition))
+    arguments = [node.arg for node in nodes if isinstance(node, ast.arg)]
+    names = (node for node in nodes if isinstance(node, ast.Name) and node.id == self_name)
+    return arguments.count(self_name) > 1 or any(not isinstance(node.ctx, ast.Load) for node in names)
+
+
+def _variables(code: types.CodeType) -> Iterator[str]:
+    """The names that some code, or a function in it, has for itself."""
+    yield from code.co_varnames + code.co_cellvars
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _variables(const)
 
 
 # --- writing the method anew --------------------------------------------------------------------------

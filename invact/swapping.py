@@ -24,6 +24,7 @@ from torch.nn.modules import module as torch_module
 
 from invact import functional
 from invact.kernels import Curve
+from invact.pytorch_inside import transforms_active
 from invact.rewriting import Runner, Written, calling, methods_of
 from invact.settings import Settings
 
@@ -44,14 +45,18 @@ class Inversion:
 
     def applies(self, module: nn.Module, x: Any) -> bool:
         """Whether `x` is to be computed here and not by the stock code."""
-        is_tensor = isinstance(x, Tensor) and x.is_floating_point()  # fx, for one, traces with what is no tensor
-        return is_tensor and functional.wants_gradient(x) and self.settings.unchanged(module)
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout is not torch.strided:
+            return False  # fx, for one, traces with what is no tensor
+        if getattr(_THREAD, "watched", None) is not None and transforms_active():
+            return False  # what hooks change can not be told there
+        return functional.wants_gradient(x) and self.settings.unchanged(module)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = functional.invert(x, self.curve, self.in_place)
         watched = getattr(_THREAD, "watched", None)
-        if watched is not None and not self.in_place:
-            watched.append((x, y, y.grad_fn, y._version))
+        before = x.clone() if watched is not None and self.in_place else x
+        y = functional.invert(x, self.curve, self.in_place)
+        if watched is not None:
+            watched.append((before, y, y.grad_fn, y._version))
         return y
 
 
@@ -76,7 +81,8 @@ class _ClassAsPickled:
     """`__class__` as ever, but for once after `__reduce_ex__`: pickle compares what that says with it."""
 
     def __get__(self, module: Any, kind: type) -> Any:
-        if getattr(_THREAD, "pickled", None) is module:
+        pickled = getattr(_THREAD, "pickled", None)
+        if pickled is not None and pickled() is module:
             _THREAD.pickled = None
             return module._invact_stock
         return _CLASS.__get__(module)
@@ -107,11 +113,18 @@ class Patched:
         if isinstance(reduced, str):
             return reduced
         make, arguments, *rest = reduced
-        kind = type(self)
-        if kind not in arguments:
-            return reduced
-        _THREAD.pickled = self
-        return (make, tuple(kind._invact_stock if part is kind else part for part in arguments), *rest)
+        kind, stock = type(self), self._invact_stock
+        make, *arguments = (stock if part is kind else part for part in (make, *arguments))
+        if getattr(make, "__name__", "").startswith("__newobj"):
+            _THREAD.pickled = weakref.ref(self)
+        return (make, tuple(arguments), *rest)
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks for this first; further on it would mix our method up with its stock source."""
+        raise NotImplementedError(
+            f"torch.jit.script can not compile an inverted {self._invact_stock.__name__}, since TorchScript has no "
+            "autograd functions. Call invact.unpatch(model) first."
+        )
 
     def __copy__(self) -> Any:
         return self._twin(super(), "__copy__", lambda part: part, {})
@@ -124,9 +137,13 @@ class Patched:
         if hasattr(stock, own):
             twin = getattr(stock, own)(*args)
         else:
-            make, arguments, *rest = stock.__reduce_ex__(4)
+            reduced = stock.__reduce_ex__(4)
+            if isinstance(reduced, str):
+                return self
+            make, arguments, *rest = reduced
             twin = memo[id(self)] = make(*copied(arguments))
-            _set_state(twin, copied(rest[0] if rest else None))
+            if rest and rest[0] is not None:
+                _set_state(twin, copied(rest[0]))
         if type(twin) is self._invact_stock:
             _set_class(twin, type(self))
         return twin
@@ -212,14 +229,16 @@ def _rewritten_method(
     stock: type[nn.Module], function: types.FunctionType, runners: Mapping[Written, Runner]
 ) -> Callable[..., Any]:
     rewritten = calling(function, runners)
-    name, code, defaults = function.__name__, function.__code__, function.__defaults__
+    name, code = function.__name__, function.__code__
+    defaults, by_keyword = function.__defaults__, function.__kwdefaults__
 
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Another method may have been put in its place, or its code and defaults exchanged, since it was read.
         if not torch.compiler.is_compiling():
             known = function.__code__ is code and function.__defaults__ is defaults
-            if not (isinstance(self, Patched) and known and getattr(stock, name) is function):
+            known = known and function.__kwdefaults__ is by_keyword and getattr(stock, name) is function
+            if not (known and isinstance(self, Patched)):
                 return getattr(stock, name)(self, *args, **kwargs)
         return rewritten(self, *args, **kwargs)
 
@@ -236,7 +255,7 @@ def _class_over(stock: type, first: type, methods: Mapping[str, Any], sites: tup
 
 
 def _set_class(module: nn.Module, kind: type) -> None:
-    object.__setattr__(module, "__class__", kind)  # past a `__setattr__` of the user's
+    _CLASS.__set__(module, kind)  # past a `__setattr__` of the user's
 
 
 # --- putting them in and taking them out --------------------------------------------------------------
