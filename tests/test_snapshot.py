@@ -124,7 +124,7 @@ def described(value, seen=None):
     return (type(value).__name__, id(value), *inside)
 
 
-FAR, CONTEXT = Tracker(), contextvars.ContextVar("CONTEXT", default=[])
+FAR, CONTEXT = Tracker(), contextvars.ContextVar("CONTEXT", default=[])  # noqa: B039 - a mutable one is the case
 OWN, WEAK = threading.local(), weakref.WeakKeyDictionary()
 
 
