@@ -321,7 +321,8 @@ def _record_calls(module: nn.Module, path: str, ledger: Ledger, calls: list[_Ope
 
     @functools.wraps(stock)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        output = users_call(stock, *args, **kwargs)
+        with ledger.named(path, type(module).__name__):  # no hook tells of a forward that is called by its name
+            output = users_call(stock, *args, **kwargs)
         call = _opened(path, args if not kwargs else (), output, ledger)
         calls.append(call)
         running.append((call, output))
