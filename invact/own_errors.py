@@ -39,7 +39,7 @@ def raised_by_invact(error: BaseException) -> bool:
     """Whether the fault is one of this package, rather than of the model or of PyTorch when it runs the model.
 
     Told by the innermost code that is not PyTorch's: somebody else's, or ours, which is at fault unless it was just
-    `users_call`.
+    `users_call`. A mode runs in the middle of an operation, whose caller counts.
 
     Example:
         >>> try:
@@ -50,13 +50,23 @@ def raised_by_invact(error: BaseException) -> bool:
     """
     if isinstance(error, ImitatedError):
         return False
+    calling = False
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package == __name__.partition(".")[0]:
-            return frame.f_code is not users_call.__code__
-        if package != "torch":
+        if package == "torch":
+            continue
+        if package != __name__.partition(".")[0]:
             return False
+        if frame.f_code is users_call.__code__:
+            calling = True
+        elif calling and frame.f_code.co_name in _OF_MODES:
+            calling = False
+        else:
+            return not calling
     return False
+
+
+_OF_MODES = ("__torch_dispatch__", "__torch_function__")
 
 
 def first_line(error: Exception) -> str:

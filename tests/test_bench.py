@@ -306,4 +306,6 @@ def test_on_a_gpu_the_copy_the_peak_and_the_host_are_measured():
     assert 0 < host.race.median("invact") < 1e-2
     assert forward.peak_bytes["invact"] > 0
     (step,) = result.steps
-    assert step.peak_bytes_saved == pytest.approx(step.planned_bytes_saved, rel=0.02)
+    # Of so small a model the highest point need not be where forward ends.
+    assert step.kept_bytes_saved == pytest.approx(step.planned_bytes_saved, rel=0.01)
+    assert step.peak_bytes["invact"] < step.peak_bytes["stock"]

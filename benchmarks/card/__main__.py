@@ -9,6 +9,7 @@ goes on without what fails. The last thing printed is a short table. --tiny runs
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from record import Record
-from summary import as_text
+from summary import as_text, collected
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,6 +43,9 @@ ON_REQUEST = ("bert-compiled", "mistral-compiled")  # only where --items names t
 
 def main() -> None:
     arguments = _arguments()
+    if arguments.collect:
+        arguments.collect.write_text(json.dumps(collected(arguments.output), indent=1) + "\n")
+        return
     arguments.output.mkdir(parents=True, exist_ok=True)
     work = []
     for part in ["card", *(part for part in arguments.only or PARTS if part != "card")]:
@@ -122,6 +126,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--items", nargs="+", metavar="ITEM", help="of the parts, such as bert and gpt2")
+    parser.add_argument(
+        "--collect",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: put what stands in DIR into one file, such as docs/results/h200.json",
+    )
     parser.add_argument("--tiny", action="store_true", help="as small as it runs, to see that it runs")
     parser.add_argument("--seconds", type=float, default=330, help="for everything together")
     return parser.parse_args()

@@ -13,7 +13,7 @@ class Record:
     """A JSON object in a file: set a key, and it is on the disk.
 
     Example:
-        >>> record = Record(Path("/tmp/steps.json"))
+        >>> record = Record(Path("steps.json"))
         >>> record["bert"] = {"seconds": 0.1}
         >>> record.read()["bert"]["seconds"]
         0.1

@@ -12,9 +12,14 @@ MOST_FAILURES = 8
 MEBIBYTE = 1 << 20
 
 
+def collected(folder: Path) -> dict[str, Any]:
+    """Every part that stands in the folder, by its name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
 def as_text(folder: Path) -> str:
     """The table of whatever parts there are in the folder."""
-    parts = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    parts = collected(folder)
     makers = {
         "card": _card,
         "tests": _tests,
