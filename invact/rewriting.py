@@ -28,8 +28,8 @@ Runner = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]
 _FUTURE_FLAGS = functools.reduce(
     operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
-_HOLE = "__invact_x"
-_RUNNERS = "__invact_runners"
+_HOLE = "__invact_x__"
+_RUNNERS = "__invact_runners__"
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,14 @@ class Source:
 
 
 def methods_of(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
-    """The functions that a class and its bases below `nn.Module` hold as methods, by name."""
-    seen = set()
+    """The functions that a class and its bases but `nn.Module` hold as methods, by name."""
+    seen = set[str]()
     for base in kind.__mro__:
-        if base in (nn.Module, object):
-            break
         for name, value in base.__dict__.items():
-            if name not in seen and not name.startswith("__"):
-                seen.add(name)
-                if isinstance(value, types.FunctionType):
-                    yield name, value
+            own = base not in (nn.Module, object) and name not in seen and not name.startswith("__")
+            if own and isinstance(value, types.FunctionType):
+                yield name, value
+        seen.update(base.__dict__)
 
 
 def source_of(function: types.FunctionType) -> Source | None:
@@ -214,11 +212,12 @@ def _has_mangled_names(tree: ast.AST) -> bool:
 
 
 def _exchanges(definition: ast.FunctionDef, self_name: str) -> bool:
-    """Whether `self` becomes something else in a method, or in a function in it."""
+    """Whether `self` becomes something else in a method or in a function in it, or any name does in a class in it."""
     nodes = list(ast.walk(definition))
     arguments = [node.arg for node in nodes if isinstance(node, ast.arg)]
     names = (node for node in nodes if isinstance(node, ast.Name) and node.id == self_name)
-    return arguments.count(self_name) > 1 or any(not isinstance(node.ctx, ast.Load) for node in names)
+    exchanged = any(not isinstance(node.ctx, ast.Load) for node in names)
+    return exchanged or arguments.count(self_name) > 1 or any(isinstance(node, ast.ClassDef) for node in nodes)
 
 
 def _variables(code: types.CodeType) -> Iterator[str]:

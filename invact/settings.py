@@ -139,12 +139,13 @@ def attribute_access_is_its_own(kind: type) -> bool:
 
 
 def static_attribute(kind: type, name: str) -> Any:
-    """What a class below `nn.Module` holds at `name`, descriptors as they are."""
-    return next((vars(base)[name] for base in _own_classes(kind) if name in vars(base)), _GONE)
+    """What the author's classes hold at `name`, descriptors as they are."""
+    base = next((base for base in kind.__mro__ if name in vars(base)), object)
+    return _GONE if base in (nn.Module, object) else vars(base)[name]
 
 
 def _own_classes(kind: type) -> Iterator[type]:
-    return itertools.takewhile(lambda base: base not in (nn.Module, object), kind.__mro__)
+    return (base for base in kind.__mro__ if base not in (nn.Module, object))  # mixins may come after `nn.Module`
 
 
 def _reached_from_forward(kind: type) -> tuple[list[types.FunctionType], set[str]]:
