@@ -89,7 +89,7 @@ BY_MODULE, BY_NUMBER = weakref.WeakKeyDictionary(), weakref.WeakValueDictionary(
 RANDOM, NUMBERS, GENERATOR = random.Random(0), numpy.random.default_rng(0), torch.Generator()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def rotary(length, device):
     return torch.arange(length, device=device).float()
 
@@ -237,7 +237,7 @@ def test_wrong_inputs_leave_nothing_behind(x):
 def test_a_lazy_layer_stays_as_lazy_as_it_was(make):
     model = nn.Sequential(nn.Linear(8, 8), make(), nn.GELU())
     kind = type(model[1])
-    with pytest.raises(ValueError, match="has no shape yet.*run the model once on real inputs first"):
+    with pytest.raises(ValueError, match=r"has no shape yet.*run the model once on real inputs first"):
         invact.patch(model, (X,))
     assert type(model[1]) is kind
     assert model[1].has_uninitialized_params()

@@ -69,7 +69,7 @@ def test_parts_in_evaluation_mode_are_counted_so(count_kept):
 @pytest.mark.parametrize("do", [invact.plan, invact.patch, invact.activation_memory])
 def test_inside_inference_mode_one_sentence_says_so(do):
     model = block()
-    with torch.inference_mode(), pytest.raises(ValueError, match="planned inside torch.inference_mode.*Leave that"):
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"planned inside torch.inference_mode.*Leave that"):
         do(model, (X,))
     with torch.inference_mode():
         model = block()
