@@ -25,7 +25,7 @@ def described(value: Any, seen: dict[int, str] | None = None) -> Any:
     seen[id(value)] = f"object {len(seen)}"
     inside: list[Any] = []
     if isinstance(value, torch.Tensor):
-        inside += [id(value), id(value.grad), value.requires_grad]
+        inside += [id(value), id(value.grad) if value.is_leaf else None, value.requires_grad]
         if isinstance(value, torch.nn.Parameter):
             inside.append(value._version)
         if value.layout is torch.strided and not value.is_nested:
