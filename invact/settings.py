@@ -47,7 +47,7 @@ class Reading:
     def now(self, module: nn.Module) -> Any:
         """What stands there at present."""
         if self.owner is None:
-            return module.__dict__.get(self.name, _GONE)
+            return _without_self(module.__dict__.get(self.name, _GONE), module)
         if isinstance(self.owner, types.CellType):
             return _contents(self.owner)
         if isinstance(self.owner, dict):
@@ -112,13 +112,13 @@ def _readings_of_module(module: nn.Module) -> Iterator[Reading]:
     if attribute_access_is_its_own(kind):
         raise UnseenError("__getattr__")
     yield Reading(kind, "forward", kind.forward)
-    functions, attributes = _reached_from_forward(kind)
+    functions, attributes = _reached_from_forward(module)
     for function in functions:
         yield from readings_of_function(function, seen, own=kind)
     for name in sorted(attributes - _EVERY_MODULE_HAS - {"forward"}):
         of_class = static_attribute(kind, name)
         if name in module.__dict__ and not hasattr(of_class, "__set__"):
-            yield from readings_of_value(None, name, module.__dict__[name], seen)
+            yield from readings_of_value(None, name, _without_self(module.__dict__[name], module), seen, kind)
         elif of_class is not _GONE:
             yield Reading(None, name, _GONE)  # nor put on the instance later
             if isinstance(of_class, _READ_BY_CODE):
@@ -148,14 +148,19 @@ def _own_classes(kind: type) -> Iterator[type]:
     return (base for base in kind.__mro__ if base not in (nn.Module, object))  # mixins may come after `nn.Module`
 
 
-def _reached_from_forward(kind: type) -> tuple[list[types.FunctionType], set[str]]:
-    """The functions of a class that its forward may call, and the names of all attributes that they read."""
+def _without_self(value: Any, module: nn.Module) -> Any:
+    """A method of a module that is an attribute of it as well, by its function: what is read holds no module."""
+    return value.__func__ if isinstance(value, types.MethodType) and value.__self__ is module else value
+
+
+def _reached_from_forward(module: nn.Module) -> tuple[list[types.FunctionType], set[str]]:
+    """The functions of a module that its forward may call, and the names of all attributes that they read."""
     functions: list[types.FunctionType] = []
     names, waiting = set[str](), ["forward"]
     while waiting:
         name = waiting.pop()
-        for base in _own_classes(kind):  # each of them: `super()` may be asked
-            value = vars(base).get(name)
+        own = _without_self(module.__dict__.get(name), module)
+        for value in (own, *(vars(base).get(name) for base in _own_classes(type(module)))):  # `super()` may be asked
             function = getattr(value, "fget" if isinstance(value, property) else "__func__", value)
             if isinstance(function, types.FunctionType):
                 functions.append(function)

@@ -127,6 +127,20 @@ class OfMethod(nn.Module):
         return self.compute(x)
 
 
+class OfItself(Own):
+    """Its forward is kept as an attribute, as in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.compute, self.slope = self._compute, 0.2
+
+    def _compute(self, x):
+        return F.leaky_relu(x, self.slope)
+
+    def forward(self, x):
+        return self.compute(x)
+
+
 def steeper(x):
     return F.leaky_relu(x, 0.9)
 
@@ -152,6 +166,8 @@ CHANGES = {
     "bound method": (OfBoundMethod, lambda monkeypatch, act: monkeypatch.setattr(bound_elsewhere, "slope", 0.9)),
     "method of the class": (OfMethod, set_on(OfMethod, "compute", lambda self, x: steeper(x))),
     "method on the instance": (OfMethod, lambda monkeypatch, act: setattr(act, "compute", steeper)),
+    "what a method of its own reads": (OfItself, lambda monkeypatch, act: setattr(act, "slope", 0.9)),
+    "a method of its own": (OfItself, lambda monkeypatch, act: setattr(act, "compute", steeper)),
     "alpha": (lambda: nn.ELU(0.7), lambda monkeypatch, act: setattr(act, "alpha", 0.2)),
     "beta": (nn.Softplus, lambda monkeypatch, act: setattr(act, "beta", 3.0)),
     "approximate": (nn.GELU, lambda monkeypatch, act: setattr(act, "approximate", "tanh")),
