@@ -283,4 +283,4 @@ def test_what_other_threads_run_is_left_alone_and_said():
 
     report = invact.plan(Odd(in_threads), (X,))
     assert report.sites[0].reason == "called in another thread, where what autograd keeps is not seen"
-    assert any("runs in another thread: what is kept there is not counted" in note for note in report.notes)
+    assert any(note == "'act' runs in another thread: what is kept there is not counted." for note in report.notes)
