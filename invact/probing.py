@@ -224,7 +224,7 @@ class _Probe:
             )
             if ledger.of_other_threads:
                 path = min(ledger.of_other_threads)
-                found.notes.append(f"`{path}` runs in another thread: what is kept there is not counted.")
+                found.notes.append(f"{path!r} runs in another thread: what is kept there is not counted.")
             del output
         return found
 
