@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from invact import patchers
 from invact.arguments import Inputs
@@ -19,6 +18,7 @@ from invact.kept_storages import KeptStorages
 from invact.ledger import Ledger
 from invact.own_errors import first_line, own_error
 from invact.patching import patch
+from invact.pytorch_inside import tree_leaves
 from invact.real_models import with_weights
 from invact.sizes import size_in_words
 from invact.timing import wait_for, wall_seconds

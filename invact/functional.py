@@ -30,10 +30,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from invact.kernels import CURVES, Curve, dispatch, monotone
+from invact.pytorch_inside import forward_ad_active, is_traceable_wrapper_subclass, transforms_active
 
 __all__ = [
     "celu",
@@ -268,8 +267,9 @@ def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     if not wants_gradient(x):
         y = curve.f(x)
     elif torch.compiler.is_compiling():
-        y = Inverted.apply(x, curve)[0]
-    elif torch._C._are_functorch_transforms_active():
+        # a copy that the compiler drops, unless what follows changes it in place: y itself is kept
+        y = Inverted.apply(x, curve)[0].clone()
+    elif transforms_active():
         y = InvertedBothWays.apply(x, curve)[0]
     else:
         y = InvertedEagerly.apply(x, curve, inplace)
@@ -324,7 +324,7 @@ def stock_gradient(dy: Tensor, x: Tensor, curve: Curve) -> Tensor:
 
 def _may_be_differentiated() -> bool:
     """Whether what is computed now has a gradient or a tangent of its own."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() or forward_ad_active() or transforms_active()
 
 
 class InvertedEagerly(torch.autograd.Function):
@@ -339,7 +339,7 @@ class InvertedEagerly(torch.autograd.Function):
             y = x.copy_(y)
             ctx.mark_dirty(x)
         ctx.save_for_backward(y, side)
-        if forward_ad._current_level >= 0:
+        if forward_ad_active():
             ctx.save_for_forward(y, side)
         return y
 

@@ -28,7 +28,7 @@ from invact.report import INVERT, KEEP, Report, Site
 from invact.rewriting import Written
 from invact.simulation import Setting, autocast_here
 from invact.snapshot import as_it_was
-from invact.swapping import Inversion, InvertedExpression, Patched, Swaps, swap_in
+from invact.swapping import Inversion, InvertedExpression, Swaps, inverted_in, swap_in
 from invact.walking import Found, walk
 
 
@@ -319,9 +319,10 @@ class _Choice:
 
 
 def _already_inverted(path: str, module: nn.Module) -> Iterator[Site]:
-    for method, curve in module._invact_sites if isinstance(module, Patched) else ():
+    label, sites = inverted_in(module)
+    for method, curve in sites:
         place = ".".join(part for part in (path, method and method + ":" + curve) if part)
-        yield Site(place, curve, module._invact_stock.__name__, KEEP, "already inverted by an earlier patch")
+        yield Site(place, curve, label, KEEP, "already inverted by an earlier patch")
 
 
 # --- arguments and words ------------------------------------------------------------------------------

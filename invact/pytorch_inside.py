@@ -15,6 +15,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.nn.modules import module as torch_module
 
 
 def _names_missing(what: object) -> ImportError:
@@ -90,10 +91,16 @@ def checkpoint_generator() -> str:
 
 
 checkpoint_generator()  # at import, like the others
+_all_modules_forward_hooks: dict[int, Any] = _found(torch_module, "_global_forward_hooks")
 _found(forward_ad, "_current_level")
 _found(Tensor, "_version")
 _found(Tensor, "_backward_hooks")
 _found(functional, "has_torch_function")
+
+
+def hooks_on_all_modules() -> bool:
+    """Whether forward hooks are registered for every module there is: what they change of an output would go unseen."""
+    return bool(_all_modules_forward_hooks)
 
 
 def forward_ad_active() -> bool:
@@ -158,6 +165,7 @@ __all__ = [
     "efficient_attention",
     "flash_attention",
     "forward_ad_active",
+    "hooks_on_all_modules",
     "is_traceable_wrapper_subclass",
     "math_attention",
     "modes_off",

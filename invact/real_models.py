@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from invact import patchers
+from invact.pytorch_inside import tree_map_only
 
 
 def with_weights(name: str, image_size: int | None = None) -> nn.Module:

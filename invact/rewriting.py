@@ -161,7 +161,7 @@ def _compiled(definition: ast.FunctionDef, filename: str, flags: int, free: Sequ
     assert isinstance(around, ast.FunctionDef)
     around.body = [bare]
     tree = ast.fix_missing_locations(ast.Module([around], type_ignores=[]))
-    code = compile(tree, filename, "exec", flags, dont_inherit=True)
+    code: types.CodeType = compile(tree, filename, "exec", flags, dont_inherit=True)
     for name in ("around", definition.name):
         code = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
     return code
@@ -183,8 +183,10 @@ def _place(code: types.CodeType) -> tuple[str, int]:
     return code.co_name, code.co_firstlineno
 
 
-_COMPARED = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount")
-_COMPARED += ("co_posonlyargcount", "co_kwonlyargcount", "co_name", "co_exceptiontable")
+_COMPARED = (
+    *("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount"),
+    *("co_posonlyargcount", "co_kwonlyargcount", "co_name", "co_exceptiontable"),
+)
 
 
 def _is_same_code(one: types.CodeType, other: types.CodeType) -> bool:

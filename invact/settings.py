@@ -134,7 +134,8 @@ _READ_BY_CODE = (types.FunctionType, property, staticmethod, classmethod)
 
 def attribute_access_is_its_own(kind: type) -> bool:
     """Whether what an attribute of a module gives is up to code of the author's."""
-    own_getattr = getattr(kind, "__getattr__", None) is not nn.Module.__getattr__
+    stock: Any = vars(nn.Module)["__getattr__"]
+    own_getattr = getattr(kind, "__getattr__", None) is not stock
     return own_getattr or kind.__getattribute__ is not object.__getattribute__
 
 

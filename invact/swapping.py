@@ -20,11 +20,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from invact import functional
 from invact.kernels import Curve
-from invact.pytorch_inside import transforms_active
+from invact.pytorch_inside import hooks_on_all_modules, transforms_active
 from invact.rewriting import Runner, Written, calling, methods_of
 from invact.settings import Settings
 
@@ -105,7 +104,7 @@ class Patched:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """The user's own `__init_subclass__`, which may keep a register, is not told of our classes."""
 
-    __class__ = _ClassAsPickled()  # type: ignore[assignment]
+    __class__ = _ClassAsPickled()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the stock module would be: a pickle can be read where there is no invact."""
@@ -165,8 +164,8 @@ class Inverted(Patched):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Hooks may change the output in place, which stock allows: then the input is kept after all."""
-        hooked = self._forward_hooks or torch_module._global_forward_hooks  # type: ignore[attr-defined]
-        if not hooked or torch.compiler.is_compiling():
+        hooked = self._forward_hooks or hooks_on_all_modules()  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling() or not hooked:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with _changed_outputs_kept_right():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -204,7 +203,7 @@ def _inverted_forward(stock: type[nn.Module], inversion: Inversion) -> Callable[
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Who holds on to this method may call it when the module has its own class again.
-        if len(args) == 1 and not kwargs and isinstance(self, Patched) and inversion.applies(self, args[0]):
+        if len(args) == 1 and not kwargs and _is_patched(self) and inversion.applies(self, args[0]):
             return inversion(args[0])
         return stock.forward(self, *args, **kwargs)
 
@@ -245,13 +244,17 @@ def _rewritten_method(
     return method
 
 
+def _is_patched(module: Any) -> bool:
+    return isinstance(module, Patched)
+
+
 def _class_over(stock: type, first: type, methods: Mapping[str, Any], sites: tuple[tuple[str, str], ...]) -> type:
     """A subclass that looks like the class it is of, made past metaclasses that keep a register."""
     copied = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     names = {**copied, **methods, "_invact_stock": stock, "_invact_sites": sites}
     metaclass = type(stock)
     make = abc.ABCMeta.__new__ if issubclass(metaclass, abc.ABCMeta) else type.__new__
-    return make(metaclass, stock.__name__, (first, stock), names)  # type: ignore[no-any-return, arg-type]
+    return make(metaclass, stock.__name__, (first, stock), names)
 
 
 def _set_class(module: nn.Module, kind: type) -> None:
@@ -316,6 +319,17 @@ def swap_in(
 def _swap(module: nn.Module, kind: type, swaps: Swaps) -> None:
     _set_class(module, kind)
     swaps.modules.append(module)
+
+
+def inverted_in(module: nn.Module) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The name of the class that a module had, and what is inverted in it, as (method, curve); nothing if it is stock.
+
+    Example:
+        >>> inverted_in(nn.GELU())
+        ('', ())
+    """
+    kind = type(module)
+    return (kind._invact_stock.__name__, kind._invact_sites) if issubclass(kind, Patched) else ("", ())
 
 
 def swaps_in(model: nn.Module) -> Swaps:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from invact.arguments import Inputs
 from invact.checkpointing import can_checkpoint, enable_checkpointing
@@ -21,6 +20,7 @@ from invact.ledger import Ledger, storage_sizes
 from invact.own_errors import first_line, own_error
 from invact.patching import patch
 from invact.planning import decide
+from invact.pytorch_inside import tree_map_only
 from invact.simulation import Setting
 from invact.timing import wait_for
 from invact.trial_data import DataError

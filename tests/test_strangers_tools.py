@@ -255,3 +255,18 @@ def test_the_input_goes_with_the_graph_without_the_garbage_collector(act, hook, 
         assert [reference() is None for reference in inputs] == [True, True]
     finally:
         gc.enable()
+
+
+def test_compiled_an_output_changed_in_place_later_gives_stocks_gradients():
+    """Functionalised, an operation in place would reach what was kept: no version tells of it there."""
+    torch._dynamo.reset()
+    stock = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+    patched, x = copy.deepcopy(stock), torch.randn(4, 16)
+    invact.patch(patched, (x,))
+    for model in (stock, patched):
+        model[1].register_forward_hook(lambda module, args, out: (out.mul_(2), None)[1])
+    model(x)
+    stock(x).square().mean().backward()
+    torch.compile(patched, backend="aot_eager")(x).square().mean().backward()
+    for ours, theirs in zip(patched.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)

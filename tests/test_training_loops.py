@@ -278,7 +278,7 @@ class OneExpression(OneModule):
 
 
 @pytest.mark.parametrize("kind", [OneModule, OneExpression])
-@pytest.mark.parametrize("backend", [PARTITIONED, pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["inductor"])
 def test_compiled_in_one_graph_the_saving_remains_and_the_gradients_are_the_stock_ones(kind, backend):
     torch._dynamo.reset()
     x = rows()
@@ -300,7 +300,7 @@ def test_a_model_compiled_before_can_be_patched_and_unpatched_and_follows(kind, 
     model, x = kind(), rows()
     stock = copy.deepcopy(model)
     train_once(stock, x)
-    options = {"backend": PARTITIONED, "fullgraph": True}
+    options = {"backend": "inductor", "fullgraph": True}
     compiled = model if in_place else torch.compile(model, **options)
     if in_place:
         model.compile(**options)

@@ -195,7 +195,8 @@ def _loaded(name: str, dtype: torch.dtype, library: str | None, image_size: int 
 
 def _run_on_meta(model: nn.Module, inputs: Any) -> None:
     import torch
-    from torch.utils._pytree import tree_map_only
+
+    from invact.pytorch_inside import tree_map_only
 
     on_meta = tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs)
     model(**on_meta) if isinstance(on_meta, dict) else model(*on_meta)
