@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 def _names_missing(what: object) -> ImportError:
     return ImportError(
         f"invact leans on names inside PyTorch that PyTorch {torch.__version__} does not have: {what}. Install a newer "
-        "invact, or a PyTorch between 2.6 and 2.14, with which this one was tried."
+        "invact, or a PyTorch between 2.8 and 2.14, with which this one was tried."
     )
 
 
