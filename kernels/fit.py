@@ -308,8 +308,8 @@ def quick_coefficients(quick_fits: QuickFits) -> str:
 
 def quick_function(quick_fits: QuickFits) -> str:
     """The function of triton_polynomials.py for 16-bit outputs with one bit."""
-    source = "\n\n@triton.jit\ndef quick_slope(y, logarithm, right, CURVE: tl.constexpr, BF16: tl.constexpr):\n"
-    source += '    """f\' by `quick_fit.QuickFit`; the logarithm is log2(-y)."""\n'
+    source = "\n\n@triton.jit\ndef quick_slope(y, below, logarithm, right, CURVE: tl.constexpr, BF16: tl.constexpr):\n"
+    source += '    """f\' by `quick_fit.QuickFit`; logarithm is log2(-below), below y if that is negative."""\n'
     keyword = "if"
     for name, by_dtype in quick_fits.items():
         for dtype, fit in by_dtype.items():
@@ -322,7 +322,7 @@ def quick_function(quick_fits: QuickFits) -> str:
                 source += f"        {letter} = tl.zeros_like(v) + {terms[-1]!r}\n"
                 source += "".join(f"        {letter} = {letter} * {variable} + {term!r}\n" for term in terms[-2::-1])
             keyword = "elif"
-    return source + "    return tl.where(right, p, y * q)\n"
+    return source + "    return tl.where(right, p, below * q)\n"
 
 
 def triton_polynomials(fits: dict[str, Fit], short_fits: dict[str, Fit], quick_fits: QuickFits) -> str:

@@ -220,8 +220,8 @@ def backward_kernel(
     word = tl.load(side_ptr + rows, mask=rows * 8 < n, other=0).to(tl.int32)
     code = (word[:, None] >> (BITS * tl.arange(0, 8)[None, :])) & ((1 << BITS) - 1)
     if (SHORT and BITS == 1) and CURVE != "hardswish":  # Triton 3.2 takes no longer chain
-        logarithm = quick_log2(-tl.minimum(y, -1.1754943508222875e-38), CHIP)
-        slope = quick_slope(y, logarithm, code != 0, CURVE, y_ptr.dtype.element_ty == tl.bfloat16)
+        below = tl.minimum(y, -1.1754943508222875e-38)
+        slope = quick_slope(y, below, quick_log2(-below, CHIP), code != 0, CURVE, y_ptr.dtype.element_ty == tl.bfloat16)
         slope += y * 0.0  # NaN at infinity, where stock's formulas say NaN too
     else:
         slope = slope_of(

@@ -460,8 +460,8 @@ def tail(v, CURVE: tl.constexpr, SHORT: tl.constexpr):
 
 
 @triton.jit
-def quick_slope(y, logarithm, right, CURVE: tl.constexpr, BF16: tl.constexpr):
-    """f' by `quick_fit.QuickFit`; the logarithm is log2(-y)."""
+def quick_slope(y, below, logarithm, right, CURVE: tl.constexpr, BF16: tl.constexpr):
+    """f' by `quick_fit.QuickFit`; logarithm is log2(-below), below y if that is negative."""
     if CURVE == "gelu" and BF16:
         left = logarithm * -0.11781506324106471 + -0.3012470552008839
         w = tl.where(right, y + 0.16993458638615366, left)
@@ -688,4 +688,4 @@ def quick_slope(y, logarithm, right, CURVE: tl.constexpr, BF16: tl.constexpr):
         q = q * v + -3.1112184002002765
         q = q * v + 2.3545793763699048
         q = q * v + 3.268496584496461e-13
-    return tl.where(right, p, y * q)
+    return tl.where(right, p, below * q)

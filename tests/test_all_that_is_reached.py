@@ -261,5 +261,5 @@ def test_a_snapshot_that_forgets_a_kind_is_found_out(monkeypatch):
 
             broken.setattr(Snapshot, method, forgetting)
             broken.setitem(vars(__import__("invact.snapshot", fromlist=["x"]))["_CONTENTS"], kind, forgetting)
-            with pytest.raises((AssertionError, invact.leftovers.LeftoverError)):
+            with pytest.raises((AssertionError, RuntimeError)):  # or simulated tensors are met
                 check(model)

@@ -328,14 +328,16 @@ def test_numbers_in_tensors_are_put_back_on_request():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model.counter = torch.tensor([float("nan"), 1.0])
     model.view = model[0].weight.detach()[0]
-    before = described(model)
+    named = [*model.state_dict(keep_vars=True).values(), model.counter, model.view]
+    before = [tensor.tolist() for tensor in named]
     with as_it_was(model, tensors=True):
         model(torch.randn(4, 2))
         with torch.no_grad():
             model[0].weight.add_(1)
         model.counter += 1
         model.view.zero_()
-    assert str(described(model)) == str(before)  # nan is not equal to itself
+    assert str([tensor.tolist() for tensor in named]) == str(before)  # nan is not equal to itself
+    assert [*model.state_dict(keep_vars=True).values(), model.counter, model.view][0] is named[0]
     assert model[1].running_mean.tolist() == [0.0, 0.0]
 
 

