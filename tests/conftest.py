@@ -79,6 +79,17 @@ def run_backward():
     return outputs_and_gradients
 
 
+@pytest.fixture
+def train_alike(x, run_backward):
+    """Asserts that two models give the same outputs and gradients for the `x` of the tests' own file."""
+
+    def check(stock, ours):
+        for a, b in zip(run_backward(stock, (x,)), run_backward(ours, (x,)), strict=True):
+            assert (a - b).norm() <= 1e-5 * a.norm() + 1e-7
+
+    return check
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
+from small_blocks import Written, around, pair
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -13,43 +13,9 @@ import invact
 from invact.swapping import Patched
 
 
-def around(act):
-    """A block around an activation, with the same weights each time."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), act, nn.Linear(32, 16))
-
-
-class Written(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
-
-
 @pytest.fixture
 def x():
     return torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def train_alike(x, run_backward):
-    """Asserts that two models give the same outputs and gradients."""
-
-    def check(stock, ours):
-        for a, b in zip(run_backward(stock, (x,)), run_backward(ours, (x,)), strict=True):
-            assert (a - b).norm() <= 1e-5 * a.norm() + 1e-7
-
-    return check
-
-
-def pair(stock, x):
-    """A model and a copy of it that is patched, where something must be inverted."""
-    ours = copy.deepcopy(stock)
-    assert invact.patch(ours, (x,)).inverted
-    return stock, ours
 
 
 # --- hooks --------------------------------------------------------------------------------------------

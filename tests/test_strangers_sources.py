@@ -85,15 +85,6 @@ def x():
     return torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def train_alike(x, run_backward):
-    def check(stock, ours):
-        for a, b in zip(run_backward(stock, (x,)), run_backward(ours, (x,)), strict=True):
-            assert (a - b).norm() <= 1e-5 * a.norm()
-
-    return check
-
-
 # By what is in them, with how many sites are inverted: the body of a class.
 BODIES = r"""
 ## nothing odd: 1

@@ -34,15 +34,6 @@ def x():
 
 
 @pytest.fixture
-def train_alike(x, run_backward):
-    def check(stock, ours):
-        for a, b in zip(run_backward(stock, (x,)), run_backward(ours, (x,)), strict=True):
-            assert (a - b).norm() <= 1e-5 * a.norm() + 1e-7
-
-    return check
-
-
-@pytest.fixture
 def pair(x):
     stock = Block()
     ours = copy.deepcopy(stock)
