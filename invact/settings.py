@@ -109,10 +109,10 @@ def settings_of_module(module: nn.Module) -> Settings:
 
 def _readings_of_module(module: nn.Module) -> Iterator[Reading]:
     kind, seen = type(module), set[int]()
-    if attribute_access_is_its_own(kind):
-        raise UnseenError("__getattr__")
-    yield Reading(kind, "forward", kind.forward)
     functions, attributes = _reached_from_forward(module)
+    if attribute_access_is_its_own(kind) or "__dict__" in attributes:
+        raise UnseenError("__dict__")
+    yield Reading(kind, "forward", kind.forward)
     for function in functions:
         yield from readings_of_function(function, seen, own=kind)
     for name in sorted(attributes - _EVERY_MODULE_HAS - {"forward"}):
@@ -243,8 +243,10 @@ def readings_of_value(owner: Any, name: str, value: Any, seen: set[int], own: ty
         yield Reading(owner, name, value)
     elif isinstance(value, functools.partial):
         yield Reading(owner, name, value)
-        for part in (value.func, *value.args, *value.keywords.values()):
+        for part in (value.func, *value.args):
             yield from (r for r in readings_of_value(None, name, part, seen) if r.owner is not None)
+        for keyword, part in value.keywords.items():
+            yield from readings_of_value(value.keywords, keyword, part, seen)
     elif isinstance(value, types.FunctionType):
         yield Reading(owner, name, value)
         yield from readings_of_function(value, seen)

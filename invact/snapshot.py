@@ -222,7 +222,10 @@ class Snapshot:
         # Operations that see no simulated tensor run for real inside a simulated pass: those of a counter, say.
         noted = NotedTensor.of(value, copies=self._tensors or not isinstance(value, nn.Parameter))
         self._noted.append(noted)
-        self._follow((noted.grad, noted.hooks))
+        self._follow((noted.hooks,))
+        if noted.grad is not None and id(noted.grad) not in self._seen:  # no forward writes its numbers
+            self._seen[id(noted.grad)] = noted.grad
+            self._noted.append(NotedTensor.of(noted.grad, copies=self._tensors))
 
     def _built_in(self, value: Any) -> None:
         self._follow((value.__self__,))  # such as the list of `seen.append`
@@ -308,6 +311,8 @@ def _kind_of(cls: type) -> _Kind:
     if content is None and any(base.__module__ == "numpy" and base.__name__ == "ndarray" for base in bases):
         on_disk = any(base.__name__ == "memmap" for base in bases)
         content = Snapshot._nothing if on_disk else Snapshot._array
+    if issubclass(cls, torch.optim.Optimizer):  # its states are as large as the model, and no forward touches them
+        return _Kind(True)
     if content is None and ((issubclass(cls, _HOLDS_NOTHING) and not _has_dict(cls)) or _is_machinery(cls)):
         return _Kind(True)
     written_in_python = bool(cls.__flags__ & _HEAP_TYPE)

@@ -218,17 +218,17 @@ def _rewritten_class(stock: type[nn.Module], runners: Mapping[Written, Runner]) 
         for written, runner in runners.items():
             by_method.setdefault(written.method, {})[written] = runner
         functions = dict(methods_of(stock))
-        methods = {name: _rewritten_method(stock, functions[name], chosen) for name, chosen in by_method.items()}
+        methods = {name: _rewritten_method(stock, name, functions[name], chosen) for name, chosen in by_method.items()}
         sites = tuple((written.method, str(written.curve)) for written in runners)
         kind = _CLASSES[key] = _class_over(stock, Patched, methods, sites)
     return kind
 
 
 def _rewritten_method(
-    stock: type[nn.Module], function: types.FunctionType, runners: Mapping[Written, Runner]
+    stock: type[nn.Module], name: str, function: types.FunctionType, runners: Mapping[Written, Runner]
 ) -> Callable[..., Any]:
-    rewritten = calling(function, runners)
-    name, code = function.__name__, function.__code__
+    """The method that stands at `name`, which need not be the function's own name."""
+    rewritten, code = calling(function, runners), function.__code__
     defaults, by_keyword = function.__defaults__, function.__kwdefaults__
 
     @functools.wraps(function)

@@ -78,10 +78,13 @@ SKIPPED_BITS = 14
 LEAST = 2.0**-126  # the smallest fp32 number that is not denormal: a program may have denormals taken as 0
 
 
+MOST = 1e30  # f' is 1 from far less on, and an infinite y, which a large x may give, is no entry of a table
+
+
 def fp32_slope(y: Tensor, right: Tensor, curve: TwoSided) -> Tensor:
     """`Curve.slope` for fp32 y, of a curve with one bit and a tail."""
     values, steps = fp32_tables(curve)
-    raised = (y - bottom(curve)).clamp_(min=half_ulp(curve.y_min, torch.float32))
+    raised = (y - bottom(curve)).clamp_(half_ulp(curve.y_min, torch.float32), MOST)
     # y of the left may be +0 and more, which must not look like a y of the right
     bits = raised.div_(torch.where(right, 1.0, y.clamp(max=-LEAST))).view(torch.int32)
     index = (bits >> SKIPPED_BITS).add_(values.numel() // 2)

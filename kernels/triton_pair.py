@@ -343,6 +343,8 @@ def launch_here(kernel: Any, constants: Constants, tensors: tuple[Tensor, ...], 
             kept = False
     found = kernel[grid](*tensors, n, *fixed)
     if kept:
+        if len(built) >= KEPT_CONSTANTS:
+            built.clear()
         built[key] = constants, found  # the constants too, so that no others come to their address
 
 

@@ -52,8 +52,10 @@ class TwoSided(Curve):
 
     def slope(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         values = slopes.slope(y, *self._read(code, y.dtype), self.fit_for(rounded_to), rounded_to)
-        # y - y is 0, but NaN at infinity, where the formulas of stock's smooth curves say NaN too
-        return values if self.fit.tail is None else values + (y - y)
+        if self.fit.tail is None:
+            return values
+        # NaN where y is, and 1 where a large x has made y infinite
+        return torch.where(y == torch.inf, 1.0, values + (y - y))
 
     def slope_rise(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         return slopes.slope_rise(y, *self._read(code, y.dtype), self.fit_for(rounded_to), rounded_to)

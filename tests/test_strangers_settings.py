@@ -320,3 +320,26 @@ def test_what_a_forward_says_is_said_after_patching_too(kind, capsys, caplog):
     capsys.readouterr(), caplog.clear()
     model(x).sum().backward()
     assert (capsys.readouterr().out + caplog.text).count("called") == 1
+
+
+class Leaky(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.function = functools.partial(F.leaky_relu, negative_slope=0.2)
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(8, 16)
+
+
+def test_keywords_of_a_partial_function_may_change(train_alike, x):
+    stock = nn.Sequential(nn.Linear(16, 32), Leaky(), nn.Linear(32, 16))
+    ours = copy.deepcopy(stock)
+    assert invact.patch(ours, (x,)).inverted
+    for model in (stock, ours):
+        model[1].function.keywords["negative_slope"] = 0.9
+    train_alike(stock, ours)

@@ -12,6 +12,8 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import invact
 
@@ -338,4 +340,39 @@ def test_methods_built_at_random_train_as_stock(seed, load, x, train_alike):
     stock = load("\n".join([*lines, "    return self.down(h + F.gelu(z))"])).Block()
     ours = copy.deepcopy(stock)
     invact.patch(ours, (x,))
+    train_alike(stock, ours)
+
+
+def impl(self, x):
+    return self.down(F.gelu(self.up(x)))
+
+
+class ByAnotherName(nn.Module):
+    """Its methods stand where their own names do not say."""
+
+    forward = impl
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+
+class RenamedAndReplaced(ByAnotherName):
+    def feed(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+    old_feed = feed
+
+    def feed(self, x):
+        return self.old_feed(x) + self.old_feed(2 * x)
+
+    def forward(self, x):
+        return self.feed(x)
+
+
+@pytest.mark.parametrize("kind", [ByAnotherName, RenamedAndReplaced])
+def test_a_method_is_found_where_it_stands_and_not_by_its_own_name(kind, train_alike):
+    stock = kind()
+    ours = copy.deepcopy(stock)
+    assert invact.patch(ours, (torch.randn(8, 16),)).inverted
     train_alike(stock, ours)
