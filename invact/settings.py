@@ -134,9 +134,10 @@ _READ_BY_CODE = (types.FunctionType, property, staticmethod, classmethod)
 
 def attribute_access_is_its_own(kind: type) -> bool:
     """Whether what an attribute of a module gives is up to code of the author's."""
-    stock: Any = vars(nn.Module)["__getattr__"]
-    own_getattr = getattr(kind, "__getattr__", None) is not stock
-    return own_getattr or kind.__getattribute__ is not object.__getattribute__
+    of_module: Any = nn.Module.__getattr__
+    of_object: Any = object.__getattribute__
+    own_getattr = getattr(kind, "__getattr__", None) is not of_module
+    return own_getattr or kind.__getattribute__ is not of_object
 
 
 def static_attribute(kind: type, name: str) -> Any:

@@ -23,6 +23,7 @@ def tiny(tmp_path_factory):
     return run(tmp_path_factory.mktemp("card"), "--tiny")
 
 
+@pytest.mark.slow
 def test_every_part_runs_without_an_error_and_writes_its_file(tiny):
     printed, parts = tiny
     assert parts.keys() == {"card", "tests", "kernels", "steps", "host", "profile", "planner"}
@@ -33,12 +34,14 @@ def test_every_part_runs_without_an_error_and_writes_its_file(tiny):
     assert all(f"== {part}" in printed for part in parts)
 
 
+@pytest.mark.slow
 def test_the_tests_for_a_card_pass_as_far_as_a_cpu_can_run_them(tiny):
     found = tiny[1]["tests"]["tests"]
     assert not found["failures"]
     assert found["passed"] > 30
 
 
+@pytest.mark.slow
 def test_every_way_of_every_model_is_timed_and_gets_stocks_gradients(tiny):
     steps = tiny[1]["steps"]
     eager = ["bert", "gpt2", "mistral", "vit", "clip", "convnext", "lora"]
@@ -53,6 +56,7 @@ def test_every_way_of_every_model_is_timed_and_gets_stocks_gradients(tiny):
             assert off is None or off["whole"] < 1e-4, (name, way)
 
 
+@pytest.mark.slow
 def test_the_planned_batch_is_beside_one_that_was_tried(tiny):
     for found in tiny[1]["planner"].values():
         for way in ("baseline", "invact", "checkpointing"):
@@ -64,3 +68,9 @@ def test_a_part_that_is_out_of_time_is_told_and_the_others_run(tmp_path):
     printed, parts = run(tmp_path, "--tiny", "--only", "host", "--items", "gelu", "--seconds", "0")
     assert "stopped after" in parts["host"]["error gelu"]
     assert "stopped after" in printed
+
+
+def test_one_part_alone_runs_by_its_name(tmp_path):
+    printed, parts = run(tmp_path, "--tiny", "--only", "host", "--items", "gelu")
+    assert parts.keys() == {"card", "host"}
+    assert "== host" in printed
