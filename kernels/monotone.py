@@ -173,6 +173,7 @@ def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Monotone:
             f"hardtanh was given min_val={min_val} and max_val={max_val}: there is nothing between them. "
             "Pass a max_val larger than min_val."
         )
+    min_val, max_val = min_val + 0.0, max_val + 0.0  # -0.0 is 0.0, to the cache above as well
     return _clamped(
         "hardtanh", min_val, max_val, _unless_default(("min_val", min_val, -1.0), ("max_val", max_val, 1.0))
     )
