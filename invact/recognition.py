@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from invact.kernels import FIXED_CURVES, GUESSES, Curve
+from invact.settings import EVERY_MODULE_HAS
 
 # Modules that compute inside in float32 are off by about 1e-7; the closest pair of curves, GELU and
 # its tanh form, differ by 4.7e-4.
 _TOLERANCE = 2e-6
 _SLOPE_TOLERANCE = 1e-5  # of f'; the closest pair differs by 1e-3
-
-_EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 
 
 def recognise(module: nn.Module) -> Curve | None:
@@ -110,7 +109,7 @@ def _own_state(module: nn.Module) -> str | None:
     """All that the module holds, as text; None where something in it does not say what it is."""
     try:
         # repr sees counters, flags and small tensors alike; the training flag is ours to set.
-        return repr({k: v for k, v in module.__dict__.items() if k not in _EVERY_MODULE_HAS})
+        return repr({k: v for k, v in module.__dict__.items() if k not in EVERY_MODULE_HAS})
     except Exception:
         return None
 

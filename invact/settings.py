@@ -20,7 +20,7 @@ from torch import nn
 
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 _LIBRARIES = ("torch", "math", "numpy")  # whoever exchanges what these hold changes PyTorch itself
-_EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
+EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 _GONE = object()
 
 
@@ -115,7 +115,7 @@ def _readings_of_module(module: nn.Module) -> Iterator[Reading]:
     yield Reading(kind, "forward", kind.forward)
     for function in functions:
         yield from readings_of_function(function, seen, own=kind)
-    for name in sorted(attributes - _EVERY_MODULE_HAS - {"forward"}):
+    for name in sorted(attributes - EVERY_MODULE_HAS - {"forward"}):
         of_class = static_attribute(kind, name)
         if name in module.__dict__ and not hasattr(of_class, "__set__"):
             yield from readings_of_value(None, name, _without_self(module.__dict__[name], module), seen, kind)

@@ -237,7 +237,7 @@ def _rewritten_method(
         if not torch.compiler.is_compiling():
             known = function.__code__ is code and function.__defaults__ is defaults
             known = known and function.__kwdefaults__ is by_keyword and getattr(stock, name) is function
-            if not (known and isinstance(self, Patched)):
+            if not (known and _is_patched(self)):
                 return getattr(stock, name)(self, *args, **kwargs)
         return rewritten(self, *args, **kwargs)
 
@@ -245,6 +245,7 @@ def _rewritten_method(
 
 
 def _is_patched(module: Any) -> bool:
+    """Asked of what calls a method of ours: it may have its own class again."""
     return isinstance(module, Patched)
 
 
