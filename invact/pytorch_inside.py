@@ -97,6 +97,44 @@ _found(Tensor, "_version")
 _found(Tensor, "_backward_hooks")
 _found(functional, "has_torch_function")
 
+# Hooks on kept tensors set outside of ours: what is really kept must go through them, or they would not see it.
+_top_hooks: Callable[[bool], Any] = _found(_found(torch._C, "_autograd"), "_top_saved_tensors_default_hooks")
+
+# Whether such hooks may be set here: entering them where torch.func forbids it raises.
+hooks_allowed: Callable[[], bool] = _found(torch._C._autograd, "_saved_tensors_hooks_is_enabled")
+
+# The number of the backward pass that is running, or -1, and what is to be done at its end: a tensor that several want
+# would be made for each of them, or held until the graph goes.
+current_backward: Callable[[], int] = _found(torch._C, "_current_graph_task_id")
+# The function that starts a backward pass: whoever else asks for a kept tensor is code written in Python.
+engine_call: types.FunctionType = _found(torch.autograd.graph, "_engine_run_backward")
+_engine: Any = _found(torch.autograd.Variable, "_execution_engine")
+when_backward_ends: Callable[[Callable[[], None]], None] = _found(_engine, "queue_callback")
+
+# Whether autocast is on for any device, in one question: several would cost as much as a small recipe.
+autocast_anywhere: Callable[[], bool] = _found(torch._C, "_is_any_autocast_enabled")
+
+
+def outer_hooks() -> Any:
+    """The innermost hooks on kept tensors, as (pack, unpack), or None."""
+    return _top_hooks(False)
+
+
+def current_stream(tensor: Tensor) -> int:
+    """The stream of a tensor's device that work goes to: on another one a tensor may not be ready."""
+    return int(torch._C._cuda_getCurrentRawStream(tensor.get_device())) if tensor.is_cuda and real(tensor) else 0
+
+
+def real(tensor: Tensor) -> bool:
+    """Whether there is memory behind it, which simulated tensors have not."""
+    return type(tensor) is not FakeTensor
+
+
+def accelerator_type() -> str:
+    """The kind of accelerator of this PyTorch, "cuda" where it has none."""
+    device = torch.accelerator.current_accelerator()
+    return "cuda" if device is None else device.type
+
 
 def hooks_on_all_modules() -> bool:
     """Whether forward hooks are registered for every module there is: what they change of an output would go unseen."""
@@ -155,6 +193,14 @@ def seen_by_modes(function: types.FunctionType) -> types.FunctionType:
 
 __all__ = [
     "CheckpointFunction",
+    "accelerator_type",
+    "autocast_anywhere",
+    "current_backward",
+    "current_stream",
+    "engine_call",
+    "hooks_allowed",
+    "outer_hooks",
+    "when_backward_ends",
     "FakeTensor",
     "FakeTensorMode",
     "StorageWeakRef",
