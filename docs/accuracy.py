@@ -25,18 +25,14 @@ from matplotlib import pyplot as plt
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NEAR = 0.1  # fp32: as far from the minimum every value is tried
 RUNS, RUN = 256, 4096
-MORE_BITS = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures how exact the derivative of every curve is.")
     parser.add_argument("--into", type=Path, default=Path(__file__).parent, help="the folder to write to")
     folder = parser.parse_args().into
-    columns = ["ours", f"ours, {MORE_BITS} bits", "floor", "floor, rounded", "stock"]
+    columns = ["ours", "floor", "floor, rounded", "stock"]
     rows = [[f"`{curve.name}`", name, *row(curve, name)] for curve in CURVES.values() for name in DTYPES]
-    if all(more_bits == "" for _, _, _, more_bits, *_ in rows):  # side_bits is yet to come
-        columns = [columns[0], *columns[2:]]
-        rows = [[*cells[:3], *cells[4:]] for cells in rows]
     theirs = [["`gelu`", name, published_error(name)] for name in DTYPES]
     version = torch.__version__.partition("+")[0]
     text = [
@@ -66,12 +62,11 @@ def row(curve: Curve, dtype_name: str) -> list[str]:
     best = floor(x, y, true, weight, bottom)
     found = [
         derivative(x, lambda x: invert(x, curve)),
-        derivative(x, lambda x: invert(x, finer)) if (finer := with_more_bits(curve)) else None,
         best,
         best.to(x.dtype),
         derivative(x, curve.f),
     ]
-    return ["" if values is None else error(values, true, weight) for values in found]
+    return [error(values, true, weight) for values in found]
 
 
 def published_error(dtype_name: str) -> str:
@@ -101,12 +96,6 @@ def short(number: float) -> str:
         return "0"
     mantissa, _, exponent = f"{number:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
-
-
-def with_more_bits(curve: Curve) -> Curve | None:
-    """The curve with `MORE_BITS`; None for one that needs no bit."""
-    finer = curve.with_side_bits(MORE_BITS) if hasattr(curve, "with_side_bits") else curve
-    return None if finer is curve else finer
 
 
 def derivative(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:

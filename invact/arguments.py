@@ -163,6 +163,19 @@ def check_autocast(autocast: Any) -> None:
         )
 
 
+def check_exact(exact: Any) -> None:
+    """True or False.
+
+    Raises:
+        TypeError: anything else, so that a number of bits, say, is not taken for True.
+    """
+    if not isinstance(exact, bool):
+        raise TypeError(
+            f"exact is {_shortened(exact)}, but it is a switch: with True nothing is inverted, activations are derived "
+            "instead. Pass True or False."
+        )
+
+
 def check_patterns(include: Any, exclude: Any) -> None:
     """Each None, a glob pattern, or several of them in a list, tuple or set.
 

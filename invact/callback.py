@@ -42,7 +42,7 @@ class InvActCallback(PatchedDuringTraining, TrainerCallback):
     Args:
         include: glob patterns over site paths; only these sites may be inverted.
         exclude: glob patterns over site paths; these sites are kept.
-        side_bits: 1, 2 or 4 bits per element for curves with two sides; see `invact.patch`.
+        exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
 
     Raises:
         Exception: what `invact.patch` raises, from `trainer.train()`.

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.arguments import Inputs, check_patterns, holds_a_tensor
-from invact.kernels import check_side_bits
+from invact.arguments import Inputs, check_exact, check_patterns, holds_a_tensor
 from invact.patching import patched
 from invact.report import Report
 
@@ -28,14 +27,14 @@ class PatchedDuringTraining:
         *,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
-        side_bits: int = 1,
+        exact: bool = False,
     ) -> None:
         check_patterns(include, exclude)
-        check_side_bits(side_bits)
+        check_exact(exact)
         self.report: Report | None = None
         self._include = include
         self._exclude = exclude
-        self._side_bits = side_bits
+        self._exact = exact
         self._undo = ExitStack()
         self._unlogged: dict[str, float] = {}
 
@@ -55,7 +54,7 @@ class PatchedDuringTraining:
             autocast=autocast,
             include=_prefixed(self._include, within),
             exclude=_prefixed(self._exclude, within),
-            side_bits=self._side_bits,
+            exact=self._exact,
         )
         report = self._undo.enter_context(during)
         self.report = replace(

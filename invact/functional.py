@@ -14,8 +14,7 @@ raises TypeError, a parameter that the curve can not have ValueError.
 
 **Curves with two sides** (gelu, silu, quick_gelu, mish, hardswish) keep one bit per element besides y. The gradient is
 f' as far as y and the bit tell it: exact away from the curve's minimum, and next to it, where rounding y hides where x
-was, its mean over the x that give the same y and the same bit. With ``side_bits=2`` or ``4`` more is kept of where x
-was; with 4 the gradients in bf16 are as exact as stock's.
+was, its mean over the x that give the same y and the same bit.
 
 **Monotone curves** (all others) keep y alone. The gradient is within two units in the last place of stock's, except
 where the curve levels out and y no longer tells x; each says where.
@@ -58,11 +57,11 @@ __all__ = [
 # --- curves with two sides ----------------------------------------------------------------------------
 
 
-def gelu(input: Tensor, approximate: str = "none", *, side_bits: int = 1) -> Tensor:
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """``torch.nn.functional.gelu``, inverted: x Phi(x), or with ``approximate="tanh"`` its approximation.
 
     Formula: Hendrycks & Gimpel, arXiv 1606.08415. Raises TypeError for a tensor that is not floating, ValueError for
-    another `approximate` and for `side_bits` other than 1, 2 and 4.
+    another `approximate`.
 
     >>> gelu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.1587,  0.0000,  0.8413])
@@ -72,10 +71,10 @@ def gelu(input: Tensor, approximate: str = "none", *, side_bits: int = 1) -> Ten
             f"gelu has no approximate={approximate!r}: torch.nn.functional.gelu knows two. "
             'Pass approximate="none" or approximate="tanh".'
         )
-    return invert(input, CURVES["gelu" if approximate == "none" else "gelu_tanh"].with_side_bits(side_bits))
+    return invert(input, CURVES["gelu" if approximate == "none" else "gelu_tanh"])
 
 
-def silu(input: Tensor, inplace: bool = False, *, side_bits: int = 1) -> Tensor:
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.silu``, inverted: x sigmoid(x).
 
     Formula: Elfwing et al., arXiv 1702.03118. Raises TypeError for a tensor that is not floating.
@@ -83,10 +82,10 @@ def silu(input: Tensor, inplace: bool = False, *, side_bits: int = 1) -> Tensor:
     >>> silu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.2689,  0.0000,  0.7311])
     """
-    return invert(input, CURVES["silu"].with_side_bits(side_bits), inplace)
+    return invert(input, CURVES["silu"], inplace)
 
 
-def mish(input: Tensor, inplace: bool = False, *, side_bits: int = 1) -> Tensor:
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.mish``, inverted: x tanh(softplus(x)).
 
     Formula: Misra, arXiv 1908.08681. Raises TypeError for a tensor that is not floating.
@@ -94,10 +93,10 @@ def mish(input: Tensor, inplace: bool = False, *, side_bits: int = 1) -> Tensor:
     >>> mish(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.3034,  0.0000,  0.8651])
     """
-    return invert(input, CURVES["mish"].with_side_bits(side_bits), inplace)
+    return invert(input, CURVES["mish"], inplace)
 
 
-def hardswish(input: Tensor, inplace: bool = False, *, side_bits: int = 1) -> Tensor:
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.hardswish``, inverted: x relu6(x + 3) / 6.
 
     Formula: Howard et al., arXiv 1905.02244. Raises TypeError for a tensor that is not floating.
@@ -105,10 +104,10 @@ def hardswish(input: Tensor, inplace: bool = False, *, side_bits: int = 1) -> Te
     >>> hardswish(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.3333,  0.0000,  0.6667])
     """
-    return invert(input, CURVES["hardswish"].with_side_bits(side_bits), inplace)
+    return invert(input, CURVES["hardswish"], inplace)
 
 
-def quick_gelu(input: Tensor, *, side_bits: int = 1) -> Tensor:
+def quick_gelu(input: Tensor) -> Tensor:
     """x sigmoid(1.702 x), inverted; in fp32 inside for 16-bit types, and rounded once.
 
     Formula: Hendrycks & Gimpel, arXiv 1606.08415, as OpenAI's CLIP uses it. Raises TypeError for a tensor that is not
@@ -117,7 +116,7 @@ def quick_gelu(input: Tensor, *, side_bits: int = 1) -> Tensor:
     >>> quick_gelu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.1542,  0.0000,  0.8458])
     """
-    return invert(input, CURVES["quick_gelu"].with_side_bits(side_bits))
+    return invert(input, CURVES["quick_gelu"])
 
 
 # --- monotone curves ----------------------------------------------------------------------------------
@@ -251,7 +250,7 @@ def squared_relu(input: Tensor) -> Tensor:
 
 
 def invert(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
-    """Any curve of `invact.kernels`, keeping y and the curve's bits for backward.
+    """Any curve of `invact.kernels`, keeping y and the curve's bits, if it has any, for backward.
 
     >>> invert(torch.tensor([-1.0, 0.0, 1.0]), CURVES["silu"])
     tensor([-0.2689,  0.0000,  0.7311])

@@ -6,8 +6,7 @@
     torch.Size([4, 8])
 
 Each is a subclass of the stock module where there is one, takes the same arguments, and has no parameters or state, so
-that checkpoints load either way. Those of curves with two sides also take `side_bits`: 1, 2 or 4. What they take, give
-and raise is said in `invact.functional`.
+that checkpoints load either way. What they take, give and raise is said in `invact.functional`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch.nn
 from torch import Tensor
 
 from invact import functional
-from invact.kernels import check_side_bits
 
 __all__ = [
     "CELU",
@@ -45,13 +43,8 @@ class GELU(torch.nn.GELU):
     tensor([-0.1588,  0.0000,  0.8412])
     """
 
-    def __init__(self, approximate: str = "none", *, side_bits: int = 1) -> None:
-        super().__init__(approximate)
-        check_side_bits(side_bits)
-        self.side_bits = side_bits
-
     def forward(self, input: Tensor) -> Tensor:
-        return functional.gelu(input, self.approximate, side_bits=self.side_bits)
+        return functional.gelu(input, self.approximate)
 
 
 class SiLU(torch.nn.SiLU):
@@ -61,13 +54,8 @@ class SiLU(torch.nn.SiLU):
     tensor([-0.2689,  0.0000,  0.7311])
     """
 
-    def __init__(self, inplace: bool = False, *, side_bits: int = 1) -> None:
-        super().__init__(inplace)
-        check_side_bits(side_bits)
-        self.side_bits = side_bits
-
     def forward(self, input: Tensor) -> Tensor:
-        return functional.silu(input, self.inplace, side_bits=self.side_bits)
+        return functional.silu(input, self.inplace)
 
 
 class Mish(torch.nn.Mish):
@@ -77,13 +65,8 @@ class Mish(torch.nn.Mish):
     tensor([-0.3034,  0.0000,  0.8651])
     """
 
-    def __init__(self, inplace: bool = False, *, side_bits: int = 1) -> None:
-        super().__init__(inplace)
-        check_side_bits(side_bits)
-        self.side_bits = side_bits
-
     def forward(self, input: Tensor) -> Tensor:
-        return functional.mish(input, self.inplace, side_bits=self.side_bits)
+        return functional.mish(input, self.inplace)
 
 
 class Hardswish(torch.nn.Hardswish):
@@ -93,13 +76,8 @@ class Hardswish(torch.nn.Hardswish):
     tensor([-0.3333,  0.0000,  0.6667])
     """
 
-    def __init__(self, inplace: bool = False, *, side_bits: int = 1) -> None:
-        super().__init__(inplace)
-        check_side_bits(side_bits)
-        self.side_bits = side_bits
-
     def forward(self, input: Tensor) -> Tensor:
-        return functional.hardswish(input, self.inplace, side_bits=self.side_bits)
+        return functional.hardswish(input, self.inplace)
 
 
 class QuickGELU(torch.nn.Module):
@@ -109,13 +87,8 @@ class QuickGELU(torch.nn.Module):
     tensor([-0.1542,  0.0000,  0.8458])
     """
 
-    def __init__(self, *, side_bits: int = 1) -> None:
-        super().__init__()
-        check_side_bits(side_bits)
-        self.side_bits = side_bits
-
     def forward(self, input: Tensor) -> Tensor:
-        return functional.quick_gelu(input, side_bits=self.side_bits)
+        return functional.quick_gelu(input)
 
 
 class ELU(torch.nn.ELU):

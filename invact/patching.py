@@ -21,7 +21,7 @@ def patch(
     autocast: torch.dtype | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    side_bits: int = 1,
+    exact: bool = False,
 ) -> Report:
     """Inverts, in place, every activation of `model` whose inversion saves memory, and reports what was done.
 
@@ -35,7 +35,7 @@ def patch(
         >>> [site.path for site in report.inverted], isinstance(model[1], nn.GELU)
         (['1'], True)
     """
-    return _patch(model, example_inputs, autocast, include, exclude, side_bits)[0]
+    return _patch(model, example_inputs, autocast, include, exclude, exact)[0]
 
 
 def unpatch(model: nn.Module) -> int:
@@ -58,7 +58,7 @@ def patched(
     autocast: torch.dtype | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    side_bits: int = 1,
+    exact: bool = False,
 ) -> Iterator[Report]:
     """`patch` for the length of a block; what was patched before the block stays so after it.
 
@@ -67,7 +67,7 @@ def patched(
         >>> with patched(model, (torch.randn(8, 64),)) as report:
         ...     loss = model(torch.randn(8, 64)).sum()
     """
-    report, swaps = _patch(model, example_inputs, autocast, include, exclude, side_bits)
+    report, swaps = _patch(model, example_inputs, autocast, include, exclude, exact)
     try:
         yield report
     finally:
@@ -80,7 +80,7 @@ def _patch(
     autocast: torch.dtype | None,
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
-    side_bits: int,
+    exact: bool,
 ) -> tuple[Report, Swaps]:
-    decided = decide(model, example_inputs, autocast=autocast, include=include, exclude=exclude, side_bits=side_bits)
+    decided = decide(model, example_inputs, autocast=autocast, include=include, exclude=exclude, exact=exact)
     return decided.report, decided.apply(model)

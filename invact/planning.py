@@ -13,13 +13,14 @@ from torch import nn
 from invact.arguments import (
     Inputs,
     check_autocast,
+    check_exact,
     check_inputs,
     check_model,
     check_patterns,
     check_trainable_here,
     device_of,
 )
-from invact.kernels import Curve, check_side_bits
+from invact.kernels import Curve
 from invact.ledger import Entry, Key
 from invact.patchers import example_inputs as make_inputs
 from invact.probing import Call, Observation, observe
@@ -39,7 +40,7 @@ def plan(
     autocast: torch.dtype | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    side_bits: int = 1,
+    exact: bool = False,
 ) -> Report:
     """What `invact.patch` would do to `model`, and what that would save; the model is not changed.
 
@@ -52,8 +53,7 @@ def plan(
         autocast: the dtype of torch.autocast in training, or None: as it is where this is called, which is mostly off.
         include: glob patterns over site paths; only these sites may be inverted.
         exclude: glob patterns over site paths; these sites are kept.
-        side_bits: 1, 2 or 4 bits per element for curves with two sides; more make gradients more exact near the
-            minimum, and with 4 those in bf16 are as exact as stock's.
+        exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
 
     Raises:
         TypeError: `model` is no module, or an argument is of the wrong kind.
@@ -69,9 +69,7 @@ def plan(
         >>> [(site.path, site.action) for site in report.sites]
         [('1', 'invert')]
     """
-    return decide(
-        model, example_inputs, autocast=autocast, include=include, exclude=exclude, side_bits=side_bits
-    ).report
+    return decide(model, example_inputs, autocast=autocast, include=include, exclude=exclude, exact=exact).report
 
 
 def decide_for_device(
@@ -81,12 +79,12 @@ def decide_for_device(
     device: str | torch.device = "cuda",
     autocast: torch.dtype | None = None,
     attention: str = "fused",
-    side_bits: int = 1,
+    exact: bool = False,
     title: str = "",
 ) -> Decided:
     """`decide` for training on `device`, whether or not it is there; the model may be on any, or on meta."""
     check_inputs(example_inputs)
-    decided = _decide(model, example_inputs, Setting(torch.device(device), autocast, attention), side_bits=side_bits)
+    decided = _decide(model, example_inputs, Setting(torch.device(device), autocast, attention), exact=exact)
     decided.report.title = title
     return decided
 
@@ -111,20 +109,20 @@ def decide(
     autocast: torch.dtype | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    side_bits: int = 1,
+    exact: bool = False,
 ) -> Decided:
     """The plan in a form that can be applied; arguments and errors as of `plan`."""
     check_model(model)
     check_trainable_here(model)
     check_autocast(autocast)
     check_patterns(include, exclude)
+    check_exact(exact)
     if example_inputs is None:
         example_inputs = make_inputs(model)
     check_inputs(example_inputs)
-    check_side_bits(side_bits)
     device = device_of(model)
     setting = Setting(device, autocast or autocast_here(device))
-    return _decide(model, example_inputs, setting, include, exclude, side_bits)
+    return _decide(model, example_inputs, setting, include, exclude, exact)
 
 
 def _decide(
@@ -133,16 +131,16 @@ def _decide(
     setting: Setting,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    side_bits: int = 1,
+    exact: bool = False,
 ) -> Decided:
     """Walk, probe, choose; then probe again with the choice applied, so that both totals are counts."""
     already = [site for path, module in model.named_modules() for site in _already_inverted(path, module)]
     with as_it_was(model):
-        found = [replace(site, curve=site.curve.with_side_bits(side_bits)) for site in walk(model)]
+        found = walk(model)
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
 
     decisive = observe(model, inputs, setting, watch=found, checkpointing=False)
-    choice = _Choice(found, decisive, allowed)
+    choice = _Choice(found, decisive, allowed, exact)
     sites = choice.sites()
     chosen = {site.path for site in sites if site.action == INVERT}
     decided = Decided(Report(sites=[*sites, *already]), {}, {})
@@ -164,7 +162,7 @@ def _decide(
     report.bytes_before, report.bytes_after = before.memory.total_bytes, after.memory.total_bytes
     report.weight_cast_bytes = after.memory.weight_cast_bytes
     report.kept_by_class = dict(Counter(after.memory.by_class).most_common())
-    report.setting = _in_words(setting, side_bits)
+    report.setting = _in_words(setting, exact)
     report.notes = [*before.notes, *_notes(model, decisive, len(already), nothing_allowed=bool(found) and not allowed)]
     return decided
 
@@ -183,11 +181,13 @@ class _Choice:
         found: the sites of the model.
         observed: a pass with every checkpointed region run as ordinary code.
         allowed: the paths that `include` and `exclude` leave.
+        exact: choose none.
     """
 
-    def __init__(self, found: Sequence[Found], observed: Observation, allowed: set[str]) -> None:
+    def __init__(self, found: Sequence[Found], observed: Observation, allowed: set[str], exact: bool) -> None:
         self.found = found
         self.allowed = allowed
+        self.exact = exact
         self.labels = observed.labels
         self.sizes: dict[Key, int] = {entry.key: entry.nbytes for entry in observed.entries}
         self.keepers: dict[Key, set[str]] = {}
@@ -219,6 +219,8 @@ class _Choice:
 
     def _obstacle(self, found: Found) -> str | None:
         """Why this site can not be inverted at all, or None."""
+        if self.exact:
+            return "exact: left to deriving"
         calls = self.calls.get(found.path, [])
         if self._keeps_only_outputs(found.path):
             return "stock PyTorch already keeps only its output"
@@ -262,15 +264,15 @@ class _Choice:
         return call.y_key
 
     def _bytes_saved(self, found: Found) -> int:
-        """Bytes no longer kept, less those newly kept: the output where nobody else keeps it, and the side bits."""
+        """Bytes no longer kept, less those newly kept: the output where nobody else keeps it, and the bits."""
         path = found.path
         outputs = {self._output_key(call): call for call in self.calls[path] if call.needs_grad}
         own = {key for key, keepers in self.keepers.items() if keepers == {path}}
         freed = sum(self.sizes[key] for key in own)
         kept_anyway = {key for key in outputs if self.keepers.get(key, set()) - {path}}
         added = sum(call.y_nbytes for key, call in outputs.items() if key not in kept_anyway)
-        bits = sum(call.bit_nbytes for call in self.calls[path] if call.needs_grad)
-        return freed - added - bits * found.curve.side_bits
+        bits = sum(call.bit_nbytes for call in self.calls[path] if call.needs_grad and found.curve.has_side)
+        return freed - added - bits
 
     def _invert(self, path: str) -> None:
         """From here on this site keeps its outputs, and what it kept before only if others do."""
@@ -337,14 +339,14 @@ def _matches(path: str, patterns: str | Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _in_words(setting: Setting, side_bits: int) -> str:
+def _in_words(setting: Setting, exact: bool) -> str:
     words = [f"training on {setting.device.type}"]
     if setting.autocast is not None:
         words.append(f"autocast to {str(setting.autocast).removeprefix('torch.')}")
     if setting.device.type == "cuda":
         words.append("fused attention" if setting.attention == "fused" else "attention by matrix products")
-    if side_bits > 1:
-        words.append(f"{side_bits} side bits")
+    if exact:
+        words.append("exact")
     return ", ".join(words)
 
 

@@ -40,7 +40,7 @@ def train_in_ways(
     seeds: Sequence[int] = (0,),
     ways: Sequence[str] = WAYS,
     setting: Setting | None = None,
-    side_bits: int = 1,
+    exact: bool = False,
     memory_bytes: int | None = None,
     on_step: Callable[[str], None] = lambda way: None,
     on_estimate: Callable[[float, int], None] = lambda seconds, steps: None,
@@ -53,7 +53,7 @@ def train_in_ways(
     Args:
         ways: of `WAYS` and `COMPILED_WAYS`; the baseline and "invact" among them.
         setting: the device, and the dtype of torch.autocast if any; fp16 is trained with scaled gradients.
-        side_bits: per element, for curves with two sides; see `invact.patch`.
+        exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
         memory_bytes: of a GPU, to predict the largest batch for.
         on_step: called with the name of the way after every step.
         on_estimate: called once, when every way has taken its first two steps, with the seconds that the rest takes and
@@ -78,7 +78,7 @@ def train_in_ways(
     try:
         for seed in seeds:
             start = time.perf_counter()
-            trainees = [_Trainee(way, task, setting, seed, batch_size, side_bits) for way in ways]
+            trainees = [_Trainee(way, task, setting, seed, batch_size, exact) for way in ways]
             seeds_done.append(trainees)
             building = time.perf_counter() - start
             for step in range(steps):
@@ -96,8 +96,8 @@ def train_in_ways(
         seeds_done = _complete_rounds(seeds_done)
         if not seeds_done:
             raise
-    trial = _compared(task, setting, seeds_done, batch_size, side_bits, memory_bytes)
-    trial.setting = _in_words(setting, steps, batch_size, len(seeds), side_bits)
+    trial = _compared(task, setting, seeds_done, batch_size, exact, memory_bytes)
+    trial.setting = _in_words(setting, steps, batch_size, len(seeds), exact)
     if interrupted:
         trial.interrupted = True
         taken = sum(len(trainees[0].losses) for trainees in seeds_done)
@@ -108,7 +108,7 @@ def train_in_ways(
 class _Trainee:
     """One model that is trained in one way from one seed."""
 
-    def __init__(self, way: str, task: Task, setting: Setting, seed: int, batch_size: int, side_bits: int) -> None:
+    def __init__(self, way: str, task: Task, setting: Setting, seed: int, batch_size: int, exact: bool) -> None:
         self.way = way
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -122,7 +122,7 @@ class _Trainee:
         if "checkpointing" in way:
             enable_checkpointing(self._model)
         if way.startswith("invact"):
-            patch(self._model, self._batch(0).inputs, autocast=setting.autocast, side_bits=side_bits)
+            patch(self._model, self._batch(0).inputs, autocast=setting.autocast, exact=exact)
         self._forward = torch.compile(self._model) if "compile" in way else self._model
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=_LEARNING_RATE)
         self._scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
@@ -235,7 +235,7 @@ def _compared(
     setting: Setting,
     seeds_done: list[list[_Trainee]],
     batch_size: int,
-    side_bits: int,
+    exact: bool,
     memory_bytes: int | None,
 ) -> Trial:
     by_way = [list(trainees) for trainees in zip(*seeds_done, strict=True)]
@@ -246,7 +246,7 @@ def _compared(
         return on_device(task.batch(0, 0, size), setting.device).inputs
 
     inputs = inputs_of(batch_size)
-    decided = decide(model, inputs, autocast=setting.autocast, side_bits=side_bits)
+    decided = decide(model, inputs, autocast=setting.autocast, exact=exact)
     if memory_bytes is not None:
         predicted = needs(model, inputs_of, setting, decided)
         for run in runs:
@@ -287,10 +287,10 @@ def _largest_difference(curves: Sequence[Sequence[float]]) -> float:
     return max(max(losses) - min(losses) for losses in by_step)
 
 
-def _in_words(setting: Setting, steps: int, batch_size: int, seeds: int, side_bits: int) -> str:
+def _in_words(setting: Setting, steps: int, batch_size: int, seeds: int, exact: bool) -> str:
     device = torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else "CPU"
     precision = "fp32" if setting.autocast is None else f"autocast to {str(setting.autocast).removeprefix('torch.')}"
     words = [f"{steps} steps of {batch_size} samples", f"{seeds} {'seed' if seeds == 1 else 'seeds'}", precision]
-    if side_bits > 1:
-        words.append(f"{side_bits} side bits")
+    if exact:
+        words.append("exact")
     return ", ".join([*words, device])

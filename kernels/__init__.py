@@ -1,7 +1,7 @@
 """Curves, the coefficients of their inverses, and the kernels. Knows no module and no model."""
 
 from .catalogue import CURVES, FIXED_CURVES, GUESSES
-from .curve import Curve, check_side_bits
+from .curve import Curve
 from .dispatch import backward, forward, second, storage_order
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "GUESSES",
     "Curve",
     "backward",
-    "check_side_bits",
     "forward",
     "second",
     "storage_order",

@@ -64,10 +64,10 @@ def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
         curve: one of `CURVES`, or one of the same kind with other parameters.
 
     Returns:
-        y, of x's shape and dtype, and `side`: the packed codes of the elements in the order of `storage_order(y)`,
-        uint8; empty for a curve that needs none.
+        y, of x's shape and dtype, and `side`: the packed sides of the elements in the order of `storage_order(y)`,
+        uint8; empty for a curve that has none.
     """
-    if not curve.side_bits:
+    if not curve.has_side:
         return curve.f(x), x.new_empty(0, dtype=torch.uint8)
     if triton_pair := triton_pair_for(x, curve):
         if x.is_contiguous():  # then nothing needs to be made flat, and each view costs the host of a GPU some 2 us
@@ -78,7 +78,7 @@ def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
         return shaped(y, x, order), side
     y = curve.f(x)
     order = storage_order(y)
-    return y, pytorch.sides(flat(x, order), flat(y, order), curve)
+    return y, pytorch.packed_sides(flat(x, order), curve)
 
 
 def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int, ...]) -> Tensor:

@@ -307,7 +307,7 @@ def quick_coefficients(quick_fits: QuickFits) -> str:
 
 
 def quick_function(quick_fits: QuickFits) -> str:
-    """The function of triton_polynomials.py for 16-bit outputs with one bit."""
+    """The function of triton_polynomials.py for 16-bit outputs."""
     source = "\n\n@triton.jit\ndef quick_slope(y, below, logarithm, right, CURVE: tl.constexpr, BF16: tl.constexpr):\n"
     source += '    """f\' by `quick_fit.QuickFit`; logarithm is log2(-below), below y if that is negative."""\n'
     keyword = "if"

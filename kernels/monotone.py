@@ -40,18 +40,18 @@ class Monotone(Curve):
     constants: tuple[float, ...] = ()
     beyond_jump: Callable[[Tensor], Tensor] | None = None
 
-    def codes(self, x: Tensor, y: Tensor) -> Tensor:
+    def sides(self, x: Tensor) -> Tensor:
         assert self.beyond_jump is not None
         return self.beyond_jump(x)
 
-    def slope(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
+    def slope(self, y: Tensor, side: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         assert self.of_output is not None
         values = self.of_output(y)
-        return values if code is None else torch.where(code, 1.0, values)
+        return values if side is None else torch.where(side, 1.0, values)
 
-    def slope_rise(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
+    def slope_rise(self, y: Tensor, side: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         values = self.rise(y)
-        return values if code is None else torch.where(code, 0.0, values)
+        return values if side is None else torch.where(side, 0.0, values)
 
     def constants_for(self, dtype: torch.dtype) -> tuple[float, ...]:
         """`constants` for an output of this dtype."""
@@ -61,7 +61,7 @@ class Monotone(Curve):
 class Clamped(Monotone):
     """A curve whose f' is 1 between two outputs: `constants`, each rounded as the outputs are."""
 
-    def slope(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
+    def slope(self, y: Tensor, side: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         return _one_between(y, *self.constants_for(rounded_to))
 
     def constants_for(self, dtype: torch.dtype) -> tuple[float, ...]:
@@ -74,7 +74,7 @@ class ExponentialLinear(Monotone):
     f' is ``input_scale (y + bottom)`` where y <= 0, and 0 where y is -bottom as far as its dtype can tell.
     """
 
-    def slope(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
+    def slope(self, y: Tensor, side: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         bottom, input_scale, scale, lowest = self.constants_for(rounded_to)
         falling = torch.where(y <= lowest, 0.0, (y + bottom) * input_scale)
         return torch.where(y <= 0, falling, scale)
@@ -225,7 +225,7 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Monotone:
         rise=lambda y: beta * torch.exp(-beta * y),
         constants=(beta,),
         beyond_jump=is_x_itself if jumps else None,
-        side_bits=1 if jumps else 0,
+        has_side=jumps,
         parameters=_unless_default(("beta", beta, 1.0), ("threshold", threshold, 20.0)),
         source="Dugas et al., Incorporating Second-Order Functional Knowledge, 2000",
     )

@@ -45,7 +45,7 @@ class Fit(NamedTuple):
 
 
 class QuickFit(NamedTuple):
-    """The same for 16-bit outputs with one bit, in fewer operations: one polynomial on either side of the minimum.
+    """The same for 16-bit outputs, in fewer operations: one polynomial on either side of the minimum.
 
     Both are in ``v = sqrt(max(w, least))``. On the right w is ``y - y_min``. On the left, where y runs out to -0, w is
     ``|y_min| log(y_min / y)``, which next to the minimum is the same.

@@ -1,7 +1,7 @@
 """The pair of kernels in plain PyTorch: for every device, and for tracing under ``torch.compile``.
 
-All tensors are flat and contiguous. `side` holds the codes of `Curve.codes` as `packing` packs them; it is empty where
-a curve needs none.
+All tensors are flat and contiguous. `side` holds what `Curve.sides` gives as `packing` packs it; it is empty where a
+curve has none.
 """
 
 from __future__ import annotations
@@ -20,54 +20,50 @@ from .two_sided import TwoSided
 CHUNK = 1 << 16  # elements that a thread of the CPU works on at a time, so that the temporaries stay in its cache
 
 
-def sides(x: Tensor, y: Tensor, curve: Curve) -> Tensor:
-    """The packed codes of a curve that needs any. This is all of forward that is not the stock operator."""
+def packed_sides(x: Tensor, curve: Curve) -> Tensor:
+    """Of a curve that has any. This is all of forward that is not the stock operator."""
     if not on_real_cpu(x):
-        return packed(curve.codes(x, y), curve.side_bits)
+        return packed(curve.sides(x))
     side = x.new_empty(curve.side_nbytes(x.numel()), dtype=torch.uint8)
-    for elements, bytes_ in chunks(x.numel(), curve.side_bits):
-        if x.dtype.itemsize == 2 and curve.side_bits > 1:
-            codes = tables.short_codes(x[elements], curve)
-        else:
-            codes = curve.codes(x[elements], y[elements])
-        side[bytes_] = packed(codes, curve.side_bits)
+    for elements, bytes_ in chunks(x.numel()):
+        side[bytes_] = packed(curve.sides(x[elements]))
     return side
 
 
 def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
-    """``dy * f'(x)``, from y and the packed codes alone."""
+    """``dy * f'(x)``, from y and the packed sides alone."""
     if not (on_real_cpu(y) and on_real_cpu(dy)):
-        return scaled(dy, y, codes_in(side, y.numel(), curve), curve)
+        return scaled(dy, y, sides_in(side, y.numel(), curve), curve)
     dx = torch.empty_like(y)
-    for elements, bytes_ in chunks(y.numel(), curve.side_bits):
+    for elements, bytes_ in chunks(y.numel()):
         part = y[elements]
-        code = codes_in(side[bytes_], part.numel(), curve)
-        torch.mul(dy[elements], slope_on_cpu(part, code, curve), out=dx[elements])
+        of_part = sides_in(side[bytes_], part.numel(), curve)
+        torch.mul(dy[elements], slope_on_cpu(part, of_part, curve), out=dx[elements])
     return dx
 
 
-def slope_on_cpu(y: Tensor, code: Tensor | None, curve: Curve) -> Tensor:
+def slope_on_cpu(y: Tensor, side: Tensor | None, curve: Curve) -> Tensor:
     """f' in y's precision, or in fp32 for 16-bit types."""
     if y.dtype.itemsize == 2:
-        return tables.short_slope(y, code, curve)
-    if y.dtype == torch.float32 and isinstance(curve, TwoSided) and curve.side_bits == 1 and curve.fit.tail:
-        assert code is not None
-        return tables.fp32_slope(y, code, curve)
-    return curve.slope(y, code, y.dtype)
+        return tables.short_slope(y, side, curve)
+    if y.dtype == torch.float32 and isinstance(curve, TwoSided) and curve.fit.tail:
+        assert side is not None
+        return tables.fp32_slope(y, side, curve)
+    return curve.slope(y, side, y.dtype)
 
 
 def second(y: Tensor, side: Tensor, curve: Curve) -> Tensor:
     """``d f' / d y``, in fp32 for 16-bit types: times f' it is the curve's second derivative."""
-    return curve.slope_rise(widened(y), codes_in(side, y.numel(), curve), y.dtype)
+    return curve.slope_rise(widened(y), sides_in(side, y.numel(), curve), y.dtype)
 
 
-def scaled(dy: Tensor, y: Tensor, code: Tensor | None, curve: Curve) -> Tensor:
+def scaled(dy: Tensor, y: Tensor, side: Tensor | None, curve: Curve) -> Tensor:
     """``dy * f'``, worked out in fp32 for 16-bit types and rounded once."""
-    return (widened(dy) * curve.slope(widened(y), code, y.dtype)).to(y.dtype)
+    return (widened(dy) * curve.slope(widened(y), side, y.dtype)).to(y.dtype)
 
 
-def codes_in(side: Tensor, count: int, curve: Curve) -> Tensor | None:
-    return unpacked(side, count, curve.side_bits) if curve.side_bits else None
+def sides_in(side: Tensor, count: int, curve: Curve) -> Tensor | None:
+    return unpacked(side, count) if curve.has_side else None
 
 
 def on_real_cpu(tensor: Tensor) -> bool:
@@ -86,8 +82,8 @@ def has_memory(tensor: Tensor) -> bool:
     return True
 
 
-def chunks(count: int, bits: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces of a flat tensor, and of its packed codes."""
+def chunks(count: int) -> Iterator[tuple[slice, slice]]:
+    """Pieces of a flat tensor, and of its packed sides, where it has any."""
     step = CHUNK * torch.get_num_threads()
     for start in range(0, count, step):
-        yield slice(start, start + step), slice(start // 8 * bits, (start + step) // 8 * bits)
+        yield slice(start, start + step), slice(start // 8, (start + step) // 8)

@@ -13,8 +13,6 @@ from torch import Tensor
 from .pieces import Fit, Piece, scale_and_shift
 from .rounding import half_ulp, rounded
 
-NEAR = 0.02  # an fp32 y tells x well enough further from the minimum
-
 
 def minimum_in_two(fit: Fit, dtype: torch.dtype) -> tuple[float, float]:
     """The minimum as the sum of a number of the dtype, fp32 or fp64, and a small rest."""
@@ -41,51 +39,15 @@ def roots_of_stretch(y: Tensor, fit: Fit, rounded_to: torch.dtype) -> tuple[Tens
     return (height - half).clamp(min=0).sqrt(), (height + half).clamp(min=half / 64).sqrt()
 
 
-def signed_root(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to: torch.dtype) -> Tensor:
-    """r of `pieces.Fit`, from the share of the stretch of this y that lies below x; negative on the left.
+def signed_root(y: Tensor, right: Tensor, fit: Fit, rounded_to: torch.dtype) -> Tensor:
+    """r of `pieces.Fit`, negative on the left.
 
     Rounding y hides where x was, most of all next to the minimum. x is nearly linear in r there, so the middle of what
-    is possible, ``within=0.5``, is what makes the error of f' smallest where nothing else is known.
+    is possible is what makes the error of f' smallest.
     """
     lower, upper = roots_of_stretch(y, fit, rounded_to)
-    root = lower * (1 - within) + upper * within  # so that two infinite ends make no NaN
+    root = (lower + upper) * 0.5
     return torch.where(right, root, -root)
-
-
-def part_of(x: Tensor, y: Tensor, fit: Fit, wide_y: Tensor, parts: int) -> Tensor:
-    """Which of so many equal parts of the stretch of y x lies in, counted from the minimum; uint8.
-
-    Args:
-        x, y: as they are kept, of one dtype.
-        wide_y: y before it was rounded to 16 bits; of no use where y is wider.
-    """
-    lower, upper = roots_of_stretch(y.to(wide_y.dtype), fit, x.dtype)
-    if x.dtype.itemsize < 4:
-        high, low = minimum_in_two(fit, wide_y.dtype)
-        root = ((wide_y - high) - low).clamp(min=0).sqrt()
-    else:
-        distance = (x.double() - fit.x_min).to(x.dtype)
-        root = torch.where(distance.abs() < NEAR, root_near_minimum(distance, fit).abs(), (lower + upper) / 2)
-    share = ((root - lower) / (upper - lower)).nan_to_num(0.0)  # far from the minimum the stretch has no length
-    return (share * parts).clamp(0, parts - 1).to(torch.uint8)
-
-
-def root_near_minimum(distance: Tensor, fit: Fit) -> Tensor:
-    """r from ``x - x_min`` where that is less than `NEAR`: three terms, next to which y tells nothing of r."""
-    first, second, third = root_expansion(fit)
-    return distance * (first + distance * (second + distance * third))
-
-
-def root_expansion(fit: Fit) -> tuple[float, float, float]:
-    """r as a power series in ``x - x_min``: it solves ``dr/dx = near(r) / 2``, since f' is ``2 r dr/dx``."""
-    scale, shift = scale_and_shift(fit.near)
-    n0 = n1 = n2 = 0.0  # near, its derivative and half its second one, at r = 0, by Horner's rule
-    for term in reversed(fit.near.coefficients):
-        n0, n1, n2 = n0 * shift + term, n1 * shift + n0, n2 * shift + n1
-    n1, n2 = n1 * scale, n2 * scale * scale
-    first = n0 / 2
-    second = n1 * first / 4
-    return first, second, (n1 * second + n2 * first * first) / 6
 
 
 def polynomial(piece: Piece, v: Tensor) -> Tensor:
@@ -108,18 +70,18 @@ def below_zero(y: Tensor) -> Tensor:
     return y.clamp(max=0)
 
 
-def slope(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to: torch.dtype) -> Tensor:
-    """f' from y and where x was, in y's precision, where y was rounded to a dtype that may be shorter."""
-    r = signed_root(y, right, within, fit, rounded_to)
+def slope(y: Tensor, right: Tensor, fit: Fit, rounded_to: torch.dtype) -> Tensor:
+    """f' from y and the side that x was on, in y's precision, where y was rounded to a dtype that may be shorter."""
+    r = signed_root(y, right, fit, rounded_to)
     outer = torch.where(y >= saturation(fit), 1.0, r * polynomial(fit.right, r))
     values = torch.where(r > fit.near.high, outer, r * polynomial(fit.near, r))
     far = 0.0 if fit.tail is None else below_zero(y) * polynomial(fit.tail, tail_variables(y, fit, fit.tail)[1])
     return torch.where(right, values, torch.where(y < fit.tail_start, values, far))
 
 
-def slope_rise(y: Tensor, right: Tensor, within: Tensor | float, fit: Fit, rounded_to: torch.dtype) -> Tensor:
+def slope_rise(y: Tensor, right: Tensor, fit: Fit, rounded_to: torch.dtype) -> Tensor:
     """The derivative of `slope` by y."""
-    r = signed_root(y, right, within, fit, rounded_to)
+    r = signed_root(y, right, fit, rounded_to)
     outer = torch.where(y >= saturation(fit), 0.0, product_rise(fit.right, r))
     values = torch.where(r > fit.near.high, outer, product_rise(fit.near, r))
     far: Tensor | float = 0.0

@@ -22,40 +22,24 @@ from .two_sided import TwoSided
 KEPT_TABLES = 64  # a model has few curves, but a program may go through many parameters
 
 
-def short_codes(x: Tensor, curve: Curve) -> Tensor:
-    """`Curve.codes` for 16-bit x."""
-    return code_table(curve, x.dtype).index_select(0, pattern(x))
-
-
-@functools.lru_cache(KEPT_TABLES)
-def code_table(curve: Curve, dtype: torch.dtype) -> Tensor:
-    """The code of every bit pattern of a 16-bit x, in the order of the patterns as unsigned integers."""
-
-    def codes() -> Tensor:
-        x = every_value(dtype)
-        return curve.codes(x, curve.f(x))
-
-    return in_own_thread(codes)
-
-
-def short_slope(y: Tensor, code: Tensor | None, curve: Curve) -> Tensor:
+def short_slope(y: Tensor, side: Tensor | None, curve: Curve) -> Tensor:
     """`Curve.slope` for 16-bit y, in fp32."""
     index = pattern(y)
-    if code is not None:
-        index.add_(code, alpha=1 << 16)
+    if side is not None:
+        index.add_(side, alpha=1 << 16)
     return slope_table(curve, y.dtype).index_select(0, index)
 
 
 @functools.lru_cache(KEPT_TABLES)
 def slope_table(curve: Curve, dtype: torch.dtype) -> Tensor:
-    """f' for every bit pattern of a 16-bit y, in the order of the patterns as unsigned integers, code after code."""
+    """f' for every bit pattern of a 16-bit y, in the order of the patterns as unsigned integers, side after side."""
 
     def slopes() -> Tensor:
-        y = every_value(dtype).double().repeat(1 << curve.side_bits)
-        if not curve.side_bits:
+        y = every_value(dtype).double()
+        if not curve.has_side:
             return curve.slope(y, None, dtype).float()
-        code = (integers(0, len(y)) >> 16).to(torch.bool if curve.side_bits == 1 else torch.uint8)
-        return curve.slope(y, code, dtype).float()
+        y = y.repeat(2)
+        return curve.slope(y, integers(0, len(y)) >= 1 << 16, dtype).float()
 
     return in_own_thread(slopes)
 
@@ -82,7 +66,7 @@ MOST = 1e30  # f' is 1 from far less on, and an infinite y, which a large x may 
 
 
 def fp32_slope(y: Tensor, right: Tensor, curve: TwoSided) -> Tensor:
-    """`Curve.slope` for fp32 y, of a curve with one bit and a tail."""
+    """`Curve.slope` for fp32 y, of a curve with a tail."""
     values, steps = fp32_tables(curve)
     raised = (y - bottom(curve)).clamp_(half_ulp(curve.y_min, torch.float32), MOST)
     # y of the left may be +0 and more, which must not look like a y of the right

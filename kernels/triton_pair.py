@@ -1,11 +1,11 @@
 """The pair of kernels in Triton, for CUDA and ROCm in eager mode; on CPU tensors when TRITON_INTERPRET=1.
 
-The formulas of `slopes`, in one pass each: forward reads x and writes y and the codes, backward reads dy, y and the
-codes and writes dx. A program works on rows of eight elements: the codes of a row are one number, of as many bytes as a
-code has bits, and in 16 bits a row is one access of 16 bytes. All tensors are contiguous, of any shape. Left to the
-PyTorch pair: fp64, and forward of monotone curves, which is the stock operator.
+The formulas of `slopes`, in one pass each: forward reads x and writes y and the sides, backward reads dy, y and the
+sides and writes dx. A program works on rows of eight elements: the sides of a row are one byte, and in 16 bits a row is
+one access of 16 bytes. All tensors are contiguous, of any shape. Left to the PyTorch pair: fp64, and forward of
+monotone curves, which is the stock operator.
 
-With one bit in 16 bits, the usual case, there are some 20 instructions per element forward and 35 backward: so few that
+In 16 bits, the usual case, there are some 20 instructions per element forward and 35 backward: so few that
 the memory of a large card is what they wait for.
 """
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from . import triton_polynomials
 from .curve import Curve
 from .monotone import Monotone
-from .rounding import half_ulp, rounded, rounded_up
-from .slopes import NEAR, minimum_in_two, root_expansion, saturation
+from .rounding import half_ulp, rounded_up
+from .slopes import minimum_in_two, saturation
 from .triton_math import (
     exponential,
     normal_cdf,
@@ -114,18 +114,8 @@ def forward_kernel(
     side_ptr,
     n,
     LEFT_END: tl.constexpr,
-    X_MIN: tl.constexpr,
-    X_MIN_LOW: tl.constexpr,
-    NEAR: tl.constexpr,
-    ROOT_1: tl.constexpr,
-    ROOT_2: tl.constexpr,
-    ROOT_3: tl.constexpr,
-    Y_MIN: tl.constexpr,
-    Y_MIN_LOW: tl.constexpr,
-    HALF_ULP: tl.constexpr,
     CURVE: tl.constexpr,
     SHORT: tl.constexpr,
-    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     CHIP: tl.constexpr,
@@ -133,29 +123,17 @@ def forward_kernel(
     rows, offsets = row_offsets(ROWS, WIDE)
     inside = offsets < n
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    wide_y = quick_activation(x, CURVE, CHIP) if SHORT and BITS == 1 else activation(x, CURVE)
-    y = wide_y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offsets, y, mask=inside)
-    code = tl.where(x < LEFT_END, 0, 1)  # a NaN is on the right
-    if BITS > 1:
-        lower, upper = roots_of_stretch(y.to(tl.float32), Y_MIN, Y_MIN_LOW, HALF_ULP)
-        if SHORT:
-            root = tl.sqrt(tl.maximum((wide_y - Y_MIN) - Y_MIN_LOW, 0.0))
-        else:
-            distance = (x - X_MIN) - X_MIN_LOW
-            root = tl.abs(distance * (ROOT_1 + distance * (ROOT_2 + distance * ROOT_3)))
-            root = tl.where(tl.abs(distance) < NEAR, root, (lower + upper) / 2)
-        parts: tl.constexpr = 1 << (BITS - 1)
-        part = tl.minimum(tl.maximum((root - lower) / (upper - lower) * parts, 0.0), parts - 1.0)
-        code = code | (part.to(tl.int32) << 1)
-    word = tl.sum(tl.where(inside, code, 0) << (BITS * tl.arange(0, 8)[None, :]), axis=1)
-    tl.store(side_ptr + rows, word.to(side_ptr.dtype.element_ty), mask=rows * 8 < n)
+    y = quick_activation(x, CURVE, CHIP) if SHORT else activation(x, CURVE)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+    right = tl.where(x < LEFT_END, 0, 1)  # a NaN is on the right
+    byte = tl.sum(tl.where(inside, right, 0) << tl.arange(0, 8)[None, :], axis=1)
+    tl.store(side_ptr + rows, byte.to(side_ptr.dtype.element_ty), mask=rows * 8 < n)
 
 
 @triton.jit
 def slope_of(
     y,
-    code,
+    right,
     NEAR_HIGH: tl.constexpr,
     SATURATION: tl.constexpr,
     TAIL_START: tl.constexpr,
@@ -166,17 +144,11 @@ def slope_of(
     HALF_ULP: tl.constexpr,
     CURVE: tl.constexpr,
     SHORT: tl.constexpr,
-    BITS: tl.constexpr,
     CHIP: tl.constexpr,
 ):
-    """f' of fp32 y and the code, as `slopes.slope` has it."""
-    right = (code & 1) == 1
+    """f' of fp32 y and the side, as `slopes.slope` has it."""
     lower, upper = roots_of_stretch(y, Y_MIN, Y_MIN_LOW, HALF_ULP)
-    if BITS == 1:
-        root = (lower + upper) * 0.5
-    else:
-        within = ((code >> 1).to(tl.float32) + 0.5) * (1.0 / (1 << (BITS - 1)))
-        root = lower * (1.0 - within) + upper * within
+    root = (lower + upper) * 0.5
     r = tl.where(right, root, -root)
     outer = tl.where(y >= SATURATION, 1.0, r * right_polynomial(r, CURVE, SHORT))
     slope = tl.where(r > NEAR_HIGH, outer, r * near_polynomial(r, CURVE, SHORT))
@@ -208,7 +180,6 @@ def backward_kernel(
     HALF_ULP: tl.constexpr,
     CURVE: tl.constexpr,
     SHORT: tl.constexpr,
-    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     CHIP: tl.constexpr,
@@ -217,16 +188,16 @@ def backward_kernel(
     inside = offsets < n
     y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    word = tl.load(side_ptr + rows, mask=rows * 8 < n, other=0).to(tl.int32)
-    code = (word[:, None] >> (BITS * tl.arange(0, 8)[None, :])) & ((1 << BITS) - 1)
-    if (SHORT and BITS == 1) and CURVE != "hardswish":  # Triton 3.2 takes no longer chain
+    byte = tl.load(side_ptr + rows, mask=rows * 8 < n, other=0).to(tl.int32)
+    right = ((byte[:, None] >> tl.arange(0, 8)[None, :]) & 1) != 0
+    if SHORT and CURVE != "hardswish":
         below = tl.minimum(y, -1.1754943508222875e-38)
-        slope = quick_slope(y, below, quick_log2(-below, CHIP), code != 0, CURVE, y_ptr.dtype.element_ty == tl.bfloat16)
+        slope = quick_slope(y, below, quick_log2(-below, CHIP), right, CURVE, y_ptr.dtype.element_ty == tl.bfloat16)
         slope += y * 0.0  # NaN at infinity, where stock's formulas say NaN too
     else:
         slope = slope_of(
             y,
-            code,
+            right,
             NEAR_HIGH,
             SATURATION,
             TAIL_START,
@@ -237,7 +208,6 @@ def backward_kernel(
             HALF_ULP,
             CURVE,
             SHORT,
-            BITS,
             CHIP,
         )
     tl.store(dx_ptr + offsets, (dy * slope).to(dx_ptr.dtype.element_ty), mask=inside)
@@ -275,35 +245,28 @@ CHIP = "interpreter" if not isinstance(forward_kernel, triton.JITFunction) else 
 
 def knows(curve: Curve) -> bool:
     """Whether there is a kernel for this curve."""
-    return isinstance(curve, TwoSided) or (isinstance(curve, Monotone) and not curve.side_bits)
+    return isinstance(curve, TwoSided) or (isinstance(curve, Monotone) and not curve.has_side)
 
 
 def forward(x: Tensor, curve: TwoSided) -> tuple[Tensor, Tensor]:
-    """``y = f(x)`` and the packed codes."""
+    """``y = f(x)`` and the packed sides."""
     n = x.numel()
     y = torch.empty_like(x)
     side = torch.empty(curve.side_nbytes(n), dtype=torch.uint8, device=x.device)
     if n:
-        launch(forward_kernel, forward_constants(curve, x.dtype), (x, y, words(side, curve)), n)
+        launch(forward_kernel, forward_constants(curve, x.dtype), (x, y, side), n)
     return y, side
 
 
 def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
-    """``dy * f'(x)``, from y and the packed codes alone."""
+    """``dy * f'(x)``, from y and the packed sides alone."""
     n = y.numel()
     dx = torch.empty_like(y)
     if n and isinstance(curve, TwoSided):
-        launch(backward_kernel, backward_constants(curve, y.dtype), (dy, y, words(side, curve), dx), n)
+        launch(backward_kernel, backward_constants(curve, y.dtype), (dy, y, side, dx), n)
     elif n:
         launch(monotone_backward_kernel, monotone_constants(curve, y.dtype), (dy, y, dx), n)
     return dx
-
-
-def words(side: Tensor, curve: Curve) -> Tensor:
-    """The packed codes as one unsigned number for eight elements: Triton 3.2's interpreter writes int32 as int64."""
-    if curve.side_bits == 1:
-        return side
-    return side.view({2: torch.uint16, 4: torch.uint32}[curve.side_bits])
 
 
 def wide(n: int) -> bool:
@@ -356,46 +319,27 @@ built: dict[tuple[Any, ...], tuple[Constants, Any]] = {}
 
 
 @functools.lru_cache(KEPT_CONSTANTS)
-def shared_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
-    high, low = minimum_in_two(curve.fit, torch.float32)
-    return {
-        "Y_MIN": high,
-        "Y_MIN_LOW": low,
-        "HALF_ULP": half_ulp(curve.y_min, dtype),
-        "CURVE": curve.name,
-        "SHORT": dtype.itemsize == 2,
-        "BITS": curve.side_bits,
-    }
-
-
-@functools.lru_cache(KEPT_CONSTANTS)
 def forward_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
     """What the forward kernel knows of a curve."""
-    x_min = rounded(curve.x_min, torch.float32)
-    first, second, third = root_expansion(curve.fit)
-    return {
-        "LEFT_END": rounded_up(curve.x_min, dtype),
-        "X_MIN": x_min,
-        "X_MIN_LOW": curve.x_min - x_min,
-        "NEAR": NEAR,
-        "ROOT_1": first,
-        "ROOT_2": second,
-        "ROOT_3": third,
-        **shared_constants(curve, dtype),
-    }
+    return {"LEFT_END": rounded_up(curve.x_min, dtype), "CURVE": curve.name, "SHORT": dtype.itemsize == 2}
 
 
 @functools.lru_cache(KEPT_CONSTANTS)
 def backward_constants(curve: TwoSided, dtype: torch.dtype) -> Constants:
     """What the backward kernel knows of a curve besides its polynomials."""
     fit = curve.fit_for(dtype)
+    high, low = minimum_in_two(curve.fit, torch.float32)
     return {
         "NEAR_HIGH": fit.near.high,
         "SATURATION": saturation(fit),
         "TAIL_START": fit.tail_start,
         "TAIL_OFFSET": fit.tail_offset,
         "TAIL_LOW": fit.tail.low if fit.tail else 0.0,
-        **shared_constants(curve, dtype),
+        "Y_MIN": high,
+        "Y_MIN_LOW": low,
+        "HALF_ULP": half_ulp(curve.y_min, dtype),
+        "CURVE": curve.name,
+        "SHORT": dtype.itemsize == 2,
     }
 
 

@@ -6,10 +6,9 @@ coefficients; CONTRIBUTING.md names what else it needs.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +16,14 @@ from torch import Tensor
 
 from . import slopes
 from .coefficients import FITS, SHORT_FITS
-from .curve import Curve, check_side_bits
+from .curve import Curve
 from .pieces import Fit
 from .rounding import rounded_up, widened
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class TwoSided(Curve):
-    """A curve with one minimum.
-
-    The lowest bit of an element's code is 1 where x was on the right of the minimum. Further bits number the part in
-    which x was, of the stretch of all x on that side that give the same y; see `slopes.part_of`.
+    """A curve with one minimum; an element's bit is 1 where x was on the right of it.
 
     Attributes:
         fit: f' of (y, side), and where the minimum is.
@@ -36,41 +32,23 @@ class TwoSided(Curve):
 
     fit: Fit
     short_fit: Fit
-    side_bits: int = 1
+    has_side: bool = True
 
-    def with_side_bits(self, bits: int) -> Curve:
-        return self if bits == self.side_bits else _with_side_bits(self, bits)
-
-    def codes(self, x: Tensor, y: Tensor) -> Tensor:
+    def sides(self, x: Tensor) -> Tensor:
         # Comparing with x_min itself would round it.
-        right = ~(x < rounded_up(self.x_min, x.dtype))
-        if self.side_bits == 1:
-            return right
-        wide_y = self.f(x.float()) if x.dtype.itemsize < 4 else y
-        part = slopes.part_of(x, y, self.fit_for(x.dtype), wide_y, self.parts)
-        return right.to(torch.uint8) | part << 1
+        return ~(x < rounded_up(self.x_min, x.dtype))
 
-    def slope(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
-        values = slopes.slope(y, *self._read(code, y.dtype), self.fit_for(rounded_to), rounded_to)
+    def slope(self, y: Tensor, side: Tensor | None, rounded_to: torch.dtype) -> Tensor:
+        assert side is not None
+        values = slopes.slope(y, side, self.fit_for(rounded_to), rounded_to)
         if self.fit.tail is None:
             return values
         # NaN where y is, and 1 where a large x has made y infinite
         return torch.where(y == torch.inf, 1.0, values + (y - y))
 
-    def slope_rise(self, y: Tensor, code: Tensor | None, rounded_to: torch.dtype) -> Tensor:
-        return slopes.slope_rise(y, *self._read(code, y.dtype), self.fit_for(rounded_to), rounded_to)
-
-    def _read(self, code: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-        """Whether x was on the right, and how far into the stretch of its y: the middle of its part, from 0 to 1."""
-        assert code is not None
-        if self.side_bits == 1:
-            return code, 0.5
-        return (code & 1).bool(), ((code >> 1).to(dtype) + 0.5) / self.parts
-
-    @property
-    def parts(self) -> int:
-        """Into how many parts the stretch of one y is divided, on each side."""
-        return 1 << (self.side_bits - 1)
+    def slope_rise(self, y: Tensor, side: Tensor | None, rounded_to: torch.dtype) -> Tensor:
+        assert side is not None
+        return slopes.slope_rise(y, side, self.fit_for(rounded_to), rounded_to)
 
     def fit_for(self, dtype: torch.dtype) -> Fit:
         """The fit for an output of this dtype."""
@@ -85,12 +63,6 @@ class TwoSided(Curve):
     def y_min(self) -> float:
         """The minimum, to double precision; `fit.y_min_low` holds the digits that follow."""
         return self.fit.y_min
-
-
-@functools.lru_cache(64)
-def _with_side_bits(curve: TwoSided, bits: int) -> TwoSided:
-    check_side_bits(bits)
-    return replace(curve, side_bits=bits)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 import invact
 from invact import arguments
-from invact.arguments import check_autocast, check_inputs, check_model, check_patterns
+from invact.arguments import check_autocast, check_exact, check_inputs, check_model, check_patterns
 
 X = torch.ones(2, 4)
 
@@ -68,6 +68,18 @@ def test_autocast_is_a_dtype(autocast):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_a_dtype_of_autocast_is_accepted(autocast):
     check_autocast(autocast)
+
+
+@pytest.mark.parametrize("exact", [4, 1, 0, None, "yes", torch.tensor(True)])
+def test_exact_is_a_switch(exact):
+    with pytest.raises(TypeError, match=r"exact is .*Pass True or False"):
+        check_exact(exact)
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    for function in (invact.plan, invact.patch):
+        with pytest.raises(TypeError, match=r"exact is .*Pass True or False"):
+            function(model, (X,), exact=exact)
+    with pytest.raises(TypeError, match=r"exact is .*Pass True or False"), invact.patched(model, (X,), exact=exact):
+        pass
 
 
 def test_a_class_is_told_to_be_called():

@@ -127,14 +127,13 @@ def test_include_and_exclude_are_those_of_patch(tmp_path, options):
     assert ["layer.0" in site.path for site in callback.report.inverted] == [True]
 
 
-def test_side_bits_are_those_of_patch(tmp_path):
-    one, four = InvActCallback(), InvActCallback(side_bits=4)
-    trained(tmp_path, [one], max_steps=1)
-    trained(tmp_path, [four], max_steps=1)
-    elements = LAYERS * 4 * 8 * 64
-    assert four.report.bytes_after - one.report.bytes_after == elements * 3 // 8
-    with pytest.raises(ValueError, match="side_bits"):
-        InvActCallback(side_bits=3)
+def test_exact_is_that_of_patch(tmp_path):
+    callback = InvActCallback(exact=True)
+    trained(tmp_path, [callback], max_steps=1)
+    assert "exact" in callback.report.setting
+    assert callback.report.inverted == []
+    with pytest.raises(TypeError, match=r"exact is 4.*Pass True or False"):
+        InvActCallback(exact=4)
 
 
 def test_the_plan_is_made_under_the_precision_of_the_trainer(tmp_path):

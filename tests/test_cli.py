@@ -158,18 +158,13 @@ def test_bad_input_exits_2_with_one_message_and_no_traceback(arguments, message)
     assert "Traceback" not in result.stderr
 
 
-def test_side_bits_cost_what_the_report_says():
-    saved = {}
-    for bits in ("1", "4"):
-        result = CliRunner().invoke(app, ["patch", "--model", "bert-base-uncased", "--side-bits", bits, "--json"])
-        assert result.exit_code == 0, result.output
-        saved[bits] = json.loads(result.stdout)["sites"]
-    elements = 32 * 512 * 3072
-    ones, fours = (
-        [site["bytes_saved"] for site in saved[bits] if site["action"] == "invert"][:12] for bits in ("1", "4")
-    )
-    assert [one - four for one, four in zip(ones, fours, strict=True)] == [3 * elements // 8] * 12
-    assert CliRunner().invoke(app, ["patch", "--model", "bert-base-uncased", "--side-bits", "3"]).exit_code == 2
+def test_exact_inverts_nothing_and_is_said():
+    result = CliRunner().invoke(app, ["patch", "--model", "bert-base-uncased", "--exact", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["sites"]
+    assert {site["action"] for site in report["sites"]} == {"keep"}
+    assert "exact" in report["setting"]
 
 
 def test_a_command_run_from_python_leaves_logging_as_it_was():

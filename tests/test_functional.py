@@ -25,14 +25,12 @@ from invact import functional
 
 ALL_CURVES = [
     *CURVES.values(),
-    CURVES["gelu"].with_side_bits(2),
-    CURVES["silu"].with_side_bits(4),
     monotone.elu(0.7),
     monotone.celu(2.0),
     monotone.hardtanh(-0.3, 0.7),
     monotone.softplus(2.0, threshold=5.0),
 ]
-EVERY_CURVE = pytest.mark.parametrize("curve", ALL_CURVES, ids=lambda curve: f"{curve}-{curve.side_bits}")
+EVERY_CURVE = pytest.mark.parametrize("curve", ALL_CURVES, ids=str)
 
 Operator = Callable[[Tensor], Tensor]
 PAIRS: dict[str, tuple[Operator, Operator]] = {
@@ -41,7 +39,6 @@ PAIRS: dict[str, tuple[Operator, Operator]] = {
     "silu": (functional.silu, F.silu),
     "mish": (functional.mish, F.mish),
     "hardswish": (functional.hardswish, F.hardswish),
-    "silu_4_bits": (lambda x: functional.silu(x, side_bits=4), F.silu),
     "elu": (lambda x: functional.elu(x, 0.7), lambda x: F.elu(x, 0.7)),
     "celu": (lambda x: functional.celu(x, 2.0), lambda x: F.celu(x, 2.0)),
     "selu": (functional.selu, F.selu),
@@ -115,7 +112,7 @@ def test_exactly_y_and_the_bits_of_the_curve_are_kept(curve: Curve, images: Tens
     y, side = kept(lambda x: functional.invert(x, curve), x)
     assert torch.equal(y, curve.f(x))
     assert side.dtype == torch.uint8
-    assert side.numel() == -(-x.numel() // 8) * curve.side_bits
+    assert side.numel() == (-(-x.numel() // 8) if curve.has_side else 0)
     assert side.untyped_storage().nbytes() == side.numel()
 
 
@@ -266,7 +263,6 @@ def made_tables() -> list[Tensor]:
     return [
         tables.slope_table(CURVES["gelu"], torch.bfloat16),
         tables.slope_table(CURVES["softsign"], torch.float16),
-        tables.code_table(CURVES["silu"].with_side_bits(4), torch.bfloat16),
         *tables.fp32_tables(CURVES["gelu"]),
     ]
 
@@ -274,7 +270,7 @@ def made_tables() -> list[Tensor]:
 @pytest.fixture
 def no_tables() -> Iterator[None]:
     """As before the first use, and no table that was made in the test is left to others."""
-    caches = (tables.slope_table, tables.code_table, tables.fp32_tables)
+    caches = (tables.slope_table, tables.fp32_tables)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -283,7 +279,7 @@ def no_tables() -> Iterator[None]:
 
 
 def check_tables(made: list[Tensor]) -> None:
-    for cache in (tables.slope_table, tables.code_table, tables.fp32_tables):
+    for cache in (tables.slope_table, tables.fp32_tables):
         cache.cache_clear()
     for table, expected in zip(made, made_tables(), strict=True):
         assert type(table) is Tensor
@@ -344,11 +340,9 @@ def test_what_fails_in_making_a_table_is_raised_where_it_was_needed() -> None:
 
 
 def test_curves_with_ever_new_parameters_are_not_kept_for_good() -> None:
-    curve = CURVES["gelu"]
-    gone = weakref.ref(curve.with_side_bits(2).with_side_bits(4).with_side_bits(2))
+    gone = weakref.ref(monotone.elu(0.999))
     for step in range(300):
         monotone.elu(1 + step / 1000)
-        curve = curve.with_side_bits((2, 4, 1)[step % 3])
     gc.collect()
     assert monotone.elu.cache_info().currsize <= 256
     assert gone() is None
@@ -439,8 +433,6 @@ def test_an_unknown_approximation_is_refused() -> None:
         (lambda x: functional.celu(x, 0.0), "Pass a positive alpha"),
         (lambda x: functional.softplus(x, 0.0), "Pass a positive beta"),
         (lambda x: functional.hardtanh(x, 1.0, 1.0), "Pass a max_val larger than min_val"),
-        (lambda x: functional.gelu(x, side_bits=3), r"side_bits=3 .*Pass 1"),
-        (lambda x: invact.nn.SiLU(side_bits=8)(x), r"side_bits=8 .*Pass 1"),
     ],
 )
 def test_parameters_with_which_y_does_not_tell_the_gradient_are_refused(
@@ -456,7 +448,6 @@ def test_parameters_with_which_y_does_not_tell_the_gradient_are_refused(
         (CURVES["gelu"], torch.float32),
         (CURVES["gelu_tanh"], torch.bfloat16),
         (CURVES["hardswish"], torch.float32),
-        (CURVES["silu"].with_side_bits(4), torch.bfloat16),
         (monotone.elu(0.7), torch.float32),
         (monotone.softplus(2.0, 5.0), torch.float32),
     ],
@@ -466,9 +457,7 @@ def test_torch_compile_gives_the_same_and_keeps_the_same(curve: Curve, dtype: to
     torch.compiler.reset()
     x, x_eager = (torch.linspace(-5, 5, 35).view(5, 7).to(dtype).requires_grad_() for _ in range(2))
     compiled = torch.compile(lambda x: functional.invert(x, curve), fullgraph=True)
-    # inductor may keep codes of several bits before they are packed
-    codes = 8 if curve.side_bits < 2 else x.numel()
-    assert sum(t.nbytes for t in kept(compiled, x)) <= x.nbytes + codes
+    assert sum(t.nbytes for t in kept(compiled, x)) <= x.nbytes + 8
 
     y, y_eager = compiled(x), functional.invert(x_eager, curve)
     y.backward(torch.ones_like(y))
@@ -480,7 +469,7 @@ def test_torch_compile_gives_the_same_and_keeps_the_same(curve: Curve, dtype: to
 
 @pytest.mark.parametrize(
     "module",
-    [invact.nn.GELU(), invact.nn.Hardswish(), invact.nn.SiLU(side_bits=4), invact.nn.ELU(0.7), invact.nn.Hardtanh()],
+    [invact.nn.GELU(), invact.nn.Hardswish(), invact.nn.SiLU(), invact.nn.ELU(0.7), invact.nn.Hardtanh()],
     ids=str,
 )
 def test_modules_compile_whole_with_every_number_dynamic(module: torch.nn.Module) -> None:
@@ -501,7 +490,6 @@ def test_modules_compile_whole_with_every_number_dynamic(module: torch.nn.Module
         (invact.nn.SiLU(inplace=True), torch.nn.SiLU()),
         (invact.nn.Mish(inplace=True), torch.nn.Mish()),
         (invact.nn.Hardswish(inplace=True), torch.nn.Hardswish()),
-        (invact.nn.Hardswish(side_bits=4), torch.nn.Hardswish()),
         (invact.nn.ELU(0.7, inplace=True), torch.nn.ELU(0.7)),
         (invact.nn.CELU(2.0), torch.nn.CELU(2.0)),
         (invact.nn.SELU(inplace=True), torch.nn.SELU()),

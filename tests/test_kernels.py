@@ -10,26 +10,20 @@ from exactness import (
     errors_and_floors,
     every_value,
     floor,
-    norm,
     step_of,
     stock_gradient,
     ulps,
-    weights,
 )
 from invact.kernels import CURVES, Curve, backward, forward, monotone, storage_order
 from invact.kernels.monotone import Monotone
 from invact.kernels.packing import packed, unpacked
-from invact.kernels.pytorch import codes_in, scaled, second, sides
+from invact.kernels.pytorch import packed_sides, scaled, second, sides_in
 from invact.kernels.rounding import rounded, ulp
 from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor
 
 EVERY_CURVE = pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
 EVERY_TWO_SIDED = pytest.mark.parametrize("curve", TWO_SIDED, ids=str)
-
-
-def named(curve: Curve) -> str:
-    return f"{curve}-{curve.side_bits}"
 
 
 @EVERY_TWO_SIDED
@@ -105,20 +99,19 @@ def outputs(curve: Curve, dtype: torch.dtype) -> Tensor:
     return y[(y >= low - margin) & (y <= high + margin)]
 
 
-def packed_codes(code: int, count: int, bits: int) -> Tensor:
-    return packed(torch.full((count,), code, dtype=torch.bool if bits == 1 else torch.uint8), bits)
+def all_on(right: bool, count: int) -> Tensor:
+    """The packed sides of elements that are all on the same one."""
+    return packed(torch.full((count,), right))
 
 
-@pytest.mark.parametrize(
-    "curve", [*CURVES.values(), *(curve.with_side_bits(bits) for curve in TWO_SIDED for bits in (2, 4))], ids=named
-)
+@pytest.mark.parametrize("curve", [*CURVES.values(), monotone.softplus(2.0, threshold=5.0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SHORT_DTYPES], ids=str)
-def test_no_finite_y_gives_nan_or_infinity_whatever_the_code(curve: Curve, dtype: torch.dtype) -> None:
+def test_no_finite_y_gives_nan_or_infinity_whatever_the_side(curve: Curve, dtype: torch.dtype) -> None:
     y = outputs(curve, dtype)
-    for code in range(1 << curve.side_bits):
-        side = packed_codes(code, len(y), curve.side_bits) if curve.side_bits else y.new_empty(0, dtype=torch.uint8)
+    for right in (False, True) if curve.has_side else (False,):
+        side = all_on(right, len(y)) if curve.has_side else y.new_empty(0, dtype=torch.uint8)
         by_table = backward(torch.ones_like(y), y, side, curve, (0,))
-        by_formula = scaled(torch.ones_like(y), y, codes_in(side, len(y), curve), curve)
+        by_formula = scaled(torch.ones_like(y), y, sides_in(side, len(y), curve), curve)
         assert by_table.isfinite().all()
         assert by_formula.isfinite().all()
         assert second(y, side, curve).isfinite().all()
@@ -127,14 +120,12 @@ def test_no_finite_y_gives_nan_or_infinity_whatever_the_code(curve: Curve, dtype
 
 @EVERY_TWO_SIDED
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SHORT_DTYPES], ids=str)
-@pytest.mark.parametrize("bits", [1, 4])
-def test_far_on_the_left_f_is_level_whatever_the_sign_of_y(curve: TwoSided, dtype: torch.dtype, bits: int) -> None:
+def test_far_on_the_left_f_is_level_whatever_the_sign_of_y(curve: TwoSided, dtype: torch.dtype) -> None:
     """+0 and more is what oneDNN's GELU for AVX2 gives there, and a coarse error function may."""
     y = torch.tensor([0.0, -0.0, 1e-45, 1e-20, 3e-7, 1e-3], dtype=dtype)
-    side = packed_codes(0, len(y), bits)
-    told = curve.with_side_bits(bits)
-    code = codes_in(side, len(y), told)
-    for slope in (backward(torch.ones_like(y), y, side, told, (0,)), scaled(torch.ones_like(y), y, code, told)):
+    side = all_on(False, len(y))
+    left = sides_in(side, len(y), curve)
+    for slope in (backward(torch.ones_like(y), y, side, curve, (0,)), scaled(torch.ones_like(y), y, left, curve)):
         assert torch.equal(slope, torch.zeros_like(y))
 
 
@@ -145,21 +136,19 @@ def test_below_the_minimum_f_is_as_level_as_at_it(curve: TwoSided, dtype: torch.
     unit = ulp(curve.y_min, dtype)
     y = minimum - unit * torch.arange(0, 30, dtype=torch.float64).to(dtype)
     level = 2 * unit**0.5  # f' is less than that within a unit of the minimum: it grows as the root of the height
-    for code in (0, 1):
-        slope = backward(torch.ones_like(y), y, packed_codes(code, len(y), 1), curve, (0,))
-        assert (slope >= 0).all() if code else (slope <= 0).all()
+    for right in (False, True):
+        slope = backward(torch.ones_like(y), y, all_on(right, len(y)), curve, (0,))
+        assert (slope >= 0).all() if right else (slope <= 0).all()
         assert slope.abs().max() <= level
 
 
 @EVERY_TWO_SIDED
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SHORT_DTYPES], ids=str)
-def test_a_nan_stays_one_and_its_neighbours_keep_their_codes(curve: TwoSided, dtype: torch.dtype) -> None:
-    for bits in (1, 2, 4):
-        told = curve.with_side_bits(bits)
-        x = torch.linspace(-3, 3, 64, dtype=dtype)
-        expected = unpacked(sides(x, told.f(x), told), 64, bits)
-        x[::2] = torch.nan
-        assert torch.equal(unpacked(sides(x, told.f(x), told), 64, bits)[1::2], expected[1::2])
+def test_a_nan_leaves_the_sides_of_its_neighbours_alone(curve: TwoSided, dtype: torch.dtype) -> None:
+    x = torch.linspace(-3, 3, 64, dtype=dtype)
+    expected = unpacked(packed_sides(x, curve), 64)
+    x[::2] = torch.nan
+    assert torch.equal(unpacked(packed_sides(x, curve), 64)[1::2], expected[1::2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SHORT_DTYPES], ids=str)
@@ -176,7 +165,7 @@ def test_denormals_may_be_taken_as_zero() -> None:
     try:
         for curve in TWO_SIDED:
             y = torch.tensor([0.0, -0.0, 1e-40, -1e-40])
-            slope = backward(torch.ones_like(y), y, packed_codes(0, len(y), 1), curve, (0,))
+            slope = backward(torch.ones_like(y), y, all_on(False, len(y)), curve, (0,))
             assert torch.equal(slope, torch.zeros_like(y))
     finally:
         torch.set_flush_denormal(False)
@@ -278,54 +267,7 @@ def test_the_first_element_is_the_lowest_bit() -> None:
 @pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
 def test_the_side_is_compared_with_the_minimum_itself_not_with_its_rounding(curve: Curve, dtype: torch.dtype) -> None:
     x = every_value(dtype)
-    assert torch.equal(unpacked(sides(x, curve.f(x), curve), x.numel()), x.double() >= curve.x_min)
-
-
-# --- side_bits -----------------------------------------------------------------------------------------
-
-
-def relative_error(curve: Curve, dtype: torch.dtype) -> float:
-    x = every_value(dtype)
-    x = x[curve.f(x).isfinite()]
-    weight, true = weights(x, 1.0), curve.derivative(x.double())
-    return norm(derivative_from_output(x, curve).double() - true, weight) / norm(true, weight)
-
-
-@EVERY_TWO_SIDED
-@pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
-def test_four_bits_make_16_bit_gradients_as_exact_as_rounding_them_allows(curve: TwoSided, dtype: torch.dtype) -> None:
-    x = every_value(dtype)
-    x = x[curve.f(x).isfinite()]
-    weight, true = weights(x, 1.0), curve.derivative(x.double())
-    rounded = norm(true.to(dtype).double() - true, weight) / norm(true, weight)
-    one, two, four = (relative_error(curve.with_side_bits(bits), dtype) for bits in (1, 2, 4))
-    assert rounded <= four < two < one
-    assert four <= (1.03 if dtype == torch.bfloat16 else 1.07) * rounded
-    if dtype == torch.bfloat16:
-        likely = weight > 0
-        error = stock_gradient(x, curve).double() - true
-        assert four <= 1.03 * norm(error[likely], weight[likely]) / norm(true, weight)
-
-
-@EVERY_TWO_SIDED
-def test_four_bits_help_fp32_next_to_the_minimum(curve: TwoSided) -> None:
-    x = torch.linspace(curve.x_min - 1e-3, curve.x_min + 1e-3, 1 << 16)
-    one, four = (
-        (derivative_from_output(x, curve.with_side_bits(bits)).double() - curve.derivative(x.double())).norm()
-        for bits in (1, 4)
-    )
-    # the bits tell where x was in the stretch of one y: less where y is off by more than that
-    assert four < (0.7 if units_off(x, curve.f(x), curve) < 3 else 0.95) * one
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
-def test_codes_of_several_bits_come_back(bits: int, count: int) -> None:
-    codes = torch.randint(1 << bits, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
-    codes = codes.bool() if bits == 1 else codes
-    side = packed(codes, bits)
-    assert side.numel() == -(-count // 8) * bits
-    assert torch.equal(unpacked(side, count, bits), codes)
+    assert torch.equal(unpacked(packed_sides(x, curve), x.numel()), x.double() >= curve.x_min)
 
 
 # --- monotone curves -----------------------------------------------------------------------------------
@@ -355,8 +297,8 @@ def test_monotone_gradients_are_within_2_ulp_of_stocks_where_y_tells(curve: Mono
     assert ours.isfinite().all()
     # Over all x with the same y (and, if it has one, the same bit), stock's gradient is between two values.
     key = y.view(torch.int16).int() & 0xFFFF
-    if curve.side_bits:
-        key = key + (curve.codes(x, y).int() << 16)
+    if curve.has_side:
+        key = key + (curve.sides(x).int() << 16)
     _, group = key.unique(return_inverse=True)
     low, high = (
         torch.zeros(int(group.max()) + 1).scatter_reduce(0, group, stock.float(), reduce, include_self=False)[group]
@@ -364,8 +306,8 @@ def test_monotone_gradients_are_within_2_ulp_of_stocks_where_y_tells(curve: Mono
     )
     told = ulps(low.to(dtype), high.to(dtype)) <= 1
     # Nor does y tell f' where rounding y by half a step moves f' by more than half a step of its own.
-    code = curve.codes(x, y) if curve.side_bits else None
-    told &= curve.slope_rise(y.double(), code, dtype).abs() * step_of(y) <= step_of(stock)
+    side = curve.sides(x) if curve.has_side else None
+    told &= curve.slope_rise(y.double(), side, dtype).abs() * step_of(y) <= step_of(stock)
     assert told.double().mean() > 0.25
     # Some of stock's are composed of several operators, each of which rounds: then the truth is the better measure.
     true = curve.derivative(x.double()).to(dtype)
@@ -382,11 +324,11 @@ def test_monotone_gradients_of_wider_types_are_within_2_ulp_of_stocks_too(curve:
     if (dtype, str(curve)) == (torch.float64, "hardsigmoid"):
         pytest.skip("stock's multiplies by a sixth in fp32")
     x = torch.cat([torch.linspace(-40, 40, 1 << 17, dtype=dtype), torch.linspace(-2, 2, 1 << 17, dtype=dtype)])
-    if dtype == torch.float64 and curve.name == "softplus" and not curve.side_bits:
+    if dtype == torch.float64 and curve.name == "softplus" and not curve.has_side:
         x = x[x < 10]  # its docstring names the jump of 2e-9 that follows
     y, stock = curve.f(x), stock_gradient(x, curve)
-    code = curve.codes(x, y) if curve.side_bits else None
-    told = curve.slope_rise(y.double(), code, dtype).abs() * step_of(y) <= step_of(stock)
+    side = curve.sides(x) if curve.has_side else None
+    told = curve.slope_rise(y.double(), side, dtype).abs() * step_of(y) <= step_of(stock)
     assert told.double().mean() > 0.05
     ours, true = derivative_from_output(x, curve), curve.derivative(x.double()).to(dtype)
     assert torch.minimum(ulps(ours, stock), ulps(ours, true))[told].max() <= 2

@@ -164,11 +164,13 @@ def test_include_and_exclude_are_those_of_patch(tmp_path):
         assert [site.path for site in callback.report.inverted] == ["first.2"]
 
 
-def test_side_bits_are_those_of_patch(tmp_path):
-    one, four = InvActCallback(), InvActCallback(side_bits=4)
-    trained(tmp_path, [one], max_steps=1)
-    trained(tmp_path, [four], max_steps=1)
-    assert four.report.bytes_after - one.report.bytes_after == 4 * (64 + 64) * 3 // 8
+def test_exact_is_that_of_patch(tmp_path):
+    callback = InvActCallback(exact=True)
+    trained(tmp_path, [callback], max_steps=1)
+    assert "exact" in callback.report.setting
+    assert callback.report.inverted == []
+    with pytest.raises(TypeError, match=r"exact is 4.*Pass True or False"):
+        InvActCallback(exact=4)
 
 
 def test_the_plan_is_made_under_the_precision_of_the_trainer(tmp_path):

@@ -116,19 +116,6 @@ def test_fp32_gradients_reach_the_floor_of_one_bit(curve: TwoSided, record_prope
     assert error.abs().max() <= 4e-4
 
 
-@EVERY_TWO_SIDED
-@pytest.mark.parametrize("bits", [2, 4])
-def test_more_bits_bring_bf16_gradients_nearer_to_the_true_ones(curve: TwoSided, bits: int) -> None:
-    x = every_value(torch.bfloat16)
-    x = x[(x.abs() < 8) & curve.f(x).isfinite()]
-    true = curve.derivative(x.double())
-    one, more = (
-        (derivative_from_output(x.to(DEVICE), told).cpu().double() - true).norm()
-        for told in (curve, curve.with_side_bits(bits))
-    )
-    assert more < one
-
-
 # --- layouts and sizes --------------------------------------------------------------------------------
 
 

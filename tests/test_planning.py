@@ -77,6 +77,17 @@ def test_an_output_changed_in_place_later_is_kept():
     assert site.reason == "its output is changed in place later"
 
 
+def test_exact_inverts_nothing_and_is_said(run_backward):
+    model, x = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)), torch.randn(4, 16)
+    _, expected = run_backward(model, (x,))
+    report = invact.patch(model, (x,), exact=True)
+    assert [(site.action, site.reason) for site in report.sites] == [("keep", "exact: left to deriving")]
+    assert "exact" in report.setting
+    assert "exact" not in invact.plan(model, (x,)).setting
+    _, gradients = run_backward(model, (x,))
+    assert torch.equal(gradients, expected)
+
+
 def test_relu_sigmoid_and_tanh_are_reported_and_kept():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 16), nn.Tanh())
     report = invact.plan(model, (torch.randn(4, 16),))

@@ -98,20 +98,27 @@ def test_autocast_is_trained_under_and_planned_for(dtype: torch.dtype):
     assert str(dtype).removeprefix("torch.") in result.setting
 
 
-def test_side_bits_are_those_of_patch_and_are_said():
-    kept = {}
-    for side_bits in (1, 4):
-        result = train_in_ways(make_task(), steps=1, batch_size=2, ways=["baseline", "invact"], side_bits=side_bits)
-        kept[side_bits] = result.run("invact").activation_bytes
-        assert result.report.bytes_after == pytest.approx(kept[side_bits], rel=0.01)
-        assert ("4 side bits" in result.setting) == (side_bits == 4)
-    elements = 2 * 64 * (2 * 512 + 128)  # of the three activations
-    assert kept[4] - kept[1] == elements * 3 // 8
+def test_exact_is_that_of_patch_and_is_said():
+    for exact in (False, True):
+        result = train_in_ways(make_task(), steps=1, batch_size=2, ways=["baseline", "invact"], exact=exact)
+        assert result.report.bytes_after == pytest.approx(result.run("invact").activation_bytes, rel=0.01)
+        assert bool(result.report.inverted) != exact
+        assert ("exact" in result.setting) == exact
+        assert ("exact" in result.report.setting) == exact
+
+
+def test_the_command_takes_exact(gpt2: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 30)
+    options = ["--steps", 1, "--seeds", 1, "--exact", "--seq-len", 32, "--json"]
+    result = run("--model", gpt2, "--data", tmp_path / "text.txt", *options)
+    assert result.exit_code == 0, result.output
+    stock, ours = json.loads(result.stdout)["runs"][:2]
+    assert ours["losses"] == stock["losses"]
 
 
 def test_json_is_the_only_thing_on_standard_output(gpt2: Path, tmp_path: Path):
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 30)
-    options = ["--steps", 1, "--seeds", 1, "--side-bits", 2, "--dtype", "bf16", "--seq-len", 32, "--json"]
+    options = ["--steps", 1, "--seeds", 1, "--dtype", "bf16", "--seq-len", 32, "--json"]
     result = run("--model", gpt2, "--data", tmp_path / "text.txt", *options)
     assert result.exit_code == 0, result.output
     runs = json.loads(result.stdout)["runs"]

@@ -21,12 +21,6 @@ class Dtype(str, Enum):
     fp16 = "fp16"
 
 
-class Bits(str, Enum):
-    one = "1"
-    two = "2"
-    four = "4"
-
-
 LEAST_MEMORY = 1 << 20  # bytes; no GPU has less
 
 
@@ -54,11 +48,9 @@ GpuMemory = Annotated[
     int | None,
     typer.Option("--gpu-memory", parser=memory_bytes, metavar="SIZE", help="Say which batch fits, as in 24GiB."),
 ]
-SideBits = Annotated[
-    Bits,
-    typer.Option(
-        "--side-bits", help="Per element, for curves with two sides; 4 make bf16 gradients as exact as stock's."
-    ),
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="Invert nothing, derive instead: gradients are bit for bit the stock ones."),
 ]
 HtmlFile = Annotated[
     Path | None, typer.Option("--html", dir_okay=False, metavar="FILE", help="Write a page that opens offline.")

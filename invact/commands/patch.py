@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from invact.commands.options import MODEL_NAMES, Bits, Dtype, GpuMemory, HtmlFile, SideBits, one_name, torch_dtype
+from invact.commands.options import MODEL_NAMES, Dtype, Exact, GpuMemory, HtmlFile, one_name, torch_dtype
 from invact.commands.output import check_page_can_be_made, command, fail, library_chatter_on_stderr, print_report, write
 from invact.own_errors import first_line, own_error
 from invact.sizes import size_in_words
@@ -67,7 +67,7 @@ def patch(
     attention: Annotated[
         Attention, typer.Option(help="Count attention as a fused kernel, or with its N x N matrix.")
     ] = Attention.fused,
-    side_bits: SideBits = Bits.one,
+    exact: Exact = False,
     gpu_memory: GpuMemory = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Whose states share the GPU; with --gpu-memory.")] = (
         Optimizer.adamw
@@ -95,7 +95,7 @@ def patch(
             dtype=(dtype or (Dtype.fp32 if autocast else Dtype.bf16)).value,
             autocast=autocast and autocast.value,
             attention=attention.value,
-            side_bits=int(side_bits.value),
+            exact=exact,
             gpu_memory=gpu_memory,
             optimizer=optimizer.value,
             target_batch=target_batch,
@@ -119,7 +119,7 @@ def _dry_run(
     dtype: str,
     autocast: str | None,
     attention: str,
-    side_bits: int,
+    exact: bool,
     gpu_memory: int | None,
     optimizer: str,
     target_batch: int | None,
@@ -141,7 +141,7 @@ def _dry_run(
             inputs,
             autocast=autocast_dtype,
             attention=attention,
-            side_bits=side_bits,
+            exact=exact,
             title=" · ".join([name, type(model).__name__, size_in_words(inputs), precision]),
         )
     except Exception:

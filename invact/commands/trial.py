@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from invact.commands.options import Bits, Dtype, GpuMemory, HtmlFile, SideBits, one_name, torch_dtype
+from invact.commands.options import Dtype, Exact, GpuMemory, HtmlFile, one_name, torch_dtype
 from invact.commands.output import (
     check_page_can_be_made,
     command,
@@ -47,7 +47,7 @@ def trial(
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the spread between them is the yardstick.")] = 3,
     compiled: Annotated[bool, typer.Option("--compile", help="Train under torch.compile as well.")] = False,
-    side_bits: SideBits = Bits.one,
+    exact: Exact = False,
     gpu_memory: GpuMemory = None,
     html: HtmlFile = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON and nothing else.")] = False,
@@ -67,7 +67,7 @@ def trial(
             dtype=dtype,
             seeds=range(seed, seed + seeds),
             compiled=compiled,
-            side_bits=int(side_bits.value),
+            exact=exact,
             gpu_memory=gpu_memory,
         )
         page = _trial_page(result) if html else None
@@ -91,7 +91,7 @@ def _trained(
     dtype: Dtype | None,
     seeds: range,
     compiled: bool,
-    side_bits: int,
+    exact: bool,
     gpu_memory: int | None,
 ) -> Trial:
     try:
@@ -122,7 +122,7 @@ def _trained(
                     seeds=seeds,
                     ways=ways,
                     setting=Setting(device, None if dtype is Dtype.fp32 else torch_dtype(dtype.value)),
-                    side_bits=side_bits,
+                    exact=exact,
                     memory_bytes=gpu_memory,
                     on_step=shown.advance,
                     on_estimate=tell,
