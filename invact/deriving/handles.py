@@ -35,9 +35,10 @@ class Handle:
         version: how often the tensor had been changed in place when it was kept; with another one it is another value.
         steps: operations that make it from what is really kept; 0 if it is kept itself.
         joins: whether a sum of two kept tensors is among the steps.
+        made_in_place: the version of the output, if the operator that keeps this value went on to work in place.
     """
 
-    __slots__ = ("__weakref__", "version")
+    __slots__ = ("__weakref__", "made_in_place", "version")
     steps = 0
     joins = False
 
@@ -59,10 +60,9 @@ class Kept(Handle):
     Attributes:
         source: whether recipes may read it.
         setting: what the operation that keeps it was told and autograd does not record, such as a norm's eps.
-        made_in_place: the version of the output, if the operation that keeps this went on to work in place.
     """
 
-    __slots__ = ("data", "given_back", "made_in_place", "setting", "source", "stride")
+    __slots__ = ("data", "given_back", "setting", "source", "stride")
 
     def __init__(self, tensor: Tensor, version: int, hooks: tuple[Any, Any] | None) -> None:
         self.version = version
@@ -136,6 +136,7 @@ class Derived(Handle):
     def __init__(self, make: Callable[..., Tensor], sources: tuple[Handle, ...], joins: bool, moves: bool) -> None:
         self.make, self.sources, self.moves = make, sources, moves
         self.version, self.users, self.left, self.stream, self.nbytes = 0, 0, 0, 0, 0
+        self.made_in_place = -1
         self.cache: Tensor | None = None
         self.stride: tuple[int, ...] | None = None
         self.joins, self.steps = joins, int(moves)

@@ -34,10 +34,12 @@ class NormSettings(NamedTuple):
 
 
 _NORMS = {getattr(F, name).__code__ for name in ("layer_norm", "rms_norm", "group_norm", "batch_norm")}
+# Functions that may work in place, and then keep a copy of what they were given.
 _IN_PLACE = {
-    getattr(F, name).__code__: name
+    getattr(F, name).__code__
     for name in ("silu", "hardswish", "mish", "elu", "selu", "celu", "leaky_relu", "hardtanh", "relu6", "hardsigmoid")
 }
+_KEEP_THEIR_RESULT = {"ReluBackward0", "SigmoidBackward0", "TanhBackward0", "ExpBackward0"}
 
 # Where the handle of a node's output number i is noted, in the dictionary that autograd has for such notes.
 _KEYS = tuple(("invact", number) for number in range(8))
@@ -133,9 +135,9 @@ class Deriving:
             if version == 0 or self._worked_in_place(node, name, version):
                 handle = self._derived(tensor, node, number, version)
         if handle is None:
-            handle = kept = self._kept(tensor)
-            if frame.f_code in _IN_PLACE and name == "CloneBackward0" and frame.f_locals.get("inplace"):
-                kept.made_in_place = frame.f_locals["input"]._version + 1
+            handle = self._kept(tensor)
+        if name == "CloneBackward0" and frame.f_code in _IN_PLACE and frame.f_locals["inplace"]:
+            handle.made_in_place = frame.f_locals["input"]._version + 1
         metadata[key] = weakref.ref(handle)
         return handle
 
@@ -147,7 +149,11 @@ class Deriving:
 
     def _worked_in_place(self, node: Any, name: str, version: int) -> bool:
         """Whether this is the output of an operator that works in place, and not changed since."""
-        return False
+        if name in _KEEP_THEIR_RESULT:
+            return node._raw_saved_result.data is None  # it is about to keep it, and has just made it
+        operand = getattr(node, "_raw_saved_self", None)
+        kept = None if operand is None else operand.data
+        return isinstance(kept, Kept | Derived) and kept.made_in_place == version
 
     def _derived(self, tensor: Tensor, node: Any, number: int, version: int) -> Handle | None:
         handle = RULES[node.name()](node, number, self._find)

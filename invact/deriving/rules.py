@@ -309,6 +309,41 @@ def _told_bias(node: Node, told: Any, find: Find) -> tuple[bool, Handle | None]:
     return (found is not None, found) if node.next_functions[2][0] is not None else (True, told.bias)
 
 
+@rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
+def batch_norm(node: Node, number: int, find: Find) -> Derived | None:
+    """From the statistics that are kept; the running ones are not touched."""
+    told = _told(node, "result2")
+    if number or told is None:
+        return None
+    eps, training = told.eps, node._saved_training
+    x, weight, bias = operand(node, "input", 0, find), _affine(node, "weight", 1, find), _told_bias(node, told, find)
+    if not training:
+        mean, var = saved(node, "running_mean"), saved(node, "running_var")
+        return _norm(  # type: ignore[no-any-return]
+            lambda x, w, b, mean, var: F.batch_norm(x, mean, var, w, b, eps=eps),
+            x, weight, bias, (mean is not None, mean), (var is not None, var),
+        )  # fmt: skip
+    if node.name() != "NativeBatchNormBackward0":  # only they themselves know how they round
+        return _norm(lambda x, w, b: F.batch_norm(x, None, None, w, b, True, eps=eps), x, weight, bias)  # type: ignore[no-any-return]
+    mean, invstd = saved(node, "result1"), saved(node, "result2")
+    return _norm(  # type: ignore[no-any-return]
+        lambda x, w, b, mean, invstd: _batch_normed(x, w, b, mean, invstd, eps),
+        x, weight, bias, (mean is not None, mean), (invstd is not None, invstd),
+    )  # fmt: skip
+
+
+def _batch_normed(x: Tensor, w: Tensor | None, b: Tensor | None, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    if x.is_cuda:
+        return aten.batch_norm_elemt(x, w, b, mean, invstd, eps)  # type: ignore[no-any-return]
+    # As the kernel for CPUs does it: one product and sum per element, with both factors worked out before.
+    wide = torch.promote_types(torch.float32, x.dtype)
+    mean, scale = mean.to(wide), invstd.to(wide)
+    scale = scale if w is None else scale * w.to(wide)
+    shift = torch.addcmul(torch.zeros_like(mean) if b is None else b.to(wide), mean, scale, value=-1)
+    along = [1, -1] + [1] * (x.dim() - 2)
+    return torch.addcmul(shift.view(along), x.to(wide), scale.view(along)).to(x.dtype)
+
+
 # --- casts, dropout, what moves -------------------------------------------------------------------------
 
 
