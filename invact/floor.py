@@ -14,6 +14,10 @@ from invact.ledger import Entry, Key
 
 _UNMET = "other: unknown"
 
+_AS_GOOD = 9 / 8
+"""What is kept is as good as what it could be made of if that is not smaller by more than this: an inverted activation
+keeps its output and a bit per element in its input's stead, attention its heads padded."""
+
 
 def floor_bytes(computed: Computed, needed: Iterable[Entry]) -> int:
     """The fewest bytes from which all that a pass kept can be made again by operators that only move memory.
@@ -36,7 +40,7 @@ def floor_bytes(computed: Computed, needed: Iterable[Entry]) -> int:
     """
     values = computed.values
     numbers, unmet = _numbers(computed, needed)
-    kept = _fewest(values, numbers)
+    kept = _fewest(values, [value.nbytes for value in values], numbers)
     kept -= {
         number
         for number in kept
@@ -54,21 +58,21 @@ def remains(computed: Computed, kept: Iterable[Entry]) -> dict[str, int]:
     under "other:" and the operator's name if it could have been made again from less.
     """
     numbers, unmet = _numbers(computed, kept)
-    fewest = _fewest(computed.values, numbers)
+    justified = _justified(computed.values, numbers)
     found = Counter({_UNMET: sum(unmet.values())} if unmet else {})
     for number, nbytes in numbers.items():
         value = computed.values[number]
-        found[_kind(value, computed.values) if number in fewest else f"other: {value.operator}"] += nbytes
+        found[_kind(value, computed.values) if number in justified else f"other: {value.operator}"] += nbytes
     return dict(found.most_common())
 
 
 def not_derived(computed: Computed, kept: Iterable[Entry]) -> dict[str, int]:
     """Bytes kept that could have been made again from less, by the plain name of the operator that made them."""
     numbers, _ = _numbers(computed, kept)
-    fewest = _fewest(computed.values, numbers)
+    justified = _justified(computed.values, numbers)
     found: Counter[str] = Counter()
     for number, nbytes in numbers.items():
-        if number not in fewest:
+        if number not in justified:
             found[computed.values[number].operator] += nbytes
     return dict(found.most_common())
 
@@ -86,6 +90,12 @@ def _numbers(computed: Computed, entries: Iterable[Entry]) -> tuple[dict[int, in
         else:
             numbers[number] = entry.nbytes
     return numbers, unmet
+
+
+def _justified(values: list[Value], kept: Collection[int]) -> set[int]:
+    """Those of the kept values that could not be made again from what is noticeably less."""
+    sizes = [value.nbytes if n in kept else int(value.nbytes * _AS_GOOD) for n, value in enumerate(values)]
+    return _fewest(values, sizes, kept)
 
 
 def _kind(value: Value, values: list[Value]) -> str:
@@ -121,22 +131,23 @@ def _is_at_hand(number: int, kept: Collection[int], values: list[Value]) -> bool
 # --- a minimum cut ------------------------------------------------------------------------------------
 
 
-def _fewest(values: list[Value], wanted: Collection[int]) -> set[int]:
-    """The values of the fewest bytes from which the wanted ones are made; of equals, those nearest to the wanted."""
-    flow = _Flow(values)
+def _fewest(values: list[Value], sizes: list[int], wanted: Collection[int]) -> set[int]:
+    """The values of the smallest size from which the wanted ones are made; of equals, those nearest to the wanted."""
+    flow = _Flow(values, sizes)
     for number in wanted:
         flow.fill(number)
     return flow.cut()
 
 
 class _Flow:
-    """The largest flow from wanted values down to their roots: through each value as much as it has bytes.
+    """The largest flow from wanted values down to their roots: through each value as much as its size.
 
     Each value is two nodes, where flow enters and where it leaves to what the value is made of: 2n and 2n + 1.
     """
 
-    def __init__(self, values: list[Value]) -> None:
+    def __init__(self, values: list[Value], sizes: list[int]) -> None:
         self._values = values
+        self._sizes = sizes
         self._through: Counter[int] = Counter()  # flow within each value
         self._from: dict[int, Counter[int]] = defaultdict(Counter)  # flow to a value, by the value it comes from
         self._closed: set[int] = set()  # nodes from which no more flow gets to a root, now or later
@@ -176,7 +187,7 @@ class _Flow:
             if self._through[number]:
                 yield 2 * number
         else:
-            if self._through[number] < self._values[number].nbytes:
+            if self._through[number] < self._sizes[number]:
                 yield 2 * number + 1
             yield from (2 * other + 1 for other, flow in self._from[number].items() if flow)
 
@@ -200,5 +211,5 @@ class _Flow:
         number, other = node // 2, following // 2
         if number == other:
             through = self._through[number]
-            return self._values[number].nbytes - through if following % 2 else through
+            return self._sizes[number] - through if following % 2 else through
         return None if node % 2 else self._from[number][other]

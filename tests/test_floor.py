@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import itertools
+import random
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from small_blocks import around
 from torch import nn
 
 import invact
-from invact.computed import Computed
-from invact.floor import floor_bytes, not_derived, remains
+from invact.computed import Computed, Value
+from invact.floor import _fewest, _is_at_hand, floor_bytes, not_derived, remains
 from invact.ledger import Ledger
 from invact.probing import observe
 from invact.pytorch_inside import StorageWeakRef
@@ -222,6 +224,14 @@ def test_a_cast_that_is_kept_in_a_products_stead_counts_as_the_product():
     assert not_derived(found.computed, found.entries) == {}
 
 
+def test_what_inverting_keeps_counts_as_the_product_that_it_is_kept_instead_of():
+    model, x = around(nn.GELU()), torch.randn(8, 16)
+    assert invact.patch(model, (x,)).inverted
+    found = seen(model, x)
+    assert remains(found.computed, found.entries) == {"inputs": 8 * 16 * 4, "matrix products": 8 * 32 * 4 + 8 * 32 // 8}
+    assert not_derived(found.computed, found.entries) == {}
+
+
 def test_what_a_kernel_wrote_that_pytorch_does_not_know_is_not_taken_for_empty():
     class Doubled(torch.autograd.Function):
         @staticmethod
@@ -296,3 +306,21 @@ def test_no_plan_keeps_less_than_the_floor():
 
 def test_a_pass_that_is_not_asked_for_it_records_nothing():
     assert observe(around(nn.GELU()), (torch.randn(8, 16),), Setting(torch.device("cpu"))).computed is None
+
+
+def test_no_other_choice_of_values_is_smaller():
+    draw = random.Random(0)
+    for _ in range(200):
+        values = []
+        for n in range(9):
+            reads = tuple(draw.sample(range(n), min(n, draw.randint(1, 2)))) if draw.random() < 0.7 else ()
+            values.append(Value(draw.randint(1, 4), "any", None if reads else "matrix products", reads, 1))
+        wanted = draw.sample(range(9), 4)
+        sizes = [value.nbytes for value in values]
+        choices = (set(kept) for size in range(5) for kept in itertools.combinations(range(9), size))
+        smallest = min(
+            sum(sizes[n] for n in kept)
+            for kept in choices
+            if all(_is_at_hand(number, kept, values) for number in wanted)
+        )
+        assert sum(sizes[n] for n in _fewest(values, sizes, wanted)) == smallest
