@@ -21,6 +21,7 @@ from invact.arguments import (
     check_trainable_here,
     device_of,
 )
+from invact.computed import Computed
 from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
 from invact.leftovers import check_no_leftovers, references_to
 from invact.own_errors import raised_by_invact, users_call
@@ -76,6 +77,7 @@ class Observation:
     calls: list[Call]
     labels: dict[str, str]  # class names, or expressions, by path
     checkpoints: int = 0
+    computed: Computed | None = None  # what made what, if that was asked for
     notes: list[str] = field(default_factory=list)
 
 
@@ -114,6 +116,7 @@ def observe(
     *,
     watch: Sequence[Found] = (),
     checkpointing: bool = True,
+    computed: bool = False,
 ) -> Observation:
     """Runs `model` forward once, in the mode in which it is, and reports what autograd kept.
 
@@ -124,13 +127,14 @@ def observe(
     Args:
         watch: the sites whose calls are to be recorded.
         checkpointing: False runs checkpointed regions as if they were not.
+        computed: whether to record what made what, for the floor.
 
     Raises:
         TimeoutError: a forward pass takes longer than `TIME_LIMIT`.
         LeftoverError: something holds on to simulated tensors.
         Exception: the model's own, if it fails in its forward with these inputs on real tensors as well.
     """
-    probe = _Probe(model, inputs, setting, watch, checkpointing)
+    probe = _Probe(model, inputs, setting, watch, checkpointing, computed)
     with _ONE_AT_A_TIME:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         at_first = references_to(mode)
@@ -155,6 +159,7 @@ class _Probe:
     setting: Setting
     watch: Sequence[Found]
     checkpointing: bool
+    computed: bool
 
     def on_simulated_tensors(self, mode: FakeTensorMode) -> Observation | str:
         """What was kept, or why the model does not run so."""
@@ -203,6 +208,7 @@ class _Probe:
         calls: list[_OpenCall] = []
         checkpoints = [0]
         ledger = Ledger(self.model, weights.values())
+        computed = Computed(weights.values()) if self.computed else None
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
@@ -210,7 +216,7 @@ class _Probe:
             stack.enter_context(autocast_as_set(self.setting))
             stack.enter_context(_recorded(self.model, self.watch, ledger, calls))
             stack.enter_context(TimeLimit(TIME_LIMIT))
-            with ledger:
+            with computed or nullcontext(), ledger:
                 # In a context of its own: what forward sets context variables to ends with it.
                 call = contextvars.copy_context().run
                 output = users_call(call, torch.func.functional_call, self.model, weights, args, kwargs)
@@ -221,6 +227,7 @@ class _Probe:
                 calls=[call.closed() for call in calls],
                 labels={entry.path: ledger.label(entry.path) for entry in entries},
                 checkpoints=checkpoints[0],
+                computed=computed,
             )
             if ledger.of_other_threads:
                 path = min(ledger.of_other_threads)

@@ -94,6 +94,8 @@ checkpoint_generator()  # at import, like the others
 _all_modules_forward_hooks: dict[int, Any] = _found(torch_module, "_global_forward_hooks")
 _found(forward_ad, "_current_level")
 _found(Tensor, "_version")
+_found(torch.UntypedStorage, "_cdata")
+_found(cast_operation, "_schema")
 _found(Tensor, "_backward_hooks")
 _found(functional, "has_torch_function")
 
@@ -149,6 +151,17 @@ def forward_ad_active() -> bool:
 def changes_in_place(tensor: Tensor) -> int:
     """How often a tensor was changed in place; an activation whose output is changed later must be kept."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def storage_identity(tensor: Tensor) -> int:
+    """What `StorageWeakRef.cdata` is, without making one: the recording of a pass asks for it at every operator."""
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
+
+
+def schema_of(operator: Any) -> Any:
+    """An operator's name and arguments, and which of them it changes in place; None of one of higher order."""
+    return getattr(operator, "_schema", None)
 
 
 @contextmanager
@@ -216,10 +229,12 @@ __all__ = [
     "math_attention",
     "modes_off",
     "plain_parts",
+    "schema_of",
     "seen_by_modes",
     "sparse_parts",
     "stock_attention",
     "stock_multi_head_attention",
+    "storage_identity",
     "suggest_memory_format",
     "transforms_active",
     "tree_leaves",
