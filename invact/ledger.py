@@ -151,32 +151,43 @@ class Ledger:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def entries(self) -> list[Entry]:
-        """Every storage kept now, once per module that keeps it, in the order of first packing."""
+    def entries(self, packed: Iterable[tuple[Tensor, str]] | None = None) -> list[Entry]:
+        """Every storage kept now, once per module that keeps it, in the order of first packing.
+
+        Args:
+            packed: tensors and who keeps them, if not those that the ledger has seen itself.
+        """
         weights = {key for tensor in self._weights for key in storage_sizes(tensor)}
         found: dict[tuple[Key, str], Entry] = {}
-        for reference, path in self._packed:
-            kept = reference()
-            if kept is None:  # its part of the graph is gone: nobody can run it backward
-                continue
-            for key, nbytes in storage_sizes(kept.tensor).items():
+        for tensor, path in self._alive() if packed is None else packed:
+            for key, nbytes in storage_sizes(tensor).items():
                 if key not in weights:
                     found.setdefault((key, path), Entry(key, nbytes, path, self._casts.source(key)))
         return list(found.values())
 
-    def memory(self) -> Memory:
+    def _alive(self) -> Iterator[tuple[Tensor, str]]:
+        for reference, path in self._packed:
+            kept = reference()
+            if kept is not None:  # else its part of the graph is gone: nobody can run it backward
+                yield kept.tensor, path
+
+    def memory(self, entries: Iterable[Entry] | None = None) -> Memory:
         """The count as totals; call it while the forward's result is still alive."""
         weights = {key for tensor in self._weights for key in storage_sizes(tensor)}
         by_module: Counter[str] = Counter()
         by_class: Counter[str] = Counter()
         weight_casts = 0
-        for entry in {entry.key: entry for entry in self.entries()}.values():
+        for entry in {entry.key: entry for entry in (self.entries() if entries is None else entries)}.values():
             if entry.cast_of in weights:
                 weight_casts += entry.nbytes
             else:
                 by_module[entry.path] += entry.nbytes
                 by_class[self._labels[entry.path]] += entry.nbytes
         return Memory(by_module.total(), dict(by_module), dict(by_class), weight_casts)
+
+    def running(self) -> str:
+        """The path of the innermost module that is running."""
+        return self._running[-1] if self._running else ""
 
     @contextmanager
     def named(self, path: str, label: str) -> Iterator[None]:
@@ -208,7 +219,7 @@ class Ledger:
 
     def _pack(self, tensor: Tensor) -> _Kept:
         kept = _Kept(tensor.detach())
-        self._packed.append((weakref.ref(kept), self._running[-1] if self._running else ""))
+        self._packed.append((weakref.ref(kept), self.running()))
         return kept
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -20,12 +21,15 @@ from invact.arguments import (
     check_trainable_here,
     device_of,
 )
+from invact.deriving.journal import DerivedTensor
+from invact.deriving.placing import places
+from invact.floor import floor_bytes
 from invact.kernels import Curve
 from invact.ledger import Entry, Key
 from invact.patchers import example_inputs as make_inputs
 from invact.probing import Call, Observation, observe
 from invact.recognition import Rounding, own_rounding
-from invact.report import INVERT, KEEP, Report, Site
+from invact.report import DERIVE, INVERT, KEEP, Report, Site
 from invact.rewriting import Written
 from invact.simulation import Setting, autocast_here
 from invact.snapshot import as_it_was
@@ -96,10 +100,20 @@ class Decided:
     report: Report
     modules: dict[str, Inversion]  # by path
     expressions: dict[str, dict[Written, InvertedExpression]]  # by the path of the module in whose methods they stand
+    derives: dict[str, bool]  # by the path of the module, whether tensors are derived inside it
 
     def apply(self, model: nn.Module) -> Swaps:
-        """Replaces what the report calls "invert"; all of it or, after an error, nothing."""
-        return swap_in(model, self.modules, self.expressions)
+        """Inverts what the report calls "invert" and sets hooks for what is derived; all or, after an error, nothing."""
+        return swap_in(model, self.modules, self.expressions, self.derives)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """`apply` for the length of a block."""
+        swaps = self.apply(model)
+        try:
+            yield
+        finally:
+            swaps.undo()
 
 
 def decide(
@@ -136,14 +150,19 @@ def _decide(
     """Walk, probe, choose; then probe again with the choice applied, so that both totals are counts."""
     already = [site for path, module in model.named_modules() for site in _already_inverted(path, module)]
     with as_it_was(model):
-        found = walk(model)
+        found = list(walk(model))
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
+    where = places(model, lambda path: _allowed(path, include, exclude))
 
-    decisive = observe(model, inputs, setting, watch=found, checkpointing=False)
+    deriving = Decided(Report(sites=[]), {}, {}, where)
+    with deriving.applied(model):
+        decisive = observe(model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True)
+    assert decisive.stock is not None
+    assert decisive.computed is not None
     choice = _Choice(found, decisive, allowed, exact)
     sites = choice.sites()
     chosen = {site.path for site in sites if site.action == INVERT}
-    decided = Decided(Report(sites=[*sites, *already]), {}, {})
+    decided = Decided(Report(sites=[*sites, *already]), {}, {}, {})
     for site in found:
         if site.path in chosen:
             inversion = choice.inversion(site)
@@ -151,20 +170,31 @@ def _decide(
                 decided.modules[site.path] = inversion
             else:
                 decided.expressions.setdefault(site.module_path, {})[site.written] = InvertedExpression(inversion)
-    before = after = observe(model, inputs, setting) if decisive.checkpoints else decisive
-    if chosen:
-        swaps = decided.apply(model)
-        try:
-            after = observe(model, inputs, setting)
-        finally:
-            swaps.undo()
+    if any(tensor.bytes_saved > 0 for tensor in decisive.derived):
+        decided.derives.update(where)
+    before = after = observe(model, inputs, setting) if decisive.checkpoints else replace(
+        decisive, entries=decisive.stock.entries, memory=decisive.stock.memory, derived=[]
+    )  # fmt: skip
+    if chosen or decided.derives:
+        with decided.applied(model):
+            after = observe(model, inputs, setting, derived=True)
     report = decided.report
+    report.derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
+    report.sites = [_derived_site(site, report.derived) for site in report.sites]
     report.bytes_before, report.bytes_after = before.memory.total_bytes, after.memory.total_bytes
+    report.bytes_floor = floor_bytes(decisive.computed, decisive.stock.entries)
     report.weight_cast_bytes = after.memory.weight_cast_bytes
     report.kept_by_class = dict(Counter(after.memory.by_class).most_common())
     report.setting = _in_words(setting, exact)
     report.notes = [*before.notes, *_notes(model, decisive, len(already), nothing_allowed=bool(found) and not allowed)]
     return decided
+
+
+def _derived_site(site: Site, derived: Sequence[DerivedTensor]) -> Site:
+    """A site that is not inverted, but whose output is not kept either."""
+    if site.action == KEEP and any(tensor.path == site.path for tensor in derived):
+        return replace(site, action=DERIVE, reason=f"its output is made again from its input: {site.reason}")
+    return site
 
 
 # --- the choice ---------------------------------------------------------------------------------------
@@ -189,10 +219,16 @@ class _Choice:
         self.allowed = allowed
         self.exact = exact
         self.labels = observed.labels
-        self.sizes: dict[Key, int] = {entry.key: entry.nbytes for entry in observed.entries}
+        self.sizes: dict[Key, int] = {}
         self.keepers: dict[Key, set[str]] = {}
         self.casts: dict[Key, list[Entry]] = {}
+        assert observed.stock is not None
+        # What each site keeps once all is derived that can be.
+        self.kept_at: Counter[str] = Counter()
         for entry in observed.entries:
+            self.kept_at[entry.path] += entry.nbytes
+        for entry in observed.stock.entries:
+            self.sizes[entry.key] = entry.nbytes
             self.keepers.setdefault(entry.key, set()).add(entry.path)
             if entry.cast_of is not None:
                 self.casts.setdefault(entry.cast_of, []).append(entry)
@@ -211,6 +247,8 @@ class _Choice:
         if obstacle is not None:
             return replace(site, reason=obstacle)
         saved = self._bytes_saved(found)
+        if saved > 0 and (reason := self._derived_alike(found)):
+            return replace(site, reason=reason)
         if saved > 0:
             reason = self._why_it_pays(found.path) + self._own_rounding(found)
             self._invert(found.path)
@@ -220,7 +258,7 @@ class _Choice:
     def _obstacle(self, found: Found) -> str | None:
         """Why this site can not be inverted at all, or None."""
         if self.exact:
-            return "exact: left to deriving"
+            return "exact gradients are asked for"
         calls = self.calls.get(found.path, [])
         if self._keeps_only_outputs(found.path):
             return "stock PyTorch already keeps only its output"
@@ -273,6 +311,19 @@ class _Choice:
         added = sum(call.y_nbytes for key, call in outputs.items() if key not in kept_anyway)
         bits = sum(call.bit_nbytes for call in self.calls[path] if call.needs_grad and found.curve.has_side)
         return freed - added - bits
+
+    def _derived_alike(self, found: Found) -> str:
+        """Why inverting would keep no less than deriving does; "" if it does."""
+        calls = [call for call in self.calls[found.path] if call.needs_grad]
+        outputs = sum({call.y_key: call.y_nbytes for call in calls}.values())
+        kept = self.kept_at[found.path]
+        if kept < outputs:
+            return "its input is not kept either"
+        # An expression is inverted by other source than the author's: only where that saves more.
+        bits = sum(call.bit_nbytes for call in calls) * found.curve.has_side
+        if found.written is not None and kept <= outputs + bits:
+            return "inverting an expression, it would keep no less"
+        return ""
 
     def _invert(self, path: str) -> None:
         """From here on this site keeps its outputs, and what it kept before only if others do."""

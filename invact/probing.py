@@ -22,6 +22,7 @@ from invact.arguments import (
     device_of,
 )
 from invact.computed import Computed
+from invact.deriving.journal import DerivedTensor, Journal
 from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
 from invact.leftovers import check_no_leftovers, references_to
 from invact.own_errors import raised_by_invact, users_call
@@ -68,6 +69,14 @@ class Call:
     elsewhere: bool  # in another thread than the probe's
 
 
+@dataclass(frozen=True)
+class Stock:
+    """What stock PyTorch would have kept in the same pass."""
+
+    entries: list[Entry]
+    memory: Memory
+
+
 @dataclass
 class Observation:
     """What one forward pass kept for backward."""
@@ -78,6 +87,8 @@ class Observation:
     labels: dict[str, str]  # class names, or expressions, by path
     checkpoints: int = 0
     computed: Computed | None = None  # what made what, if that was asked for
+    stock: Stock | None = None  # without what is derived, if that was asked for
+    derived: list[DerivedTensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -117,6 +128,7 @@ def observe(
     watch: Sequence[Found] = (),
     checkpointing: bool = True,
     computed: bool = False,
+    derived: bool = False,
 ) -> Observation:
     """Runs `model` forward once, in the mode in which it is, and reports what autograd kept.
 
@@ -128,13 +140,14 @@ def observe(
         watch: the sites whose calls are to be recorded.
         checkpointing: False runs checkpointed regions as if they were not.
         computed: whether to record what made what, for the floor.
+        derived: whether to record what is derived, of a model in which hooks are set for that.
 
     Raises:
         TimeoutError: a forward pass takes longer than `TIME_LIMIT`.
         LeftoverError: something holds on to simulated tensors.
         Exception: the model's own, if it fails in its forward with these inputs on real tensors as well.
     """
-    probe = _Probe(model, inputs, setting, watch, checkpointing, computed)
+    probe = _Probe(model, inputs, setting, watch, checkpointing, computed, derived)
     with _ONE_AT_A_TIME:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         at_first = references_to(mode)
@@ -160,6 +173,7 @@ class _Probe:
     watch: Sequence[Found]
     checkpointing: bool
     computed: bool
+    derived: bool
 
     def on_simulated_tensors(self, mode: FakeTensorMode) -> Observation | str:
         """What was kept, or why the model does not run so."""
@@ -209,6 +223,7 @@ class _Probe:
         checkpoints = [0]
         ledger = Ledger(self.model, weights.values())
         computed = Computed(weights.values()) if self.computed else None
+        journal = Journal(ledger) if self.derived else None
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
@@ -216,7 +231,7 @@ class _Probe:
             stack.enter_context(autocast_as_set(self.setting))
             stack.enter_context(_recorded(self.model, self.watch, ledger, calls))
             stack.enter_context(TimeLimit(TIME_LIMIT))
-            with computed or nullcontext(), ledger:
+            with computed or nullcontext(), ledger, journal.open() if journal else nullcontext():
                 # In a context of its own: what forward sets context variables to ends with it.
                 call = contextvars.copy_context().run
                 output = users_call(call, torch.func.functional_call, self.model, weights, args, kwargs)
@@ -229,6 +244,11 @@ class _Probe:
                 checkpoints=checkpoints[0],
                 computed=computed,
             )
+            if journal is not None:
+                stock = journal.stock_entries()
+                found.stock = Stock(stock, ledger.memory(stock))
+                found.labels |= {entry.path: ledger.label(entry.path) for entry in stock}
+                found.derived = journal.derived()
             if ledger.of_other_threads:
                 path = min(ledger.of_other_threads)
                 found.notes.append(f"{path!r} runs in another thread: what is kept there is not counted.")

@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
+from invact.deriving.journal import DerivedTensor
 from invact.tables import Column, print_table
 
 INVERT = "invert"
+DERIVE = "derive"
 KEEP = "keep"
 
 
@@ -24,7 +26,7 @@ class Site:
             "path.method:curve".
         activation: the curve's name, such as "gelu_tanh".
         module_class: class name of the module found there, or the expression as written, such as "F.gelu(…)".
-        action: "invert" or "keep".
+        action: "invert"; "derive", if the output is made again from what is kept; or "keep".
         reason: why, in plain words.
         bytes_saved: fewer bytes kept for backward when this site is inverted; 0 if it is kept.
     """
@@ -43,8 +45,10 @@ class Report:
 
     Attributes:
         sites: every site found, in the order of `model.named_modules()`.
+        derived: the tensors that are made again in backward instead of being kept, in the order of forward.
         bytes_before, bytes_after: what autograd keeps between forward and backward, without the model's
             parameters and buffers and without `weight_cast_bytes`.
+        bytes_floor: what would remain if nothing were kept that operations without a matrix product can make again.
         weight_cast_bytes: low-precision copies of weights that autocast keeps; the same before and after.
         kept_by_class: bytes after, by the class of the module that keeps them, largest first.
         setting: what was planned for, in words.
@@ -52,8 +56,10 @@ class Report:
     """
 
     sites: list[Site]
+    derived: list[DerivedTensor] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
+    bytes_floor: int = 0
     weight_cast_bytes: int = 0
     kept_by_class: dict[str, int] = field(default_factory=dict)
     setting: str = ""

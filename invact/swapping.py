@@ -1,8 +1,9 @@
 """How a module is patched: it stays the object it is and gets a class of its own, a subclass of the one it had.
 
 So its attributes, hooks, parameters and every reference to it are the user's, as `torch.nn.utils.parametrize` does it.
-The class alone knows of us: it runs an activation inverted, or a method with inverted expressions in it, pickles as the
-class that the module had, and goes when `Swaps.undo` gives the module that class back.
+The class alone knows of us: it runs an activation inverted, or a method with inverted expressions in it, or sets hooks
+on what autograd keeps while the module runs; it pickles as the class that the module had, and goes when `Swaps.undo`
+gives the module that class back.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from invact import functional
+from invact.deriving.hooks import Deriving, is_deriving, may_derive
 from invact.kernels import Curve
 from invact.pytorch_inside import hooks_on_all_modules, transforms_active
 from invact.rewriting import Runner, Written, calling, methods_of
@@ -94,11 +96,13 @@ class Patched:
     """In every class that a module is given here; the first base, before the class that the module had.
 
     Attributes:
-        _invact_stock: the class that the module had.
+        _invact_stock: the class that the module had before any of ours.
+        _invact_below: the class under this one, which may be one of ours.
         _invact_sites: what is inverted in it, as (method, curve); the method of an activation is "".
     """
 
     _invact_stock: ClassVar[type[nn.Module]]
+    _invact_below: ClassVar[type[nn.Module]]
     _invact_sites: ClassVar[tuple[tuple[str, str], ...]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -244,18 +248,46 @@ def _rewritten_method(
     return method
 
 
+def _deriving_class(below: type[nn.Module], allowed: bool, by_call: bool) -> type:
+    """Of a module inside which tensors are derived, or, with `allowed` False, are not.
+
+    Args:
+        by_call: somebody has put another forward on this one module, so that the class's is not what is called.
+    """
+    key = (below, "derives", allowed, by_call)
+    kind = _CLASSES.get(key)
+    if kind is None:
+        name = "__call__" if by_call else "forward"
+        sites = below._invact_sites if issubclass(below, Patched) else ()
+        kind = _CLASSES[key] = _class_over(below, Patched, {name: _deriving_method(below, name, allowed)}, sites)
+    return kind
+
+
+def _deriving_method(below: type[nn.Module], name: str, allowed: bool) -> Callable[..., Any]:
+    @functools.wraps(getattr(below, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not may_derive() or is_deriving(allowed) or not _is_patched(self):
+            return getattr(below, name)(self, *args, **kwargs)
+        with Deriving(allowed):
+            return getattr(below, name)(self, *args, **kwargs)
+
+    return method
+
+
 def _is_patched(module: Any) -> bool:
     """Asked of what calls a method of ours: it may have its own class again."""
     return isinstance(module, Patched)
 
 
-def _class_over(stock: type, first: type, methods: Mapping[str, Any], sites: tuple[tuple[str, str], ...]) -> type:
+def _class_over(below: type, first: type, methods: Mapping[str, Any], sites: tuple[tuple[str, str], ...]) -> type:
     """A subclass that looks like the class it is of, made past metaclasses that keep a register."""
-    copied = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    names = {**copied, **methods, "_invact_stock": stock, "_invact_sites": sites}
-    metaclass = type(stock)
+    copied = {name: getattr(below, name) for name in ("__module__", "__qualname__", "__doc__")}
+    stock = below._invact_stock if issubclass(below, Patched) else below
+    names = {**copied, **methods, "_invact_stock": stock, "_invact_below": below, "_invact_sites": sites}
+    metaclass = type(below)
     make = abc.ABCMeta.__new__ if issubclass(metaclass, abc.ABCMeta) else type.__new__
-    return make(metaclass, stock.__name__, (first, stock), names)
+    bases = (below,) if issubclass(below, first) else (first, below)
+    return make(metaclass, below.__name__, bases, names)
 
 
 def _set_class(module: nn.Module, kind: type) -> None:
@@ -267,28 +299,30 @@ def _set_class(module: nn.Module, kind: type) -> None:
 
 @dataclass
 class Swaps:
-    """The modules that `swap_in` patched, so that exactly these are given back."""
+    """The modules that `swap_in` patched, each with the class it was given, so that exactly these are taken back."""
 
-    modules: list[nn.Module] = field(default_factory=list)
+    modules: list[tuple[nn.Module, type]] = field(default_factory=list)
 
     def undo(self) -> int:
-        """Gives every module the class that it had; returns the number of sites restored."""
+        """Takes every class of ours off again; returns the number of sites restored."""
         restored = 0
-        for module in self.modules:
-            if isinstance(module, Patched):
-                restored += len(module._invact_sites)
-                _set_class(module, _stock_class(type(module)))
+        for module, kind in reversed(self.modules):
+            if issubclass(type(module), kind):
+                restored += len(kind._invact_sites) - len(getattr(kind._invact_below, "_invact_sites", ()))
+                _set_class(module, _class_without(type(module), kind))
         self.modules = []
         return restored
 
 
-def _stock_class(kind: type) -> type:
-    """The class without ours: the stock one, or that of somebody, such as FSDP, who has put his own on top."""
-    if "_invact_stock" in kind.__dict__:
-        stock: type = kind.__dict__["_invact_stock"]
-        return stock
-    bases = tuple(_stock_class(base) if issubclass(base, Patched) else base for base in kind.__bases__)
+def _class_without(kind: type, ours: type) -> type:
+    """The class under ours, or that of somebody, such as FSDP, who has put his own on top, over it."""
+    if kind is ours:
+        below: type = ours._invact_below
+        return below
+    bases = tuple(_class_without(base, ours) if issubclass(base, ours) else base for base in kind.__bases__)
     names = {name: value for name, value in kind.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    if "_invact_below" in names:
+        names["_invact_below"] = bases[-1]
     return type.__new__(type(kind), kind.__name__, bases, names)
 
 
@@ -296,12 +330,14 @@ def swap_in(
     model: nn.Module,
     modules: Mapping[str, Inversion],
     expressions: Mapping[str, Mapping[Written, Runner]],
+    derives: Mapping[str, bool] = types.MappingProxyType({}),
 ) -> Swaps:
-    """Inverts modules and expressions; all of them or, after an error, none.
+    """Inverts modules and expressions, and sets hooks; all of them or, after an error, none.
 
     Args:
         modules: by the path of the module.
         expressions: by the path of the module in whose methods they stand, what runs in their place.
+        derives: by the path of the module, whether tensors are derived inside it.
     """
     swaps = Swaps()
     try:
@@ -311,6 +347,9 @@ def swap_in(
         for path, runners in expressions.items():
             module = model.get_submodule(path)
             _swap(module, _rewritten_class(type(module), runners), swaps)
+        for path, allowed in derives.items():
+            module = model.get_submodule(path)
+            _swap(module, _deriving_class(type(module), allowed, "forward" in vars(module)), swaps)
     except BaseException:
         swaps.undo()
         raise
@@ -319,7 +358,7 @@ def swap_in(
 
 def _swap(module: nn.Module, kind: type, swaps: Swaps) -> None:
     _set_class(module, kind)
-    swaps.modules.append(module)
+    swaps.modules.append((module, kind))
 
 
 def inverted_in(module: nn.Module) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -335,4 +374,5 @@ def inverted_in(module: nn.Module) -> tuple[str, tuple[tuple[str, str], ...]]:
 
 def swaps_in(model: nn.Module) -> Swaps:
     """Everything patched in `model`."""
-    return Swaps([module for module in model.modules() if isinstance(module, Patched)])
+    ours = [(module, kind) for module in model.modules() for kind in reversed(type(module).__mro__)]
+    return Swaps([(module, kind) for module, kind in ours if "_invact_below" in vars(kind)])

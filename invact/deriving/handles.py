@@ -59,14 +59,15 @@ class Kept(Handle):
 
     Attributes:
         source: whether recipes may read it.
+        narrow: whether this is a 16-bit copy, kept in the stead of a wide one.
         setting: what the operation that keeps it was told and autograd does not record, such as a norm's eps.
     """
 
-    __slots__ = ("data", "given_back", "setting", "source", "stride")
+    __slots__ = ("data", "given_back", "narrow", "setting", "source", "stride")
 
     def __init__(self, tensor: Tensor, version: int, hooks: tuple[Any, Any] | None) -> None:
         self.version = version
-        self.source = True
+        self.source, self.narrow = True, False
         self.setting: Any = None
         self.made_in_place = -1
         if hooks is None:

@@ -16,14 +16,18 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from invact.deriving.handles import Bits, Derived, Handle, Kept, remade
+from invact.deriving.journal import journal_here
 from invact.deriving.rules import RULES
-from invact.pytorch_inside import StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
+from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
 
 SMALLEST = 1024
 """Elements from which on a tensor is derived: one of fewer bytes than a handful of handles is not worth its recipe."""
 
 MOST_STEPS = 12
 """Operations of one recipe. The longest that pays, a dropped copy of a norm written out in steps, takes seven."""
+
+
+_PLAIN = (Tensor, FakeTensor)
 
 
 class NormSettings(NamedTuple):
@@ -54,7 +58,6 @@ class Deriving:
 
     Args:
         allowed: False keeps everything as it is, in the midst of a part where this is derived.
-        journal: writes down what becomes of each tensor; see `invact.deriving.journal`.
 
     Example:
         >>> norm, linear = torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)
@@ -65,8 +68,8 @@ class Deriving:
         'Derived'
     """
 
-    def __init__(self, allowed: bool = True, journal: Any = None) -> None:
-        self.allowed, self.journal = allowed, journal
+    def __init__(self, allowed: bool = True) -> None:
+        self.allowed, self.journal = allowed, journal_here()
         self.outer = outer_hooks()
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
@@ -131,7 +134,7 @@ class Deriving:
                 return known
             return self._kept(tensor)
         handle: Handle | None = None
-        if tensor.numel() >= SMALLEST and type(tensor) is Tensor and name in RULES:
+        if tensor.numel() >= SMALLEST and type(tensor) in _PLAIN and name in RULES:
             if version == 0 or self._worked_in_place(node, name, version):
                 handle = self._derived(tensor, node, number, version)
         if handle is None:
@@ -161,6 +164,8 @@ class Deriving:
             handle = self._narrow(tensor, node)
         if handle is None or handle.steps > MOST_STEPS:
             return None
+        if self.journal is not None:
+            self.journal.recipe(handle, node, number)
         handle.version, handle.stride = version, tensor.stride()
         handle.wanted_again()
         return handle
@@ -178,6 +183,8 @@ class Deriving:
         handle = rule(node, number, self._find) if rule is not None else None
         if handle is None or handle.steps > MOST_STEPS:
             return None
+        if self.journal is not None:
+            self.journal.recipe(handle, node, number)
         metadata[key] = weakref.ref(handle)
         return handle
 
@@ -190,12 +197,13 @@ class Deriving:
         if dtype not in (torch.bfloat16, torch.float16) or wide not in (torch.float32, torch.float64):
             return None
         narrow = Kept(tensor.detach().to(dtype), 0, self.outer)
+        narrow.narrow = True
         producer.metadata[_key(output)] = weakref.ref(narrow)
         return Derived(lambda x: x.to(wide), (narrow,), joins=False, moves=True)
 
     def _bits(self, mask: Tensor) -> Handle | None:
         dense = mask.is_contiguous() or mask.is_contiguous(memory_format=torch.channels_last)
-        if not dense or mask.untyped_storage().nbytes() != mask.numel() or type(mask) is not Tensor:
+        if not dense or mask.untyped_storage().nbytes() != mask.numel() or type(mask) not in _PLAIN:
             return None
         known = _MASKS.get(mask.untyped_storage()._cdata)
         if known is not None:
