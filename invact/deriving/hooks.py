@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from invact.deriving.handles import Bits, Derived, Handle, Kept, remade
+from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, remade
 from invact.deriving.journal import journal_here
 from invact.deriving.rules import RULES
+from invact.deriving.stead import stead_of
 from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
 
 SMALLEST = 1024
@@ -97,7 +98,7 @@ class Deriving:
     def pass_on(self, tensor: Tensor) -> Handle:
         """Keeps a tensor as it is, where nothing is derived."""
         handle = self._kept(tensor)
-        handle.source = False
+        handle.may_be_read = False
         if self.journal is not None:
             self.journal.note(tensor, handle)
         return handle
@@ -126,29 +127,38 @@ class Deriving:
         metadata, key = node.metadata, _key(number)
         known = _noted(metadata, key)
         if known is not None:
-            if known.version != version:
-                return self._kept(tensor)  # changed since
-            if not isinstance(known, Kept):
-                return self._asked_again(known, tensor)
-            if known.source:
-                return known
-            return self._kept(tensor)
+            return self._known(known, tensor, version)
         handle: Handle | None = None
-        if tensor.numel() >= SMALLEST and type(tensor) in _PLAIN and name in RULES:
-            if version == 0 or self._worked_in_place(node, name, version):
-                handle = self._derived(tensor, node, number, version)
+        big = tensor.numel() >= SMALLEST and type(tensor) in _PLAIN
+        if big and name in RULES and (version == 0 or self._worked_in_place(node, name, version)):
+            handle = self._derived(tensor, node, number, version, frame)
         if handle is None:
             handle = self._kept(tensor)
         if name == "CloneBackward0" and frame.f_code in _IN_PLACE and frame.f_locals["inplace"]:
             handle.made_in_place = frame.f_locals["input"]._version + 1
-        metadata[key] = weakref.ref(handle)
+        self._note(metadata, number, handle)
         return handle
 
-    def _asked_again(self, known: Handle, tensor: Tensor) -> Handle:
+    def _known(self, known: Handle, tensor: Tensor, version: int) -> Handle:
+        """The handle of a value that somebody else has kept before."""
+        if known.version != version or not known.may_be_read:
+            return self._kept(tensor)  # changed since, or not to be shared
+        if isinstance(known, Kept):
+            if known.lies_like(tensor):
+                known.asked += 1
+                return known
+            known = Derived(torch.clone, (known,), joins=False, moves=True)
         if isinstance(known, Derived) and known.stride is None:
             known.stride = tensor.stride()
         known.wanted_again()
         return known
+
+    def _note(self, metadata: dict[Any, Any], number: int, handle: Handle) -> None:
+        metadata[_key(number)] = weakref.ref(handle)
+        for waiting in metadata.pop(("invact awaited", number), ()):
+            awaited = waiting()
+            if awaited is not None:
+                awaited.filled(handle)
 
     def _worked_in_place(self, node: Any, name: str, version: int) -> bool:
         """Whether this is the output of an operator that works in place, and not changed since."""
@@ -158,11 +168,22 @@ class Deriving:
         kept = None if operand is None else operand.data
         return isinstance(kept, Kept | Derived) and kept.made_in_place == version
 
-    def _derived(self, tensor: Tensor, node: Any, number: int, version: int) -> Handle | None:
-        handle = RULES[node.name()](node, number, self._find)
+    def _derived(self, tensor: Tensor, node: Any, number: int, version: int, frame: Any) -> Handle | None:
+        rule = RULES[node.name()]
+        handle = rule(node, number, self._find)
+        if handle is None and (stead := stead_of(tensor, node, frame)) is not None:
+            kept = Kept(stead.tensor, stead.tensor._version, self.outer)
+            kept.stands_for_another = True
+            self._note(stead.producer.metadata, stead.number, kept)
+            if stead.smaller:
+                handle = rule(node, number, self._find)
+            else:
+                same = self._kept(tensor)
+                same.beside = kept
+                return same
         if handle is None:
-            handle = self._narrow(tensor, node)
-        if handle is None or handle.steps > MOST_STEPS:
+            return self._later(tensor, node, number)
+        if handle.steps > MOST_STEPS:
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
@@ -175,7 +196,7 @@ class Deriving:
         metadata, key = node.metadata, _key(number)
         known = _noted(metadata, key)
         if known is not None:
-            return None if isinstance(known, Kept) and not known.source else known
+            return known if known.may_be_read else None
         name = node.name()
         if name == "torch::autograd::AccumulateGrad":
             return self._kept(node.variable)
@@ -188,18 +209,34 @@ class Deriving:
         metadata[key] = weakref.ref(handle)
         return handle
 
-    def _narrow(self, tensor: Tensor, node: Any) -> Derived | None:
-        """A wide copy of a narrow tensor is kept narrow, and with it whoever else wants the narrow one."""
-        if node.name() != "ToCopyBackward0":
+    def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
+        """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does with the sigmoid first."""
+        recipe = RULES[node.name()](node, number, self._find_or_await)
+        if recipe is None or recipe.joins or not 0 < recipe.steps <= MOST_STEPS:
             return None
-        producer, output = node.next_functions[0]
-        dtype, wide = producer._input_metadata[output].dtype, tensor.dtype
-        if dtype not in (torch.bfloat16, torch.float16) or wide not in (torch.float32, torch.float64):
-            return None
-        narrow = Kept(tensor.detach().to(dtype), 0, self.outer)
-        narrow.narrow = True
-        producer.metadata[_key(output)] = weakref.ref(narrow)
-        return Derived(lambda x: x.to(wide), (narrow,), joins=False, moves=True)
+        kept = self._kept(tensor)
+        recipe.stride = tensor.stride()
+        kept.later = recipe
+        if self.journal is not None:
+            self.journal.recipe(recipe, node, number)
+        for awaited in recipe.awaited():
+            awaited.kept = weakref.ref(kept)
+        return kept
+
+    def _find_or_await(self, node: Any, number: int) -> Handle | None:
+        """`_find`, or in its stead what waits until the output is kept."""
+        found = self._find(node, number)
+        if found is not None:
+            return found
+        rule = RULES.get(node.name())
+        if rule is not None:
+            handle = rule(node, number, self._find_or_await)
+            if handle is not None and self.journal is not None:
+                self.journal.recipe(handle, node, number)
+            return handle
+        awaited = Awaited()
+        node.metadata.setdefault(("invact awaited", number), []).append(weakref.ref(awaited))
+        return awaited
 
     def _bits(self, mask: Tensor) -> Handle | None:
         dense = mask.is_contiguous() or mask.is_contiguous(memory_format=torch.channels_last)

@@ -55,7 +55,7 @@ def saved(node: Node, name: str) -> Handle | Tensor | None:
     except RuntimeError:  # the node has been run, or does not need it
         return None
     if isinstance(data, Kept):
-        return data if data.source else None
+        return data if data.may_be_read else None
     return data if isinstance(data, Handle) or (isinstance(data, Tensor) and not data.dim()) else None
 
 
@@ -376,6 +376,12 @@ def softmax(node: Node, number: int, find: Find) -> Derived | None:
 def copy(node: Node, number: int, find: Find) -> Derived | None:
     """The recipe's own `stride` lays it out."""
     return derived(torch.clone, produced(node, 0, find))
+
+
+@rule("ConstantPadNdBackward0")
+def not_padded(node: Node, number: int, find: Find) -> Derived | None:
+    """Padding by nothing is a copy; by something, the number is not recorded."""
+    return derived(torch.clone, produced(node, 0, find)) if not any(node._saved_pad) else None
 
 
 @rule("CatBackward0", "StackBackward0")
