@@ -22,8 +22,9 @@ try:
     from torch._functorch.partitioners import get_default_op_list, min_cut_rematerialization_partition
     from torch._inductor import config as inductor_settings
 
-    # What inductor calls on a graph of forward and backward, and names in its cache: without it nothing can be marked.
-    from torch._inductor.custom_graph_pass import CustomGraphPass
+    # What inductor calls on a graph of forward and backward, and names in its cache: without it nothing can be marked,
+    # or a graph that was compiled by another version of invact would be taken for one of this.
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     # What inductor does to a graph before it is parted, and the operations it wants there: the count would be another.
     from torch._inductor.decomposition import select_decomp_table
@@ -39,6 +40,7 @@ __all__ = [
     "Inductor",
     "aot_function",
     "get_default_op_list",
+    "get_hash_for_files",
     "inductor_settings",
     "joint_graph_passes",
     "min_cut_rematerialization_partition",

@@ -18,11 +18,11 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from invact import __version__
 from invact.compiler_inside import (
     CustomGraphPass,
     Inductor,
     get_default_op_list,
+    get_hash_for_files,
     inductor_settings,
     partitioner_settings,
 )
@@ -86,7 +86,7 @@ def reserves_off() -> AbstractContextManager[None]:
     return block
 
 
-class MarksWhatIsKept(CustomGraphPass):  # type: ignore[misc]
+class MarksWhatIsKept(CustomGraphPass):
     """The pass of this backend: runs the user's own one, if there is any, and marks what is to be kept.
 
     PyTorch names it in the keys of its caches, by its attributes or by `uuid`, as the release has it.
@@ -94,7 +94,7 @@ class MarksWhatIsKept(CustomGraphPass):  # type: ignore[misc]
 
     def __init__(self, theirs: Any = None) -> None:
         self.theirs = [] if theirs is None else list(theirs) if isinstance(theirs, (list, tuple)) else [theirs]
-        self.version = __version__
+        self.version = get_hash_for_files((__file__,))  # what is marked is told in this file
 
     def __call__(self, graph: fx.Graph) -> None:
         for each in self.theirs:
