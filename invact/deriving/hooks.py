@@ -87,10 +87,7 @@ class Deriving:
         """What is kept in the stead of a tensor."""
         frame = sys._getframe(1)
         node = tensor.grad_fn
-        if node is None:
-            handle = self._without_history(tensor, frame)
-        else:
-            handle = self._with_history(tensor, node, frame)
+        handle = self._without_history(tensor, frame) if node is None else self._with_history(tensor, node, frame)
         if self.journal is not None:
             self.journal.note(tensor, handle)
         return handle
@@ -210,7 +207,7 @@ class Deriving:
         return handle
 
     def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
-        """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does with the sigmoid first."""
+        """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does, the sigmoid first."""
         recipe = RULES[node.name()](node, number, self._find_or_await)
         if recipe is None or recipe.joins or not 0 < recipe.steps <= MOST_STEPS:
             return None

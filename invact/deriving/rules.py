@@ -182,7 +182,7 @@ def quotient(node: Node, number: int, find: Find) -> Derived | None:
 
 @rule("AddBackward0", "SubBackward0")
 def total(node: Node, number: int, find: Find) -> Derived | None:
-    """Only of what is there without another sum on the way: else a residual stream would be summed up from its start."""
+    """Only of what is there with no other sum on the way: else a residual stream would be summed up from its start."""
     a, b = produced(node, 0, find), produced(node, 1, find)
     if a is None or b is None or a.joins or b.joins:
         return None
