@@ -57,7 +57,7 @@ class Inversion:
             return False  # fx, for one, traces with what is no tensor
         if getattr(_THREAD, "watched", None) is not None and transforms_active():
             return False  # what hooks change can not be told there
-        if x.numel() < SMALLEST_INVERTED and is_deriving(True):
+        if not torch.compiler.is_compiling() and x.numel() < SMALLEST_INVERTED and is_deriving(True):
             return False
         return functional.wants_gradient(x) and self.settings.unchanged(module)
 

@@ -38,7 +38,13 @@ class NormSettings(NamedTuple):
     bias: Handle | None
 
 
-_NORMS = {getattr(F, name).__code__ for name in ("layer_norm", "rms_norm", "group_norm", "batch_norm")}
+# What their nodes do not know: autograd keeps the bias of the first two.
+_NORMS = {
+    F.layer_norm.__code__: "eps",
+    F.rms_norm.__code__: "eps",
+    F.group_norm.__code__: "eps and bias",
+    F.batch_norm.__code__: "eps and bias",
+}
 # Functions that may work in place, and then keep a copy of what they were given.
 _IN_PLACE = {
     getattr(F, name).__code__
@@ -118,9 +124,10 @@ class Deriving:
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
             return bits
         handle = Kept(tensor.detach(), tensor._version, self.outer)
-        if frame.f_code in _NORMS:
+        told = _NORMS.get(frame.f_code)
+        if told is not None:
             local = frame.f_locals
-            bias = local.get("bias")
+            bias = local["bias"] if told == "eps and bias" else None
             handle.setting = NormSettings(local["eps"], None if bias is None else self._kept(bias))
         return handle
 
