@@ -23,6 +23,7 @@ from invact.arguments import (
     device_of,
 )
 from invact.computed import Computed
+from invact.deriving.hooks import Deriving
 from invact.deriving.journal import DerivedTensor, Journal
 from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
 from invact.leftovers import check_no_leftovers, references_to
@@ -38,6 +39,7 @@ from invact.simulation import (
     autocast_here,
     checkpoints_counted,
     fake_tensor_log_silent,
+    hooks_standing_aside,
     stand_in,
 )
 from invact.snapshot import as_it_was
@@ -89,6 +91,7 @@ class Observation:
     calls: list[Call]
     labels: dict[str, str]  # class names, or expressions, by path
     checkpoints: int = 0
+    without_hooks: int = 0  # how often the model entered torch.func or the like, where no hooks may be
     computed: Computed | None = None  # what made what, if that was asked for
     stock: Stock | None = None  # without what is derived, if that was asked for
     derived: list[DerivedTensor] = field(default_factory=list)
@@ -226,7 +229,7 @@ class _Probe:
     def _run(self, weights: dict[str, Tensor], inputs: Any) -> Observation:
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
         calls: list[_OpenCall] = []
-        checkpoints = [0]
+        checkpoints, without_hooks = [0], [0]
         ledger = Ledger(self.model, weights.values())
         computed = Computed(weights.values()) if self.computed else None
         journal = Journal(ledger) if self.derived else None
@@ -234,6 +237,7 @@ class _Probe:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
             stack.enter_context(checkpoints_counted(checkpoints, run_them=self.checkpointing))
+            stack.enter_context(hooks_standing_aside(_packs_for_us, without_hooks))
             stack.enter_context(autocast_as_set(self.setting))
             stack.enter_context(_recorded(self.model, self.watch, ledger, calls, self.derives))
             stack.enter_context(TimeLimit(TIME_LIMIT))
@@ -248,6 +252,7 @@ class _Probe:
                 calls=[call.closed() for call in calls],
                 labels={entry.path: ledger.label(entry.path) for entry in entries},
                 checkpoints=checkpoints[0],
+                without_hooks=without_hooks[0],
                 computed=computed,
             )
             if journal is not None:
@@ -260,6 +265,10 @@ class _Probe:
                 found.notes.append(f"{path!r} runs in another thread: what is kept there is not counted.")
             del output
         return found
+
+
+def _packs_for_us(pack: Any) -> bool:
+    return isinstance(getattr(pack, "__self__", None), Ledger | Deriving)
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device, moved: bool) -> Tensor:

@@ -108,7 +108,8 @@ class Deriving:
 
     def _kept(self, tensor: Tensor) -> Kept:
         version = tensor._version
-        return Kept(tensor if tensor.requires_grad and tensor.is_leaf else tensor.detach(), version, self.outer)
+        # One without history is no cycle, and may have attributes of the user's that its Function reads in backward.
+        return Kept(tensor if tensor.grad_fn is None else tensor.detach(), version, self.outer)
 
     def _without_history(self, tensor: Tensor, frame: Any) -> Handle:
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
