@@ -98,8 +98,11 @@ class Computed(TorchDispatchMode):
         new = [(n, part) for n, part in enumerate(_parts(out)) if storage_identity(part) not in self._now]
         if changed and not self.changed_unseen and self._is_unseen(written):
             self.changed_unseen = rule.operator + "_"
-        if torch.is_grad_enabled() and _needs_gradient([*args, *kwargs.values()]):
-            self._in_graph.update(storage_identity(part) for part in [*changed, *(part for _, part in new)])
+        # Fresh noise and zeros shaped like something are filled in place, and integers have no gradients.
+        if torch.is_grad_enabled() and rule.made_by not in (_CONSTANTS, RANDOM):
+            if _needs_gradient([*args, *kwargs.values()]):
+                parts = [*changed, *(part for _, part in new)]
+                self._in_graph.update(storage_identity(part) for part in parts if part.is_floating_point())
         if new or changed:  # else a view, or something that only looks
             self._record(rule, args, kwargs, new, changed)
         return out

@@ -202,14 +202,15 @@ def _why_not_derived(decisive: Observation) -> str | None:
     """What of this model no recipe could be right beside, as a note; None if there is nothing."""
     if decisive.without_hooks:
         return (
-            "nothing is derived, since the model enters torch.func or disable_saved_tensors_hooks in its forward, which "
-            "refuse hooks on what autograd keeps; what is kept inside is not counted."
+            "nothing is derived, since the model enters torch.func or disable_saved_tensors_hooks in its forward, "
+            "which refuse hooks on what autograd keeps; what is kept inside is not counted."
         )
     assert decisive.computed is not None
     if decisive.computed.changed_unseen:
         return (
-            f"nothing is derived, since {decisive.computed.changed_unseen} changes a tensor of the graph in place where "
-            "autograd does not see it, under no_grad or through detach or .data: made again, it would lack the change."
+            f"nothing is derived, since {decisive.computed.changed_unseen} changes a tensor of the graph in place "
+            "where autograd does not see it, under no_grad or through detach or .data: made again, it would lack the "
+            "change."
         )
     return None
 

@@ -131,7 +131,7 @@ def outer_hooks() -> Any:
 
 @contextmanager
 def hooks_taken_off(ours: Callable[[Any], bool]) -> Iterator[None]:
-    """Without the innermost hooks on kept tensors for the length of the block, as long as `ours` says so of their pack."""
+    """Without the innermost hooks on kept tensors for the length of a block, as far as `ours` says so of their pack."""
     off: list[tuple[Any, Any]] = []
     while (hooks := outer_hooks()) is not None and ours(hooks[0]):
         off.append(hooks)

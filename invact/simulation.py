@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -271,7 +271,7 @@ def checkpoints_counted(count: list[int], *, run_them: bool) -> Iterator[None]:
 
 @contextmanager
 def hooks_standing_aside(ours: Callable[[Any], bool], count: list[int]) -> Iterator[None]:
-    """Counts where this thread can not stand hooks on kept tensors, inside torch.func, and takes those of ours off there.
+    """Counts where this thread can have no hooks on kept tensors, inside torch.func, and takes those of ours off there.
 
     Args:
         ours: told by the function that packs.
