@@ -779,6 +779,22 @@ def test_functions_that_write_into_what_they_keep(use, function):
     assert_alike(*twins(Using()))
 
 
+def test_a_recipe_reads_what_a_function_has_kept_and_written_into():
+    """In stock PyTorch the function alone keeps the tensor, and may do with it what it likes."""
+
+    class Two(Normed):
+        def forward(self, x):
+            h = self.first(x)
+            return Overwriting.apply(h), self.last(self.norm(h * 2)), h
+
+    def train(model):
+        written, other, h = model(X)
+        torch.autograd.grad(written.sum(), h)
+        other.square().mean().backward()
+
+    assert_alike(*twins(Two()), train)
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
