@@ -66,6 +66,8 @@ class Computed(TorchDispatchMode):
     def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()
         self.values: list[Value] = []
+        self.changed_unseen = ""  # an operator that changed what autograd had recorded, and was not recorded itself
+        self._in_graph: set[Key] = set()
         self._of_gradients = 0  # the roots through which gradients flow back, one bit each
         self._now: dict[Key, int] = {}  # the number of the value that each storage holds
         # While there is a weak reference, no other storage gets the identity.
@@ -90,12 +92,25 @@ class Computed(TorchDispatchMode):
         kwargs = kwargs or {}
         out = users_call(func, *args, **kwargs)
         rule = _rule(func)
-        changed = [part for n in rule.changes if n < len(args) for part in _parts(args[n])]
-        changed += [part for name in rule.changes_named for part in _parts(kwargs.get(name))]
+        written = [args[n] for n in rule.changes if n < len(args)]
+        written += [kwargs.get(name) for name in rule.changes_named]
+        changed = _parts(written)
         new = [(n, part) for n, part in enumerate(_parts(out)) if storage_identity(part) not in self._now]
+        if changed and not self.changed_unseen and self._is_unseen(written):
+            self.changed_unseen = rule.operator + "_"
+        # Fresh noise and zeros shaped like something are filled in place, and integers have no gradients.
+        may_be_in_graph = torch.is_grad_enabled() and rule.made_by not in (_CONSTANTS, RANDOM)
+        if may_be_in_graph and _needs_gradient([*args, *kwargs.values()]):
+            parts = [*changed, *(part for _, part in new)]
+            self._in_graph.update(storage_identity(part) for part in parts if part.is_floating_point())
         if new or changed:  # else a view, or something that only looks
             self._record(rule, args, kwargs, new, changed)
         return out
+
+    def _is_unseen(self, written: Any) -> bool:
+        """Whether an operator writes into what autograd has recorded, past autograd."""
+        known = any(storage_identity(part) in self._in_graph for part in _parts(written))
+        return known and not (torch.is_grad_enabled() and _needs_gradient(written))
 
     def _record(
         self,
@@ -333,6 +348,13 @@ def _parts(arg: Any) -> list[Tensor]:
     if isinstance(arg, (tuple, list)):
         return [part for item in arg for part in _parts(item)]
     return []
+
+
+def _needs_gradient(arg: Any) -> bool:
+    """Whether one of the tensors in an argument does; the numbers inside a subclass do not say."""
+    if isinstance(arg, Tensor):
+        return arg.requires_grad
+    return isinstance(arg, (tuple, list)) and any(_needs_gradient(item) for item in arg)
 
 
 def _nbytes(part: Tensor) -> int:

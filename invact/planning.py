@@ -27,7 +27,7 @@ from invact.floor import floor_bytes
 from invact.kernels import Curve
 from invact.ledger import Entry, Key
 from invact.patchers import example_inputs as make_inputs
-from invact.probing import Call, Observation, observe
+from invact.probing import Call, Observation, Stock, observe
 from invact.recognition import Rounding, own_rounding
 from invact.report import DERIVE, INVERT, KEEP, Report, Site
 from invact.rewriting import Written
@@ -154,9 +154,15 @@ def _decide(
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
     where = places(model, lambda path: _allowed(path, include, exclude))
 
-    deriving = Decided(Report(sites=[]), {}, {}, where)
-    with deriving.applied(model):
-        decisive = observe(model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True)
+    decisive = observe(
+        model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True, derives=where
+    )
+    assert decisive.computed is not None
+    obstacle = _why_not_derived(decisive)
+    if obstacle is not None:
+        where = {}
+        decisive = observe(model, inputs, setting, watch=found, checkpointing=False, computed=True)
+        decisive.stock = Stock(decisive.entries, decisive.memory)
     assert decisive.stock is not None
     assert decisive.computed is not None
     choice = _Choice(found, decisive, allowed, exact)
@@ -187,7 +193,26 @@ def _decide(
     report.kept_by_class = dict(Counter(after.memory.by_class).most_common())
     report.setting = _in_words(setting, exact)
     report.notes = [*before.notes, *_notes(model, decisive, len(already), nothing_allowed=bool(found) and not allowed)]
+    if obstacle is not None:
+        report.notes.append(obstacle)
     return decided
+
+
+def _why_not_derived(decisive: Observation) -> str | None:
+    """What of this model no recipe could be right beside, as a note; None if there is nothing."""
+    if decisive.without_hooks:
+        return (
+            "nothing is derived, since the model enters torch.func or disable_saved_tensors_hooks in its forward, "
+            "which refuse hooks on what autograd keeps; what is kept inside is not counted."
+        )
+    assert decisive.computed is not None
+    if decisive.computed.changed_unseen:
+        return (
+            f"nothing is derived, since {decisive.computed.changed_unseen} changes a tensor of the graph in place "
+            "where autograd does not see it, under no_grad or through detach or .data: made again, it would lack the "
+            "change."
+        )
+    return None
 
 
 def _derived_site(site: Site, derived: Sequence[DerivedTensor]) -> Site:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextvars
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from invact.arguments import (
     device_of,
 )
 from invact.computed import Computed
+from invact.deriving.hooks import Deriving
 from invact.deriving.journal import DerivedTensor, Journal
 from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
 from invact.leftovers import check_no_leftovers, references_to
@@ -37,6 +39,7 @@ from invact.simulation import (
     autocast_here,
     checkpoints_counted,
     fake_tensor_log_silent,
+    hooks_standing_aside,
     stand_in,
 )
 from invact.snapshot import as_it_was
@@ -46,6 +49,8 @@ from invact.walking import Found
 
 TIME_LIMIT = 120.0
 """Seconds that one forward pass may take before it is stopped with an error; a plan takes two or three of them."""
+
+_NO_HOOKS: Mapping[str, bool] = types.MappingProxyType({})
 
 # A probe swaps a model's parameters for fake ones and back: one at a time in a process.
 _ONE_AT_A_TIME = threading.RLock()
@@ -86,6 +91,7 @@ class Observation:
     calls: list[Call]
     labels: dict[str, str]  # class names, or expressions, by path
     checkpoints: int = 0
+    without_hooks: int = 0  # how often the model entered torch.func or the like, where no hooks may be
     computed: Computed | None = None  # what made what, if that was asked for
     stock: Stock | None = None  # without what is derived, if that was asked for
     derived: list[DerivedTensor] = field(default_factory=list)
@@ -129,6 +135,7 @@ def observe(
     checkpointing: bool = True,
     computed: bool = False,
     derived: bool = False,
+    derives: Mapping[str, bool] = _NO_HOOKS,
 ) -> Observation:
     """Runs `model` forward once, in the mode in which it is, and reports what autograd kept.
 
@@ -141,13 +148,14 @@ def observe(
         checkpointing: False runs checkpointed regions as if they were not.
         computed: whether to record what made what, for the floor.
         derived: whether to record what is derived, of a model in which hooks are set for that.
+        derives: where hooks are to be set for the length of the pass; see `invact.deriving.placing`.
 
     Raises:
         TimeoutError: a forward pass takes longer than `TIME_LIMIT`.
         LeftoverError: something holds on to simulated tensors.
         Exception: the model's own, if it fails in its forward with these inputs on real tensors as well.
     """
-    probe = _Probe(model, inputs, setting, watch, checkpointing, computed, derived)
+    probe = _Probe(model, inputs, setting, watch, checkpointing, computed, derived, derives)
     with _ONE_AT_A_TIME:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         at_first = references_to(mode)
@@ -174,6 +182,7 @@ class _Probe:
     checkpointing: bool
     computed: bool
     derived: bool
+    derives: Mapping[str, bool]
 
     def on_simulated_tensors(self, mode: FakeTensorMode) -> Observation | str:
         """What was kept, or why the model does not run so."""
@@ -220,7 +229,7 @@ class _Probe:
     def _run(self, weights: dict[str, Tensor], inputs: Any) -> Observation:
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
         calls: list[_OpenCall] = []
-        checkpoints = [0]
+        checkpoints, without_hooks = [0], [0]
         ledger = Ledger(self.model, weights.values())
         computed = Computed(weights.values()) if self.computed else None
         journal = Journal(ledger) if self.derived else None
@@ -228,8 +237,9 @@ class _Probe:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
             stack.enter_context(checkpoints_counted(checkpoints, run_them=self.checkpointing))
+            stack.enter_context(hooks_standing_aside(_packs_for_us, without_hooks))
             stack.enter_context(autocast_as_set(self.setting))
-            stack.enter_context(_recorded(self.model, self.watch, ledger, calls))
+            stack.enter_context(_recorded(self.model, self.watch, ledger, calls, self.derives))
             stack.enter_context(TimeLimit(TIME_LIMIT))
             with computed or nullcontext(), ledger, journal.open() if journal else nullcontext():
                 # In a context of its own: what forward sets context variables to ends with it.
@@ -242,6 +252,7 @@ class _Probe:
                 calls=[call.closed() for call in calls],
                 labels={entry.path: ledger.label(entry.path) for entry in entries},
                 checkpoints=checkpoints[0],
+                without_hooks=without_hooks[0],
                 computed=computed,
             )
             if journal is not None:
@@ -265,6 +276,10 @@ def simulated(
     with as_it_was(model, inputs), mode:
         weights = {name: _fake(mode, tensor, device, moved) for name, tensor in _weights(model).items()}
         yield weights, tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device, moved), inputs)
+
+
+def _packs_for_us(pack: Any) -> bool:
+    return isinstance(getattr(pack, "__self__", None), Ledger | Deriving)
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device, moved: bool) -> Tensor:
@@ -335,13 +350,15 @@ class _OpenCall:
 
 
 @contextmanager
-def _recorded(model: nn.Module, watch: Sequence[Found], ledger: Ledger, calls: list[_OpenCall]) -> Iterator[None]:
-    """Adds to `calls` every call of a watched site."""
+def _recorded(
+    model: nn.Module, watch: Sequence[Found], ledger: Ledger, calls: list[_OpenCall], derives: Mapping[str, bool]
+) -> Iterator[None]:
+    """Adds to `calls` every call of a watched site; hooks are set over that, or there were no method to rewrite."""
     by_module: dict[str, dict[Written, Runner]] = {}
     for site in watch:
         if site.written is not None:
             by_module.setdefault(site.module_path, {})[site.written] = _Recorder(site, ledger, calls)
-    swaps = swap_in(model, {}, by_module)
+    swaps = swap_in(model, {}, by_module, derives)
     try:
         with ExitStack() as stack:
             for site in watch:

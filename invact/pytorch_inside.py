@@ -104,6 +104,13 @@ _found(torch.compiler, "_is_compiling_flag")
 # Hooks on kept tensors set outside of ours: what is really kept must go through them, or they would not see it.
 _top_hooks: Callable[[bool], Any] = _found(_found(torch._C, "_autograd"), "_top_saved_tensors_default_hooks")
 
+_push_hooks: Callable[[Any, Any], None] = _found(torch._C._autograd, "_push_saved_tensors_default_hooks")
+_pop_hooks: Callable[[], None] = _found(torch._C._autograd, "_pop_saved_tensors_default_hooks")
+
+# What torch.func, and whoever else can not stand such hooks, enters: a model that does so inside could not be planned.
+torch_graph: Any = torch.autograd.graph
+_found(torch_graph, "disable_saved_tensors_hooks")
+
 # Whether such hooks may be set here: entering them where torch.func forbids it raises.
 hooks_allowed: Callable[[], bool] = _found(torch._C._autograd, "_saved_tensors_hooks_is_enabled")
 
@@ -122,6 +129,20 @@ autocast_anywhere: Callable[[], bool] = _found(torch._C, "_is_any_autocast_enabl
 def outer_hooks() -> Any:
     """The innermost hooks on kept tensors, as (pack, unpack), or None."""
     return _top_hooks(False)
+
+
+@contextmanager
+def hooks_taken_off(ours: Callable[[Any], bool]) -> Iterator[None]:
+    """Without the innermost hooks on kept tensors for the length of a block, as far as `ours` says so of their pack."""
+    off: list[tuple[Any, Any]] = []
+    while (hooks := outer_hooks()) is not None and ours(hooks[0]):
+        off.append(hooks)
+        _pop_hooks()
+    try:
+        yield
+    finally:
+        for hooks in reversed(off):
+            _push_hooks(*hooks)
 
 
 def current_stream(tensor: Tensor) -> int:
@@ -240,6 +261,7 @@ __all__ = [
     "forward_ad_active",
     "hooks_allowed",
     "hooks_on_all_modules",
+    "hooks_taken_off",
     "is_traceable_wrapper_subclass",
     "math_attention",
     "modes_off",
@@ -253,6 +275,7 @@ __all__ = [
     "stock_multi_head_attention",
     "storage_identity",
     "suggest_memory_format",
+    "torch_graph",
     "transforms_active",
     "tree_leaves",
     "tree_map_only",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +25,13 @@ from invact.pytorch_inside import (
     checkpoint_generator,
     efficient_attention,
     flash_attention,
+    hooks_taken_off,
     math_attention,
     seen_by_modes,
     stock_attention,
     stock_multi_head_attention,
     suggest_memory_format,
+    torch_graph,
 )
 
 
@@ -265,6 +267,30 @@ def checkpoints_counted(count: list[int], *, run_them: bool) -> Iterator[None]:
             yield
         finally:
             over = True
+
+
+@contextmanager
+def hooks_standing_aside(ours: Callable[[Any], bool], count: list[int]) -> Iterator[None]:
+    """Counts where this thread can have no hooks on kept tensors, inside torch.func, and takes those of ours off there.
+
+    Args:
+        ours: told by the function that packs.
+    """
+    thread = threading.get_ident()
+    stock = torch_graph.disable_saved_tensors_hooks
+
+    @contextmanager
+    def set_aside(message: str) -> Iterator[None]:
+        if threading.get_ident() != thread:
+            with stock(message):
+                yield
+            return
+        count[0] += 1
+        with hooks_taken_off(ours), stock(message):
+            yield
+
+    with _instead(torch_graph, "disable_saved_tensors_hooks", set_aside):
+        yield
 
 
 @contextmanager

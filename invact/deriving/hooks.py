@@ -78,6 +78,7 @@ class Deriving:
     def __init__(self, allowed: bool = True) -> None:
         self.allowed, self.journal = allowed, journal_here()
         self.outer = outer_hooks()
+        self.outside = None if self.outer is None else self.outer[1]
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
     def __enter__(self) -> Deriving:
@@ -86,6 +87,7 @@ class Deriving:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
+        del self._hooks  # which hold a method of ours: a cycle, with the journal and the hooks outside in it
 
     # --- what autograd calls ---
 
@@ -114,16 +116,15 @@ class Deriving:
     # --- which handle it is ---
 
     def _kept(self, tensor: Tensor) -> Kept:
-        """An output without its history, or a leaf, such as a parameter, as it is."""
-        has_history = tensor.grad_fn is not None or not tensor.requires_grad
-        return Kept(tensor.detach() if has_history else tensor, tensor._version, self.outer)
+        """An output without its history; what has none is kept itself, and may have attributes of the user's."""
+        return Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version, self.outer)
 
     def _without_history(self, tensor: Tensor, frame: Any) -> Handle:
         if tensor.requires_grad:
             return Kept(tensor, tensor._version, self.outer)
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
             return bits
-        handle = Kept(tensor.detach(), tensor._version, self.outer)
+        handle = Kept(tensor, tensor._version, self.outer)
         told = _NORMS.get(frame.f_code)
         if told is not None:
             local = frame.f_locals
@@ -134,7 +135,7 @@ class Deriving:
     def _with_history(self, tensor: Tensor, node: Any, name: str, frame: Any) -> Handle:
         number, version = tensor.output_nr, tensor._version
         metadata = node.metadata
-        known = _noted(metadata, _key(number))
+        known = self._noted(metadata, _key(number))
         if known is not None:
             return self._known(known, tensor, version)
         handle: Handle | None = None
@@ -153,7 +154,7 @@ class Deriving:
             return self._kept(tensor)  # changed since, or not to be shared
         if isinstance(known, Kept):
             if known.lies_like(tensor):
-                known.asked += 1
+                known.asked_once_more()
                 return known
             known = Derived(torch.clone, (known,), joins=False, moves=True)
         if isinstance(known, Derived) and known.stride is None:
@@ -191,7 +192,7 @@ class Deriving:
                 return same
         if handle is None:
             return self._later(tensor, node, number)
-        if handle.steps > MOST_STEPS:
+        if handle.steps > MOST_STEPS or not self._from_here(handle):
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
@@ -202,7 +203,7 @@ class Deriving:
     def _find(self, node: Any, number: int) -> Handle | None:
         """The handle of an output: noted, a parameter, or by a recipe of its own."""
         metadata, key = node.metadata, _key(number)
-        known = _noted(metadata, key)
+        known = self._noted(metadata, key)
         if known is not None:
             return known if known.may_be_read else None
         name = node.name()
@@ -210,17 +211,26 @@ class Deriving:
             return self._kept(node.variable)
         rule = RULES.get(name)
         handle = rule(node, number, self._find) if rule is not None else None
-        if handle is None or handle.steps > MOST_STEPS:
+        if handle is None or handle.steps > MOST_STEPS or not self._from_here(handle):
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
         metadata[key] = weakref.ref(handle)
         return handle
 
+    def _noted(self, metadata: dict[Any, Any], key: tuple[str, int]) -> Handle | None:
+        reference = metadata.get(key)
+        known: Handle | None = None if reference is None else reference()
+        return known if known is not None and known.outside is self.outside else None
+
+    def _from_here(self, handle: Derived) -> bool:
+        """Whether all that a recipe reads is kept inside the same hooks of others as this here."""
+        return all(source.outside is self.outside for source in handle.sources)
+
     def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
         """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does, the sigmoid first."""
         recipe = RULES[node.name()](node, number, self._find_or_await)
-        if recipe is None or recipe.joins or not 0 < recipe.steps <= MOST_STEPS:
+        if recipe is None or recipe.joins or not 0 < recipe.steps <= MOST_STEPS or not self._from_here(recipe):
             return None
         kept = self._kept(tensor)
         recipe.stride = tensor.stride()
@@ -242,7 +252,7 @@ class Deriving:
             if handle is not None and self.journal is not None:
                 self.journal.recipe(handle, node, number)
             return handle
-        awaited = Awaited()
+        awaited = Awaited(self.outside)
         node.metadata.setdefault(("invact awaited", number), []).append(weakref.ref(awaited))
         return awaited
 
@@ -254,7 +264,9 @@ class Deriving:
         if known is not None:
             storage, reference = known
             handle = reference()
-            if handle is not None and not storage.expired() and handle.version == mask._version and handle.fits(mask):
+            same = handle is not None and not storage.expired() and handle.outside is self.outside
+            if handle is not None and same and handle.version == mask._version and handle.fits(mask):
+                handle.bits.asked_once_more()
                 return handle
         handle = Bits(mask, mask._version, self.outer)
         key = mask.untyped_storage()._cdata
@@ -268,11 +280,6 @@ class Deriving:
 
 # By the identity of its storage, the bits of a mask that several keep; it has no node on which to note them.
 _MASKS: dict[int, tuple[StorageWeakRef, weakref.ref[Bits]]] = {}
-
-
-def _noted(metadata: dict[Any, Any], key: tuple[str, int]) -> Handle | None:
-    reference = metadata.get(key)
-    return None if reference is None else reference()
 
 
 def _made_by_a_rule(node: Any, name: str) -> bool:

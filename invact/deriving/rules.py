@@ -352,8 +352,13 @@ def _batch_normed(x: Tensor, w: Tensor | None, b: Tensor | None, mean: Tensor, i
 
 @rule("ToCopyBackward0")
 def cast(node: Node, number: int, find: Find) -> Derived | None:
+    """But a weight's copy is kept as stock keeps it: whoever changes the weight before backward may do so there."""
     to, (producer, output) = node._input_metadata[0], node.next_functions[0]
-    if producer is None or producer._input_metadata[output].device != to.device:
+    if (
+        producer is None
+        or producer.name() == "torch::autograd::AccumulateGrad"
+        or producer._input_metadata[output].device != to.device
+    ):
         return None
     dtype = to.dtype
     return derived(lambda x: x.to(dtype), find(producer, output))
