@@ -154,9 +154,9 @@ def _decide(
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
     where = places(model, lambda path: _allowed(path, include, exclude))
 
-    deriving = Decided(Report(sites=[]), {}, {}, where)
-    with deriving.applied(model):
-        decisive = observe(model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True)
+    decisive = observe(
+        model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True, derives=where
+    )
     assert decisive.stock is not None
     choice = _Choice(found, decisive, allowed, exact)
     sites = choice.sites()
@@ -179,7 +179,8 @@ def _decide(
             after = observe(model, inputs, setting, computed=True, derived=True)
     report = decided.report
     report.derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
-    report.sites = [_derived_site(site, report.derived) for site in report.sites]
+    # Expressions are told apart in the first pass only.
+    report.sites = [_derived_site(site, [*decisive.derived, *report.derived]) for site in report.sites]
     report.bytes_before, report.bytes_after = before.memory.total_bytes, after.memory.total_bytes
     assert before.computed is not None
     assert after.computed is not None

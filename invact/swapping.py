@@ -254,7 +254,8 @@ def _deriving_class(below: type[nn.Module], allowed: bool, by_call: bool) -> typ
     Args:
         by_call: somebody has put another forward on this one module, so that the class's is not what is called.
     """
-    key = (below, "derives", allowed, by_call)
+    # Weakly: a class under it that records a pass holds on to what it recorded, and has to go with this one.
+    key = (weakref.ref(below), "derives", allowed, by_call)
     kind = _CLASSES.get(key)
     if kind is None:
         name = "__call__" if by_call else "forward"
