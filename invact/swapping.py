@@ -254,8 +254,7 @@ def _deriving_class(below: type[nn.Module], allowed: bool, by_call: bool) -> typ
     Args:
         by_call: somebody has put another forward on this one module, so that the class's is not what is called.
     """
-    # Weakly: a class under it that records a pass holds on to what it recorded, and has to go with this one.
-    key = (weakref.ref(below), "derives", allowed, by_call)
+    key = (below, "derives", allowed, by_call)
     kind = _CLASSES.get(key)
     if kind is None:
         name = "__call__" if by_call else "forward"
@@ -288,7 +287,17 @@ def _class_over(below: type, first: type, methods: Mapping[str, Any], sites: tup
     metaclass = type(below)
     make = abc.ABCMeta.__new__ if issubclass(metaclass, abc.ABCMeta) else type.__new__
     bases = (below,) if issubclass(below, first) else (first, below)
-    return make(metaclass, below.__name__, bases, names)
+    kind = make(metaclass, below.__name__, bases, names)
+    if "forward" in methods:
+        _let_it_be_checkpointed(kind)
+    return kind
+
+
+def _let_it_be_checkpointed(kind: type) -> None:
+    """A layer of transformers is checkpointed only if `forward` is what `__init_subclass__` of theirs has put there."""
+    for base in kind.__mro__:
+        if base.__name__ == "GradientCheckpointingLayer" and "__init_subclass__" in vars(base):
+            vars(base)["__init_subclass__"].__func__(kind)
 
 
 def _set_class(module: nn.Module, kind: type) -> None:

@@ -246,6 +246,19 @@ def test_an_expression_whose_output_is_made_again_says_so():
     assert [(each.path, each.kept_by) for each in report.derived] == [("0", "0.two")]
 
 
+def test_a_layer_of_transformers_is_checkpointed_as_before_when_hooks_stand_in_it(count_kept):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).train()
+    inputs = {"input_ids": torch.zeros(2, 64, dtype=torch.long)}
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    stock = count_kept(model, inputs)
+    report = invact.patch(model, inputs)
+    assert report.bytes_before == pytest.approx(stock, rel=0.01)
+    assert count_kept(model, inputs) <= stock
+    assert "2 checkpointed regions" in " ".join(report.notes)
+
+
 def test_a_plan_at_the_floor_says_so():
     site = Site("act", "gelu", "GELU", "invert", "")
     report = Report([site], bytes_before=200, bytes_after=100, bytes_floor=100, remains={"matrix products": 100})
