@@ -194,6 +194,11 @@ def _changed_outputs_kept_right() -> Iterator[None]:
 _CLASSES: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValueDictionary()
 
 
+# By the class under it, which is weak here too: those of a probe hold what it saw, and go with it in one collection.
+_DERIVING: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple[bool, bool], type]]
+_DERIVING = weakref.WeakKeyDictionary()
+
+
 def _inverted_class(stock: type[nn.Module], inversion: Inversion) -> type:
     key = (stock, inversion)
     kind = _CLASSES.get(key)
@@ -254,12 +259,12 @@ def _deriving_class(below: type[nn.Module], allowed: bool, by_call: bool) -> typ
     Args:
         by_call: somebody has put another forward on this one module, so that the class's is not what is called.
     """
-    key = (below, "derives", allowed, by_call)
-    kind = _CLASSES.get(key)
+    over = _DERIVING.setdefault(below, weakref.WeakValueDictionary())
+    kind = over.get((allowed, by_call))
     if kind is None:
         name = "__call__" if by_call else "forward"
         sites = below._invact_sites if issubclass(below, Patched) else ()
-        kind = _CLASSES[key] = _class_over(below, Patched, {name: _deriving_method(below, name, allowed)}, sites)
+        kind = over[allowed, by_call] = _class_over(below, Patched, {name: _deriving_method(below, name, allowed)}, sites)
     return kind
 
 
