@@ -36,9 +36,12 @@ class Handle:
         steps: operations that make it from what is really kept; 0 if it is kept itself.
         joins: whether a sum of two kept tensors is among the steps.
         made_in_place: the version of the output, if the operator that keeps this value went on to work in place.
+        outside: how somebody else's hooks outside of ours give back what is kept, or None. Handles are shared where
+            this is the same: a checkpointed region that is run anew has to keep what it kept at first, whoever has kept
+            the same value elsewhere.
     """
 
-    __slots__ = ("__weakref__", "made_in_place", "version")
+    __slots__ = ("__weakref__", "made_in_place", "outside", "version")
     steps = 0
     joins = False
 
@@ -54,6 +57,38 @@ class Handle:
         """Tells that one more will ask for it."""
 
 
+class Shared:
+    """What several ask for in a backward pass: made once, and let go after the last of them, or when the pass ends.
+
+    Attributes:
+        users: how many ask for it in a pass that runs all of the graph.
+    """
+
+    __slots__ = ("__weakref__", "backward", "left", "stream", "tensor", "users")
+
+    def __init__(self) -> None:
+        self.users, self.left, self.stream, self.backward = 0, 0, 0, -1
+        self.tensor: Tensor | None = None
+
+    def taken(self) -> Tensor | None:
+        """What somebody has made before in this pass and on this stream, if he has."""
+        tensor = self.tensor
+        if tensor is None or self.backward != current_backward() or self.stream != current_stream(tensor):
+            return None
+        self.left -= 1
+        if self.left <= 0:
+            self.tensor = None
+        return tensor
+
+    def put(self, tensor: Tensor) -> None:
+        """For those who ask after the one that it was made for."""
+        self.tensor = None
+        if self.users > 1 and (backward := current_backward()) >= 0:
+            self.tensor, self.left, self.backward = tensor, self.users - 1, backward
+            self.stream = current_stream(tensor)
+            _let_go_after(backward, self)
+
+
 class Kept(Handle):
     """The tensor itself, without its history: an output that its own operation keeps would be a cycle with it.
 
@@ -63,7 +98,7 @@ class Kept(Handle):
         setting: what the operation that keeps it was told and autograd does not record, such as a norm's eps.
     """
 
-    __slots__ = ("data", "given_back", "narrow", "setting", "source", "stride")
+    __slots__ = ("data", "narrow", "setting", "shared", "source", "stride")
 
     def __init__(self, tensor: Tensor, version: int, hooks: tuple[Any, Any] | None) -> None:
         self.version = version
@@ -72,30 +107,45 @@ class Kept(Handle):
         self.made_in_place = -1
         if hooks is None:
             self.data: Any = tensor
-            self.given_back = None
+            self.outside = None
         else:  # somebody else's hooks outside of ours
-            self.data, self.given_back = hooks[0](tensor), hooks[1]
+            self.data, self.outside = hooks[0](tensor), hooks[1]
             self.stride = tensor.stride() if tensor.layout is torch.strided else None
+            self.shared = Shared()
+            self.shared.users = 1  # the node that keeps it
+
+    def asked_once_more(self) -> None:
+        """One more node keeps it."""
+        if self.outside is not None:
+            self.shared.users += 1
 
     def wanted_again(self) -> None:
-        if self.given_back is None:
+        if self.outside is not None:
+            self.shared.users += 1
+        elif self.data.layout is torch.strided:
             _READ[self.data.untyped_storage()._cdata] = self
 
     def own(self) -> Tensor:
         """The value for somebody who may write into it: a copy where a recipe reads it, or may do so."""
         tensor = self.made()
-        if self.given_back is None and tensor.untyped_storage()._cdata not in _READ:
+        if tensor.layout is not torch.strided:  # no recipe reads it
+            return tensor
+        if self.outside is None and tensor.untyped_storage()._cdata not in _READ:
             return tensor
         return tensor if tensor.requires_grad else tensor.clone()
 
     def made(self) -> Tensor:
-        if self.given_back is None:
+        if self.outside is None:
             tensor: Tensor = self.data
             if tensor._version != self.version:
                 raise changed_in_place(tensor, self.version)
             return tensor
-        tensor = self.given_back(self.data)
-        return tensor if self.stride is None else laid_out(tensor, self.stride)
+        given = self.shared.taken()
+        if given is None:
+            given = self.outside(self.data)  # checkpointing gives it once in a backward pass
+            given = given if self.stride is None else laid_out(given, self.stride)
+            self.shared.put(given)
+        return given
 
 
 class Bits(Handle):
@@ -113,6 +163,10 @@ class Bits(Handle):
         flat = mask.as_strided((mask.numel(),), (1,))
         bits = packed(flat)
         self.bits = Kept(bits, bits._version, hooks)
+        self.outside = self.bits.outside
+
+    def wanted_again(self) -> None:
+        self.bits.wanted_again()
 
     def fits(self, mask: Tensor) -> bool:
         """Whether this is the same mask, given that it has the same memory."""
@@ -125,20 +179,19 @@ class Bits(Handle):
 class Derived(Handle):
     """A recipe: an operator, with its settings, and the handles of what it reads.
 
-    What several ask for is made once and let go after the last of them, or when backward ends.
-
     Attributes:
         stride: as the tensor was laid out, once somebody keeps it; None for a step on the way to another.
         nbytes: of the tensor; 0 where nobody writes that down.
     """
 
-    __slots__ = ("cache", "joins", "left", "make", "moves", "nbytes", "sources", "steps", "stream", "stride", "users")
+    __slots__ = ("joins", "make", "moves", "nbytes", "shared", "sources", "steps", "stride")
 
     def __init__(self, make: Callable[..., Tensor], sources: tuple[Handle, ...], joins: bool, moves: bool) -> None:
         self.make, self.sources, self.moves = make, sources, moves
-        self.version, self.users, self.left, self.stream, self.nbytes = 0, 0, 0, 0, 0
+        self.version, self.nbytes = 0, 0
         self.made_in_place = -1
-        self.cache: Tensor | None = None
+        self.shared = Shared()
+        self.outside = sources[0].outside
         self.stride: tuple[int, ...] | None = None
         self.joins, self.steps = joins, int(moves)
         for source in sources:
@@ -146,24 +199,20 @@ class Derived(Handle):
             self.steps += source.steps
 
     def wanted_again(self) -> None:
-        self.users += 1
-        if self.users == 1 or not self.moves:
+        self.shared.users += 1
+        if self.shared.users == 1 or not self.moves:
             for source in self.sources:
                 source.wanted_again()
 
     def made(self) -> Tensor:
-        tensor = self.cache
-        if tensor is not None and self.stream == current_stream(tensor):
-            self.left -= 1
-            if self.left <= 0:
-                self.cache = None
+        tensor = self.shared.taken()
+        if tensor is not None:
             return tensor
         tensor = self.make(*[source.made() for source in self.sources])
         if self.stride is not None and tensor.stride() != self.stride:
             tensor = laid_out(tensor, self.stride)
-        if self.users > 1 and self.moves and (backward := current_backward()) >= 0:
-            self.cache, self.left, self.stream = tensor, self.users - 1, current_stream(tensor)
-            _let_go_after(backward, self)
+        if self.moves:
+            self.shared.put(tensor)
         return tensor
 
 
@@ -220,22 +269,22 @@ _READ: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
 
 # --- what is shared within a backward pass -------------------------------------------------------------
 
-# By the number of the backward pass: what is held there for whoever asks next. One that breaks off leaves weak
-# references behind and no tensor, since its graph is let go.
-_SHARED: dict[int, list[weakref.ref[Derived]]] = {}
+# By the number of the backward pass: what is held there for whoever asks next. One that breaks off leaves it in its
+# graph, where no other pass takes it, until the next one that asks.
+_SHARED: dict[int, list[weakref.ref[Shared]]] = {}
 
 
-def _let_go_after(backward: int, handle: Derived) -> None:
+def _let_go_after(backward: int, shared: Shared) -> None:
     """Some may never ask, where not all of the graph is run."""
-    shared = _SHARED.get(backward)
-    if shared is None:
-        shared = _SHARED[backward] = []
+    held = _SHARED.get(backward)
+    if held is None:
+        held = _SHARED[backward] = []
         when_backward_ends(lambda: _let_go(backward))
-    shared.append(weakref.ref(handle))
+    held.append(weakref.ref(shared))
 
 
 def _let_go(backward: int) -> None:
     for reference in _SHARED.pop(backward, ()):
-        handle = reference()
-        if handle is not None:
-            handle.cache = None
+        shared = reference()
+        if shared is not None and shared.backward == backward:
+            shared.tensor = None

@@ -81,6 +81,7 @@ class Deriving:
     def __init__(self, allowed: bool = True) -> None:
         self.allowed, self.journal = allowed, journal_here()
         self.outer = outer_hooks()
+        self.outside = None if self.outer is None else self.outer[1]
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
     def __enter__(self) -> Deriving:
@@ -89,6 +90,7 @@ class Deriving:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
+        del self._hooks  # which hold a method of ours: a cycle, with the journal and the hooks outside in it
 
     # --- what autograd calls ---
 
@@ -134,13 +136,14 @@ class Deriving:
             return self._kept(tensor)
         number, version = tensor.output_nr, tensor._version
         metadata, key = node.metadata, _key(number)
-        known = _noted(metadata, key)
+        known = self._noted(metadata, key)
         if known is not None:
             if known.version != version:
                 return self._kept(tensor)  # changed since
             if not isinstance(known, Kept):
                 return self._asked_again(known, tensor)
             if known.source:
+                known.asked_once_more()
                 return known
             return self._kept(tensor)
         handle: Handle | None = None
@@ -172,7 +175,7 @@ class Deriving:
         handle = RULES[node.name()](node, number, self._find)
         if handle is None:
             handle = self._narrow(tensor, node)
-        if handle is None or handle.steps > MOST_STEPS:
+        if handle is None or handle.steps > MOST_STEPS or not self._from_here(handle):
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
@@ -183,7 +186,7 @@ class Deriving:
     def _find(self, node: Any, number: int) -> Handle | None:
         """The handle of an output: noted, a parameter, or by a recipe of its own."""
         metadata, key = node.metadata, _key(number)
-        known = _noted(metadata, key)
+        known = self._noted(metadata, key)
         if known is not None:
             return None if isinstance(known, Kept) and not known.source else known
         name = node.name()
@@ -191,12 +194,21 @@ class Deriving:
             return self._kept(node.variable)
         rule = RULES.get(name)
         handle = rule(node, number, self._find) if rule is not None else None
-        if handle is None or handle.steps > MOST_STEPS:
+        if handle is None or handle.steps > MOST_STEPS or not self._from_here(handle):
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
         metadata[key] = weakref.ref(handle)
         return handle
+
+    def _noted(self, metadata: dict[Any, Any], key: tuple[str, int]) -> Handle | None:
+        reference = metadata.get(key)
+        known: Handle | None = None if reference is None else reference()
+        return known if known is not None and known.outside is self.outside else None
+
+    def _from_here(self, handle: Derived) -> bool:
+        """Whether all that a recipe reads is kept inside the same hooks of others as this here."""
+        return all(source.outside is self.outside for source in handle.sources)
 
     def _narrow(self, tensor: Tensor, node: Any) -> Derived | None:
         """A wide copy of a narrow tensor is kept narrow, and with it whoever else wants the narrow one."""
@@ -241,7 +253,9 @@ class Deriving:
         if known is not None:
             storage, reference = known
             handle = reference()
-            if handle is not None and not storage.expired() and handle.version == mask._version and handle.fits(mask):
+            same = handle is not None and not storage.expired() and handle.outside is self.outside
+            if handle is not None and same and handle.version == mask._version and handle.fits(mask):
+                handle.bits.asked_once_more()
                 return handle
         handle = Bits(mask, mask._version, self.outer)
         key = mask.untyped_storage()._cdata
@@ -255,11 +269,6 @@ class Deriving:
 
 # By the identity of its storage, the bits of a mask that several keep; it has no node on which to note them.
 _MASKS: dict[int, tuple[StorageWeakRef, weakref.ref[Bits]]] = {}
-
-
-def _noted(metadata: dict[Any, Any], key: tuple[str, int]) -> Handle | None:
-    reference = metadata.get(key)
-    return None if reference is None else reference()
 
 
 def _is_weight(node: Any) -> bool:
