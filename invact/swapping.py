@@ -264,7 +264,9 @@ def _deriving_class(below: type[nn.Module], allowed: bool, by_call: bool) -> typ
     if kind is None:
         name = "__call__" if by_call else "forward"
         sites = below._invact_sites if issubclass(below, Patched) else ()
-        kind = over[allowed, by_call] = _class_over(below, Patched, {name: _deriving_method(below, name, allowed)}, sites)
+        kind = over[allowed, by_call] = _class_over(
+            below, Patched, {name: _deriving_method(below, name, allowed)}, sites
+        )
     return kind
 
 
