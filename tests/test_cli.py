@@ -45,7 +45,8 @@ def test_dry_run_prints_the_title_the_sites_and_what_is_saved():
     assert "% saved" in result.stdout
 
 
-def test_dry_run_prints_what_is_made_again_and_the_floor_and_json_has_the_same():
+def test_dry_run_prints_what_is_made_again_and_the_floor_and_json_has_the_same(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
     arguments = ["patch", "bert-base-uncased", "--batch-size", 2, "--seq-len", 128]
     text = " ".join(run(*arguments).stdout.split())
     report = json.loads(run(*arguments, "--json").stdout)
