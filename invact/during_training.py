@@ -58,7 +58,12 @@ class PatchedDuringTraining:
         )
         report = self._undo.enter_context(during)
         self.report = replace(
-            report, sites=[replace(site, path=site.path.removeprefix(within)) for site in report.sites]
+            report,
+            sites=[replace(site, path=site.path.removeprefix(within)) for site in report.sites],
+            derived=[
+                replace(tensor, path=tensor.path.removeprefix(within), kept_by=tensor.kept_by.removeprefix(within))
+                for tensor in report.derived
+            ],
         )
         self._unlogged = plan_figures(self.report)
         return self.report

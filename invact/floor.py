@@ -7,7 +7,7 @@ can not be made again, and what was kept. See `invact.computed` for which values
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from invact.computed import RESIDUAL_SUMS, Computed, Value
 from invact.ledger import Entry, Key
@@ -41,12 +41,7 @@ def floor_bytes(computed: Computed, needed: Iterable[Entry]) -> int:
     values = computed.values
     numbers, unmet = _numbers(computed, needed)
     kept = _fewest(values, [value.nbytes for value in values], numbers)
-    kept -= {
-        number
-        for number in kept
-        if values[number].made_by == RESIDUAL_SUMS
-        and all(_is_at_hand(summand, kept, values) for summand in values[number].reads)
-    }
+    kept -= _spare(values, kept)
     return sum(unmet.values()) + sum(values[number].nbytes for number in kept)
 
 
@@ -62,18 +57,26 @@ def remains(computed: Computed, kept: Iterable[Entry]) -> dict[str, int]:
     found = Counter({_UNMET: sum(unmet.values())} if unmet else {})
     for number, nbytes in numbers.items():
         value = computed.values[number]
-        found[_kind(value, computed.values) if number in justified else f"other: {value.operator}"] += nbytes
+        is_root = value.made_by is not None or number in justified
+        found[_kind(value, computed.values) if is_root else f"other: {value.operator}"] += nbytes
     return dict(found.most_common())
 
 
-def not_derived(computed: Computed, kept: Iterable[Entry]) -> dict[str, int]:
-    """Bytes kept that could have been made again from less, by the plain name of the operator that made them."""
-    numbers, _ = _numbers(computed, kept)
+def not_derived(computed: Computed, kept: Iterable[Entry], reasons: Mapping[Key, str] | None = None) -> dict[str, int]:
+    """Bytes kept that could have been made again from less, by the plain name of the operator that made them.
+
+    Args:
+        reasons: by storage, why it was kept; it stands after the operator then: "clone: changed in place".
+    """
+    entries = list(kept)
+    numbers, _ = _numbers(computed, entries)
     justified = _justified(computed.values, numbers)
+    keys = {computed.number(entry.key): entry.key for entry in entries}
     found: Counter[str] = Counter()
     for number, nbytes in numbers.items():
         if number not in justified:
-            found[computed.values[number].operator] += nbytes
+            why = (reasons or {}).get(keys[number], "")
+            found[computed.values[number].operator + (why and f": {why}")] += nbytes
     return dict(found.most_common())
 
 
@@ -95,7 +98,7 @@ def _numbers(computed: Computed, entries: Iterable[Entry]) -> tuple[dict[int, in
 def _justified(values: list[Value], kept: Collection[int]) -> set[int]:
     """Those of the kept values that could not be made again from what is noticeably less."""
     sizes = [value.nbytes if n in kept else int(value.nbytes * _AS_GOOD) for n, value in enumerate(values)]
-    return _fewest(values, sizes, kept)
+    return _fewest(values, sizes, kept) - _spare(values, kept)
 
 
 def _kind(value: Value, values: list[Value]) -> str:
@@ -113,19 +116,20 @@ def _bits(number: int) -> Iterator[int]:
         number ^= lowest
 
 
-def _is_at_hand(number: int, kept: Collection[int], values: list[Value]) -> bool:
-    """Whether a value is kept, or made again from what is, not across a root."""
-    seen: set[int] = set()
-    waiting = [number]
-    while waiting:
-        number = waiting.pop()
-        if number in kept or number in seen:
-            continue
-        if values[number].made_by is not None:
-            return False
-        seen.add(number)
-        waiting += values[number].reads
-    return True
+def _spare(values: list[Value], kept: Collection[int]) -> set[int]:
+    """Those of the kept values that the others are enough for, also where these have to be added up.
+
+    Every value is made of earlier ones, so all of them together can be let go.
+    """
+    spare: set[int] = set()
+    at_hand: list[bool] = []
+    for number, value in enumerate(values):
+        is_made = value.made_by is None or (value.made_by == RESIDUAL_SUMS and bool(value.reads))
+        is_made = is_made and all(at_hand[read] for read in value.reads)
+        at_hand.append(is_made or number in kept)
+        if is_made and number in kept:
+            spare.add(number)
+    return spare
 
 
 # --- a minimum cut ------------------------------------------------------------------------------------

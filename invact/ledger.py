@@ -132,6 +132,7 @@ class Ledger:
     def __init__(self, model: nn.Module, weights: Iterable[Tensor] | None = None) -> None:
         self._model = model
         self._weights = list(weights if weights is not None else [*model.parameters(), *model.buffers()])
+        self._weight_keys: set[Key] | None = None
         self._packed: list[tuple[weakref.ref[_Kept], str]] = []
         self._running: list[str] = []
         self._thread = threading.get_ident()
@@ -198,6 +199,25 @@ class Ledger:
             yield
         finally:
             self._leave_module(path)
+
+    @contextmanager
+    def outputs_told(self, tell: Callable[[str, Any, Any], None]) -> Iterator[None]:
+        """During the block, `tell` is called with path, arguments and output of every module that ends."""
+
+        def after(path: str, _module: nn.Module, args: Any, output: Any) -> None:
+            if self.is_here():
+                tell(path, args, output)
+
+        with module_hooks(self._model, None, after):
+            yield
+
+    def is_weight(self, tensor: Tensor | None) -> bool:
+        """Whether it is one of the model's parameters or buffers, or a view of one."""
+        if tensor is None:
+            return False
+        if self._weight_keys is None:
+            self._weight_keys = {key for weight in self._weights for key in storage_sizes(weight)}
+        return not self._weight_keys.isdisjoint(storage_sizes(tensor))
 
     def is_here(self) -> bool:
         """Whether this is called in the thread that the ledger counts."""

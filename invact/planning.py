@@ -23,7 +23,7 @@ from invact.arguments import (
 )
 from invact.deriving.journal import DerivedTensor
 from invact.deriving.placing import places
-from invact.floor import floor_bytes
+from invact.floor import floor_bytes, not_derived, remains
 from invact.kernels import Curve
 from invact.ledger import Entry, Key
 from invact.patchers import example_inputs as make_inputs
@@ -178,17 +178,23 @@ def _decide(
                 decided.expressions.setdefault(site.module_path, {})[site.written] = InvertedExpression(inversion)
     if any(tensor.bytes_saved > 0 for tensor in decisive.derived):
         decided.derives.update(where)
-    before = after = observe(model, inputs, setting) if decisive.checkpoints else replace(
+    before = after = observe(model, inputs, setting, computed=True) if decisive.checkpoints else replace(
         decisive, entries=decisive.stock.entries, memory=decisive.stock.memory, derived=[]
     )  # fmt: skip
     if chosen or decided.derives:
         with decided.applied(model):
-            after = observe(model, inputs, setting, derived=True)
+            after = observe(model, inputs, setting, computed=True, derived=True)
     report = decided.report
     report.derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
-    report.sites = [_derived_site(site, report.derived) for site in report.sites]
+    # Expressions are told apart in the first pass only.
+    report.sites = [_derived_site(site, [*decisive.derived, *report.derived]) for site in report.sites]
     report.bytes_before, report.bytes_after = before.memory.total_bytes, after.memory.total_bytes
-    report.bytes_floor = floor_bytes(decisive.computed, decisive.stock.entries)
+    assert before.computed is not None
+    assert after.computed is not None
+    # Never above what is reached: the floor leaves out that a sum may be worth more than its summands.
+    report.bytes_floor = min(floor_bytes(before.computed, before.entries), report.bytes_after)
+    report.remains = remains(after.computed, after.entries)
+    report.not_derived = not_derived(after.computed, after.entries, after.why_kept)
     report.weight_cast_bytes = after.memory.weight_cast_bytes
     report.kept_by_class = dict(Counter(after.memory.by_class).most_common())
     report.setting = _in_words(setting, exact)

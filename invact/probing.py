@@ -95,6 +95,7 @@ class Observation:
     computed: Computed | None = None  # what made what, if that was asked for
     stock: Stock | None = None  # without what is derived, if that was asked for
     derived: list[DerivedTensor] = field(default_factory=list)
+    why_kept: dict[Key, str] = field(default_factory=dict)  # and why what is kept is not
     notes: list[str] = field(default_factory=list)
 
 
@@ -259,7 +260,7 @@ class _Probe:
                 stock = journal.stock_entries()
                 found.stock = Stock(stock, ledger.memory(stock))
                 found.labels |= {entry.path: ledger.label(entry.path) for entry in stock}
-                found.derived = journal.derived()
+                found.derived, found.why_kept = journal.derived(), journal.why_kept()
             if ledger.of_other_threads:
                 path = min(ledger.of_other_threads)
                 found.notes.append(f"{path!r} runs in another thread: what is kept there is not counted.")

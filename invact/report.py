@@ -49,6 +49,8 @@ class Report:
         bytes_before, bytes_after: what autograd keeps between forward and backward, without the model's
             parameters and buffers and without `weight_cast_bytes`.
         bytes_floor: what would remain if nothing were kept that operations without a matrix product can make again.
+        remains: bytes after, by what made them, largest first: "matrix products", "attention", "residual sums".
+        not_derived: of these, what could have been made again from less, by operator and why it was not.
         weight_cast_bytes: low-precision copies of weights that autocast keeps; the same before and after.
         kept_by_class: bytes after, by the class of the module that keeps them, largest first.
         setting: what was planned for, in words.
@@ -62,6 +64,8 @@ class Report:
     bytes_before: int = 0
     bytes_after: int = 0
     bytes_floor: int = 0
+    remains: dict[str, int] = field(default_factory=dict)
+    not_derived: dict[str, int] = field(default_factory=dict)
     weight_cast_bytes: int = 0
     kept_by_class: dict[str, int] = field(default_factory=dict)
     setting: str = ""
@@ -88,7 +92,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def print(self, console: Console | None = None) -> None:
-        """Prints the table: one row per kind of site, in any width, then the totals and who keeps the rest."""
+        """Prints sites and derived tensors, one row a kind, in any width, then the totals and who keeps the rest."""
         console = console or Console()
         if self.title:
             console.print(self.title, style="bold", highlight=False)
@@ -98,6 +102,8 @@ class Report:
             self._print_sites(console)
         else:
             console.print("No pointwise activation was found in this model, as a module or in a method.")
+        if self.derived:
+            self._print_derived(console)
         console.print(self._totals(), highlight=False)
         for note in self.notes:
             console.print(f"Note: {note}", highlight=False, markup=False)
@@ -119,7 +125,26 @@ class Report:
         ]
         kinds = self._kinds()
         rows = [_row(kind) for kind in kinds]
-        print_table(console, columns, rows, styles=[None if kind[0].action == INVERT else "dim" for kind in kinds])
+        print_table(console, columns, rows, styles=["dim" if kind[0].action == KEEP else None for kind in kinds])
+
+    def _print_derived(self, console: Console) -> None:
+        columns = [
+            Column("tensors", right=True),
+            Column("not kept", least=14),
+            Column("example", least=16),
+            Column("wanted by", least=16),
+            Column("instead", least=20),
+            Column("saved", right=True),
+            Column("moved", right=True),
+        ]
+        print_table(console, columns, [_derived_row(kind) for kind in self.derived_kinds()])
+
+    def derived_kinds(self) -> list[list[DerivedTensor]]:
+        """The derived tensors that are called the same, together, those first that save most."""
+        kinds: dict[str, list[DerivedTensor]] = {}
+        for tensor in self.derived:
+            kinds.setdefault(tensor.what, []).append(tensor)
+        return sorted(kinds.values(), key=lambda kind: -sum(tensor.bytes_saved for tensor in kind))
 
     def _kinds(self) -> list[list[Site]]:
         """The sites that a reader need not tell apart, together."""
@@ -134,10 +159,17 @@ class Report:
             f"Kept for backward: {format_bytes(self.bytes_before)} before, "
             f"{format_bytes(self.bytes_after)} after: {self.saving:.1%} saved."
         ]
+        if self.derived:
+            moved = format_bytes(sum(tensor.bytes_moved for tensor in self.derived))
+            lines.append(
+                f"{format_bytes(sum(tensor.bytes_saved for tensor in self.derived))} of that by making tensors again, "
+                f"for which backward reads and writes {moved}."
+            )
         if self.bytes_after and self.kept_by_class:
             largest = list(self.kept_by_class.items())[:6]
             shares = ", ".join(f"{name} {nbytes / self.bytes_after:.1%}" for name, nbytes in largest)
             lines.append(f"The rest is kept by: {shares}.")
+        lines += self.distance_from_floor()
         if self.weight_cast_bytes:
             lines.append(
                 f"Besides, autocast keeps {format_bytes(self.weight_cast_bytes)} of cast weights, whatever the batch."
@@ -148,6 +180,40 @@ class Report:
                 f'{format_bytes(self.compiled["invact"])} with backend="invact".'
             )
         return "\n".join(lines)
+
+    def distance_from_floor(self) -> list[str]:
+        """What would remain if all were derived that can be, what remains, and why it is more; in sentences."""
+        if not self.bytes_floor:
+            return []
+        above = self.bytes_after / self.bytes_floor - 1
+        lines = [
+            f"The floor is {format_bytes(self.bytes_floor)}, what reading and writing memory alone can not make again: "
+            + (f"this plan is {above:.1%} above it." if above >= 0.0005 else "this plan is there.")
+        ]
+        shares = [
+            f"{kind.removeprefix('other: ')} {nbytes / self.bytes_after:.1%}"
+            for kind, nbytes in self.remains.items()
+            if nbytes >= _WORTH_SAYING * self.bytes_after
+        ]
+        if shares:
+            lines.append(f"What remains was made by: {', '.join(shares)}.")
+        # Where the floor is far, all that keeps it there.
+        worth = (_WORTH_SAYING if above <= _FAR else _WORTH_SAYING / 10) * self.bytes_after
+        lines += [
+            f"Kept though it could be made again: {format_bytes(nbytes)} by {name}."
+            for name, nbytes in self.not_derived.items()
+            if nbytes >= worth
+        ]
+        if above > _FAR and self.inverted:
+            lines.append("Besides, an inverted activation keeps its output and mostly a bit per element.")
+        return lines
+
+
+_FAR = 0.08
+"""How far above the floor a plan is said to be far from it."""
+
+_WORTH_SAYING = 0.005
+"""The least share of what remains that is told of by itself."""
 
 
 def _row(kind: list[Site]) -> list[str]:
@@ -160,6 +226,19 @@ def _row(kind: list[Site]) -> list[str]:
         first.action,
         first.reason,
         format_bytes(sum(site.bytes_saved for site in kind)) if first.action == INVERT else "-",
+    ]
+
+
+def _derived_row(kind: list[DerivedTensor]) -> list[str]:
+    first = kind[0]
+    return [
+        str(len(kind)),
+        first.what,
+        first.path or "(the model itself)",
+        (first.kept_by or "(the model itself)") + (f" and {first.keepers - 1} more" if first.keepers > 1 else ""),
+        first.reason,
+        format_bytes(sum(tensor.bytes_saved for tensor in kind)),
+        format_bytes(sum(tensor.bytes_moved for tensor in kind)),
     ]
 
 

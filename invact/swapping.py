@@ -303,7 +303,17 @@ def _class_over(below: type, first: type, methods: Mapping[str, Any], sites: tup
     metaclass = type(below)
     make = abc.ABCMeta.__new__ if issubclass(metaclass, abc.ABCMeta) else type.__new__
     bases = (below,) if issubclass(below, first) else (first, below)
-    return make(metaclass, below.__name__, bases, names)
+    kind = make(metaclass, below.__name__, bases, names)
+    if "forward" in methods:
+        _let_it_be_checkpointed(kind)
+    return kind
+
+
+def _let_it_be_checkpointed(kind: type) -> None:
+    """A layer of transformers is checkpointed only if `forward` is what `__init_subclass__` of theirs has put there."""
+    for base in kind.__mro__:
+        if base.__name__ == "GradientCheckpointingLayer" and "__init_subclass__" in vars(base):
+            vars(base)["__init_subclass__"].__func__(kind)
 
 
 def _set_class(module: nn.Module, kind: type) -> None:

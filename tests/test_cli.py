@@ -45,6 +45,23 @@ def test_dry_run_prints_the_title_the_sites_and_what_is_saved():
     assert "% saved" in result.stdout
 
 
+def test_dry_run_prints_what_is_made_again_and_the_floor_and_json_has_the_same(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    arguments = ["patch", "bert-base-uncased", "--batch-size", 2, "--seq-len", 128]
+    text = " ".join(run(*arguments).stdout.split())
+    report = json.loads(run(*arguments, "--json").stdout)
+    assert "LayerNorm's output" in text
+    assert "made again from a sum" in text
+    assert f"this plan is {report['bytes_after'] / report['bytes_floor'] - 1:.1%} above it" in text
+    norms = [tensor for tensor in report["derived"] if tensor["what"] == "LayerNorm's output"]
+    assert [norm["kept_by"] for norm in norms[:2]] == [
+        "bert.encoder.layer.0.intermediate.dense",
+        "bert.encoder.layer.1.attention.self.query",
+    ]
+    assert all(tensor["bytes_saved"] > 0 < tensor["bytes_moved"] for tensor in report["derived"])
+    assert sum(report["remains"].values()) == report["bytes_after"]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "open_clip/ViT-B-32", "timm/test_vit"])
 def test_json_is_the_only_thing_on_standard_output(name):
     result = run("patch", "--model", name, "--batch-size", 2, "--json")
@@ -163,7 +180,7 @@ def test_exact_inverts_nothing_and_is_said():
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["sites"]
-    assert {site["action"] for site in report["sites"]} == {"keep"}
+    assert {site["action"] for site in report["sites"]} == {"derive"}
     assert "exact" in report["setting"]
 
 

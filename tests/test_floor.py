@@ -13,7 +13,7 @@ from torch import nn
 
 import invact
 from invact.computed import Computed, Value
-from invact.floor import _fewest, _is_at_hand, floor_bytes, not_derived, remains
+from invact.floor import _fewest, floor_bytes, not_derived, remains
 from invact.ledger import Ledger
 from invact.probing import observe
 from invact.pytorch_inside import StorageWeakRef
@@ -308,6 +308,13 @@ def test_a_pass_that_is_not_asked_for_it_records_nothing():
     assert observe(around(nn.GELU()), (torch.randn(8, 16),), Setting(torch.device("cpu"))).computed is None
 
 
+def is_at_hand(number, kept, values):
+    """Whether a value is kept, or made again from what is."""
+    if number in kept:
+        return True
+    return values[number].made_by is None and all(is_at_hand(read, kept, values) for read in values[number].reads)
+
+
 def test_no_other_choice_of_values_is_smaller():
     draw = random.Random(0)
     for _ in range(200):
@@ -321,6 +328,6 @@ def test_no_other_choice_of_values_is_smaller():
         smallest = min(
             sum(sizes[n] for n in kept)
             for kept in choices
-            if all(_is_at_hand(number, kept, values) for number in wanted)
+            if all(is_at_hand(number, kept, values) for number in wanted)
         )
         assert sum(sizes[n] for n in _fewest(values, sizes, wanted)) == smallest

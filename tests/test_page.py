@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from invact.cli import app
+from invact.deriving.journal import DerivedTensor
 from invact.layers import Layer, layer_name
 from invact.page import memory_chart, plan_page, trial_page
 from invact.report import Report, Site
@@ -58,7 +59,7 @@ def opened(html: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, st
 def test_the_browser_shows_verdict_charts_tables_and_command(opened):
     document, _ = opened
     assert document.count("<svg") == 2
-    assert document.count("<table") == 2
+    assert document.count("<table") == 3
     assert "fewer bytes for backward" in document
     assert "invact trial --steps 3" in document
 
@@ -111,6 +112,22 @@ def test_what_a_model_is_called_can_not_write_into_the_page():
     layers = [Layer("<i>layer</i>", {"<u>Linear</u>": 10}, {"<u>Linear</u>": 10})]
     html = plan_page(report, layers, "invact patch --model '<script>'").html()
     assert not re.search(r"<(script|img|b>|i>|u>)", html)
+
+
+def test_what_is_made_again_is_told_by_kind_with_its_cost_and_the_distance_from_the_floor():
+    derived = [
+        DerivedTensor("Norm's output", f"{n}.up", f"{n}.norm", "made again from a sum", 2**20, 2**21, 3)
+        for n in range(2)
+    ]
+    report = Report([], derived, bytes_before=2**23, bytes_after=2**22, bytes_floor=2**21, remains={"attention": 2**22})
+    report.not_derived = {"i0: <b>no recipe</b>": 2**20}
+    html = " ".join(plan_page(report, [], "invact patch").html().split())
+    assert "2 tensors made again" in html
+    row = next(row for row in html.split("<tr") if "Norm&#39;s output" in row)
+    assert "<code>0.norm</code>, for <code>0.up</code> and 2 more" in row
+    assert re.findall(r'class="number">([^<]+)<', row) == ["2", "2.0 MiB", "4.0 MiB"]
+    assert "this plan is 100.0% above it" in html
+    assert "i0: &lt;b&gt;no recipe" in html
 
 
 def test_layers_are_told_by_their_first_number():

@@ -52,6 +52,16 @@ _IN_PLACE = {
 }
 _KEEP_THEIR_RESULT = {"ReluBackward0", "SigmoidBackward0", "TanhBackward0", "ExpBackward0"}
 
+# Nodes that do not know all the settings; see `NormSettings`.
+_TOLD_IN_THEIR_CALL = {
+    "NativeLayerNormBackward0",
+    "FusedRmsNormBackward0",
+    "NativeGroupNormBackward0",
+    "NativeBatchNormBackward0",
+    "CudnnBatchNormBackward0",
+    "MiopenBatchNormBackward0",
+}
+
 # Where the handle of a node's output number i is noted, in the dictionary that autograd has for such notes.
 _KEYS = tuple(("invact", number) for number in range(8))
 
@@ -102,7 +112,7 @@ class Deriving:
         else:
             handle = self._with_history(tensor, node, name, sys._getframe(1))
         if self.journal is not None:
-            self.journal.note(tensor, handle)
+            self.journal.note(tensor, handle, self._why_kept(tensor) if type(handle) is Kept else "")
         return handle
 
     def pass_on(self, tensor: Tensor) -> Handle:
@@ -110,7 +120,7 @@ class Deriving:
         handle = self._kept(tensor)
         handle.may_be_read = False
         if self.journal is not None:
-            self.journal.note(tensor, handle)
+            self.journal.note(tensor, handle, "left out by include or exclude")
         return handle
 
     # --- which handle it is ---
@@ -255,6 +265,28 @@ class Deriving:
         awaited = Awaited(self.outside)
         node.metadata.setdefault(("invact awaited", number), []).append(weakref.ref(awaited))
         return awaited
+
+    def _why_kept(self, tensor: Tensor) -> str:
+        """For the plan, of a tensor that is kept."""
+        node = tensor.grad_fn
+        if tensor.numel() < SMALLEST:
+            return f"of fewer than {SMALLEST} elements"
+        if node is None:
+            return "without a gradient there is no graph that tells how it was made"
+        if type(tensor) not in _PLAIN:
+            return f"a {type(tensor).__name__}, which has rules of its own"
+        if node.name() not in RULES:
+            return "there is no recipe for that operator"
+        if tensor._version and not self._worked_in_place(node, node.name(), tensor._version):
+            return "changed in place"
+        recipe = RULES[node.name()](node, tensor.output_nr, self._find)
+        if recipe is not None:
+            return f"its recipe would take more than {MOST_STEPS} steps" if recipe.steps > MOST_STEPS else ""
+        if node.name() in _TOLD_IN_THEIR_CALL:
+            return "it takes numbers that autograd does not record"
+        if node.name() in ("AddBackward0", "SubBackward0", "AddcmulBackward0"):
+            return "it would be added up from another sum that is not kept, and so on"
+        return "what it would be made again from is not kept either"
 
     def _bits(self, mask: Tensor) -> Handle | None:
         dense = mask.is_contiguous() or mask.is_contiguous(memory_format=torch.channels_last)

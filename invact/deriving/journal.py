@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept
-from invact.ledger import Entry, Key, Ledger, storage_sizes
+from invact.deriving.words import in_words, listed
+from invact.ledger import Entry, Key, Ledger, dense_parts, storage_sizes
+from invact.pytorch_inside import StorageWeakRef, changes_in_place
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,15 @@ class DerivedTensor:
     """One tensor that is made again in backward instead of being kept.
 
     Attributes:
-        what: the tensor in words, such as "LayerNorm's output".
+        what: the tensor in words: "LayerNorm's output", by the class of the module whose output it is, or "a product in
+            LlamaMLP".
         kept_by: dotted path of the module that would have kept it, the first of them.
-        path: of the module in which it is made; `kept_by` where that can not be told.
-        reason: from what it is made again, and who else would have kept it.
+        path: of the module whose output it is, or in which it is made; `kept_by` where that can not be told.
+        reason: what it is made again from, or how it is kept in less.
         bytes_saved: that are no longer kept.
-        bytes_moved: read and written in backward to make it again, all steps together, however many ask for it.
+        bytes_moved: read and written in backward to make it again. What is made on the way to several tensors, once,
+            counts to the first of them.
+        keepers: how many modules would have kept it.
     """
 
     what: str
@@ -35,13 +40,17 @@ class DerivedTensor:
     reason: str
     bytes_saved: int
     bytes_moved: int
+    keepers: int = 1
 
 
 @dataclass(frozen=True)
 class _Note:
     handle: weakref.ref[Handle]
     tensor: Tensor  # on simulated tensors it takes no memory
+    version: int
+    node: str  # that made it; "" if no gradient flows through it
     path: str
+    why_kept: str  # "" of what is not
 
 
 class Journal:
@@ -55,23 +64,45 @@ class Journal:
         self._ledger = ledger
         self._notes: list[_Note] = []
         self._packers: weakref.WeakKeyDictionary[Handle, list[str]] = weakref.WeakKeyDictionary()
-        self._made: weakref.WeakKeyDictionary[Handle, tuple[str, str, int]] = weakref.WeakKeyDictionary()
+        self._made: weakref.WeakKeyDictionary[Handle, tuple[str, str | None, int]] = weakref.WeakKeyDictionary()
+        self._kept_as: weakref.WeakKeyDictionary[Handle, _Note] = weakref.WeakKeyDictionary()
+        # By storage and how often that was changed, the module whose output it is. While there is a weak reference, no
+        # other storage gets the identity.
+        self._outputs: dict[tuple[Key, int], str] = {}
+        self._identities: list[StorageWeakRef] = []
 
     @contextmanager
     def open(self) -> Iterator[Journal]:
         _THREAD.journal = self
         try:
-            yield self
+            with self._ledger.outputs_told(self._module_gave):
+                yield self
         finally:
             _THREAD.journal = None
 
     # --- what the hooks tell ---
 
-    def note(self, tensor: Tensor, handle: Handle) -> None:
+    def note(self, tensor: Tensor, handle: Handle, why_kept: str = "") -> None:
         """A tensor was about to be kept, and this is kept in its stead."""
-        path = self._ledger.running()
-        self._notes.append(_Note(weakref.ref(handle), tensor.detach(), path))
+        path, version = self._ledger.running(), changes_in_place(tensor)
+        node = tensor.grad_fn.name() if tensor.grad_fn is not None else ""
+        note = _Note(weakref.ref(handle), tensor.detach(), version, node, path, why_kept)
+        self._notes.append(note)
         self._packers.setdefault(handle, []).append(path)
+        self._kept_as.setdefault(handle, note)
+
+    def _module_gave(self, path: str, args: Any, output: Any) -> None:
+        """The innermost module is told of first, and what it gave is its, unless it only hands it on."""
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        if not isinstance(first, Tensor):
+            return
+        version = changes_in_place(first)
+        if not version and args and first is args[0]:
+            return
+        for part in dense_parts(first):
+            reference = StorageWeakRef(part.untyped_storage())
+            if self._outputs.setdefault((reference.cdata, version), path) == path:
+                self._identities.append(reference)
 
     def recipe(self, handle: Handle, node: Any, number: int) -> None:
         """A recipe was found for an output of `node`."""
@@ -79,8 +110,8 @@ class Journal:
         nbytes = math.prod(metadata.shape) * metadata.dtype.itemsize
         self._made[handle] = (node.name(), self._path_of(node), nbytes)
 
-    def _path_of(self, node: Any) -> str:
-        """The module that ran the operator, told by who was running when it kept its own operands; or ""."""
+    def _path_of(self, node: Any) -> str | None:
+        """The module that ran the operator, told by who was running when it kept its own operands; or None."""
         common: set[str] | None = None
         for name in dir(node):
             if name.startswith("_raw_saved_"):
@@ -90,7 +121,7 @@ class Journal:
                     continue
                 if isinstance(kept, Handle) and (paths := self._packers.get(kept)):
                     common = set(paths) if common is None else (common & set(paths) or common)
-        return next(iter(common)) if common and len(common) == 1 else ""
+        return next(iter(common)) if common and len(common) == 1 else None
 
     # --- what is read afterwards ---
 
@@ -113,48 +144,105 @@ class Journal:
             else:
                 wanted.setdefault(base, []).append(note)
         counted: set[Key] = set(kept)
-        return [self._told(handle, notes, counted) for handle, notes in wanted.items()]
+        steps = set(wanted)  # a step counts to the first tensor that needs it, but to itself if it is one
+        return [self._told(handle, notes, counted, steps) for handle, notes in wanted.items()]
 
-    def _told(self, handle: Handle, notes: list[_Note], counted: set[Key]) -> DerivedTensor:
+    def why_kept(self) -> dict[Key, str]:
+        """By storage, why what is kept was not derived."""
+        found: dict[Key, str] = {}
+        for note in self._notes:
+            if note.handle() is not None and note.why_kept:
+                for key in storage_sizes(note.tensor):
+                    found.setdefault(key, note.why_kept)
+        return found
+
+    def _told(self, handle: Handle, notes: list[_Note], counted: set[Key], steps: set[Handle]) -> DerivedTensor:
         sizes = {key: size for note in notes for key, size in storage_sizes(note.tensor).items()}
         saved = sum(size for key, size in sizes.items() if key not in counted)
         counted |= sizes.keys()
         keepers = list(dict.fromkeys(note.path for note in notes))
-        others = f"; {len(keepers) - 1} others would have kept it too" if len(keepers) > 1 else ""
         if isinstance(handle, Bits):
             nbytes = handle.shape.numel()
-            why = f"a mask of {nbytes} bools is kept in bits{others}"
-            return DerivedTensor("a mask", keepers[0], keepers[0], why, saved - -(-nbytes // 8), nbytes * 2)
+            packed = -(-nbytes // 8)
+            what = f"a mask in {self._ledger.label(keepers[0])}"
+            why = "kept in bits instead of bytes"
+            return DerivedTensor(what, keepers[0], keepers[0], why, saved - packed, nbytes + packed, len(keepers))
         assert isinstance(handle, Derived)
         node, path, _ = self._made[handle]
         saved -= sum(self._nbytes(source) for source in _taken(handle) if source not in self._packers)
-        reason = f"made again from {self._sources(handle)}{others}"
-        return DerivedTensor(_in_words(node), keepers[0], path or keepers[0], reason, saved, self._moved(handle))
+        what = in_words(node, notes[0].tensor.dtype)
+        output_of = self._output_of(notes[0])
+        if output_of is not None:
+            path, what = output_of, f"{self._ledger.label(output_of)}'s output"
+        elif path is not None:
+            what += f" in {self._ledger.label(path)}"
+        else:
+            path = keepers[0]
+            what += f" for {self._ledger.label(path)}"
+        moved = self._moved(handle, steps) + self._own_step(handle)
+        return DerivedTensor(what, keepers[0], path, self._reason(handle), saved, moved, len(keepers))
 
-    def _sources(self, handle: Derived) -> str:
-        """What it is made of, in words."""
-        if _taken(handle):
-            return "a smaller tensor that is kept in its stead"
-        made = [self._made[source][0] for source in handle.sources if source in self._made]
-        words = list(dict.fromkeys(_in_words(node) for node in made))
-        return f"{' and '.join(words)}, in {handle.steps} steps" if words else "what its own operator keeps"
+    def _output_of(self, note: _Note) -> str | None:
+        """The path of the module whose output it is, or None."""
+        paths = (self._outputs.get((key, note.version)) for key in storage_sizes(note.tensor))
+        return next((path for path in paths if path is not None), None)
+
+    def _reason(self, handle: Derived) -> str:
+        """What it is made again from, leaving out what is small beside the rest, such as statistics."""
+        if any(source not in self._packers for source in _taken(handle)):
+            return "kept smaller, as what it is made of"
+        read = dict.fromkeys(self._read(handle))
+        large = max((self._nbytes(leaf) for leaf in read if isinstance(leaf, Kept)), default=0) / 16
+        words = [self._leaf(leaf) for leaf in read if not isinstance(leaf, Kept) or self._nbytes(leaf) >= large]
+        steps = f", in {handle.steps} steps" if handle.steps > 1 else ""
+        return f"made again from {listed(list(dict.fromkeys(words)))}{steps}" if words else "made again from weights"
+
+    def _read(self, handle: Handle) -> Iterator[Handle]:
+        """What is kept of what a recipe reads, weights aside."""
+        for source in map(_base, handle.sources if isinstance(handle, Derived) else ()):
+            if isinstance(source, Derived):
+                yield from self._read(source)
+            elif not self._ledger.is_weight(self._tensor(source)):
+                yield source
+
+    def _leaf(self, handle: Handle) -> str:
+        """A tensor that is kept, in words: by its module's name in the model, which is the same in every layer."""
+        if isinstance(handle, Bits):
+            return "a mask"
+        note = self._kept_as.get(handle)
+        if note is None:
+            return "what was kept in the stead of another"
+        path = self._output_of(note)
+        if path is None:
+            return in_words(note.node, note.tensor.dtype)
+        name = path.rpartition(".")[2]
+        return f"{self._ledger.label(path) if not name or name.isdigit() else name}'s output"
+
+    def _tensor(self, handle: Handle) -> Tensor | None:
+        data = getattr(handle, "data", None)
+        tensor = data if isinstance(data, Tensor) else getattr(data, "tensor", None)  # inside the ledger's hooks
+        return tensor if isinstance(tensor, Tensor) else None
 
     def _nbytes(self, handle: Handle) -> int:
         if handle in self._made:
             return self._made[handle][2]
-        data = getattr(handle, "data", None)
-        tensor = data if isinstance(data, Tensor) else getattr(data, "tensor", None)
-        return tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
+        tensor = self._tensor(handle)
+        return tensor.numel() * tensor.element_size() if tensor is not None else 0
 
-    def _moved(self, handle: Handle | None) -> int:
-        if isinstance(handle, Awaited) or (isinstance(handle, Kept) and handle.instead is not None):
-            return self._moved(handle.target if isinstance(handle, Awaited) else handle.instead)
-        if not isinstance(handle, Derived):
+    def _moved(self, handle: Handle, counted: set[Handle]) -> int:
+        """By the steps on the way to a tensor that are not counted yet."""
+        moved = 0
+        for source in map(_there, handle.sources if isinstance(handle, Derived) else ()):
+            moved += self._moved(source, counted)
+            if source not in counted:
+                counted.add(source)
+                moved += self._own_step(source)
+        return moved
+
+    def _own_step(self, handle: Handle) -> int:
+        if not isinstance(handle, Derived) or not handle.moves:
             return 0
-        below = sum(self._moved(source) for source in handle.sources)
-        if not handle.moves:
-            return below
-        return below + self._nbytes(handle) + sum(self._nbytes(source) for source in handle.sources)
+        return self._nbytes(handle) + sum(self._nbytes(source) for source in handle.sources)
 
 
 _THREAD = threading.local()
@@ -165,46 +253,26 @@ def journal_here() -> Journal | None:
     return getattr(_THREAD, "journal", None)
 
 
-def _base(handle: Handle) -> Handle:
-    """What a handle is a view of."""
+def _there(handle: Handle) -> Handle:
+    """What a handle stands for by now, where it waited for something."""
     while True:
         if isinstance(handle, Kept) and handle.instead is not None:
             handle = handle.instead
-        elif isinstance(handle, Derived) and not handle.moves:
-            handle = handle.sources[0]
         elif isinstance(handle, Awaited) and handle.target is not None:
             handle = handle.target
         else:
             return handle
 
 
+def _base(handle: Handle) -> Handle:
+    """What a handle is a view of."""
+    handle = _there(handle)
+    while isinstance(handle, Derived) and not handle.moves:
+        handle = _there(handle.sources[0])
+    return handle
+
+
 def _taken(handle: Derived) -> list[Kept]:
     """What is kept in its stead alone."""
     sources = (_base(source) for source in handle.sources)
     return [source for source in sources if isinstance(source, Kept) and source.stands_for_another]
-
-
-_WORDS = {
-    "NativeLayerNormBackward0": "LayerNorm's output",
-    "FusedRmsNormBackward0": "RMSNorm's output",
-    "NativeGroupNormBackward0": "GroupNorm's output",
-    "NativeBatchNormBackward0": "BatchNorm's output",
-    "CudnnBatchNormBackward0": "BatchNorm's output",
-    "MiopenBatchNormBackward0": "BatchNorm's output",
-    "NativeDropoutBackward0": "a dropped tensor",
-    "ToCopyBackward0": "a cast",
-    "CloneBackward0": "a copy",
-    "MulBackward0": "a product",
-    "DivBackward0": "a quotient",
-    "AddBackward0": "a sum",
-    "SubBackward0": "a difference",
-    "CatBackward0": "a concatenation",
-    "StackBackward0": "a concatenation",
-    "GeluBackward0": "GELU's output",
-    "SiluBackward0": "SiLU's output",
-    "ReluBackward0": "ReLU's output",
-}
-
-
-def _in_words(node: str) -> str:
-    return _WORDS.get(node) or f"{node.partition('Backward')[0]}'s output"
