@@ -35,7 +35,8 @@ def _found(owner: Any, name: str) -> Any:
 try:
     # How a kernel lays its output out, given an input in part of a channels-last tensor, which is_contiguous does not
     # tell: a reshape after batch norm would be counted as a copy where it is none.
-    from torch._prims_common import suggest_memory_format
+    # make_contiguous_strides_for: the layout of a copy that is made again; kernels would round differently in another.
+    from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
 
     # Simulated tensors, which a probe runs the model on: without them each probe would be a real forward pass.
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -224,6 +225,7 @@ __all__ = [
     "hooks_allowed",
     "hooks_on_all_modules",
     "is_traceable_wrapper_subclass",
+    "make_contiguous_strides_for",
     "math_attention",
     "modes_off",
     "outer_hooks",

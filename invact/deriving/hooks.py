@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from invact.deriving.handles import Bits, Derived, Handle, Kept, remade
 from invact.deriving.journal import journal_here
-from invact.deriving.rules import RULES
+from invact.deriving.rules import FILLED, ON_THE_WAY, RULES
 from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
 
 SMALLEST = 1024
@@ -37,13 +37,16 @@ class NormSettings(NamedTuple):
     bias: Handle | None
 
 
-_NORMS = {getattr(F, name).__code__ for name in ("layer_norm", "rms_norm", "group_norm", "batch_norm")}
+_NORMS = {getattr(F, name).__code__ for name in ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")}
 # Functions that may work in place, and then keep a copy of what they were given.
 _IN_PLACE = {
     getattr(F, name).__code__
     for name in ("silu", "hardswish", "mish", "elu", "selu", "celu", "leaky_relu", "hardtanh", "relu6", "hardsigmoid")
 }
-_KEEP_THEIR_RESULT = {"ReluBackward0", "SigmoidBackward0", "TanhBackward0", "ExpBackward0"}
+_KEEP_THEIR_RESULT = {
+    *("ReluBackward0", "SigmoidBackward0", "TanhBackward0", "ExpBackward0", "Expm1Backward0", "SqrtBackward0"),
+    *("RsqrtBackward0", "ReciprocalBackward0", "LeakyReluBackward1", "EluBackward1", "CeluBackward1"),
+}
 
 # Where the handle of a node's output number i is noted, in the dictionary that autograd has for such notes.
 _KEYS = tuple(("invact", number) for number in range(8))
@@ -113,10 +116,15 @@ class Deriving:
             return bits
         handle = self._kept(tensor)
         if frame.f_code in _NORMS and not tensor.requires_grad:
-            local = frame.f_locals
-            bias = local.get("bias")
-            handle.setting = NormSettings(local["eps"], None if bias is None else self._kept(bias))
+            handle.setting = self._norm_settings(frame)
         return handle
+
+    def _norm_settings(self, frame: Any) -> NormSettings:
+        local = frame.f_locals
+        bias = local.get("bias")
+        if bias is not None and frame.f_code is F.instance_norm.__code__:
+            bias = bias.repeat(local["input"].shape[0])  # a batch norm, with channels of each of the batch side by side
+        return NormSettings(local["eps"], None if bias is None else self._kept(bias))
 
     def _with_history(self, tensor: Tensor, node: Any, frame: Any) -> Handle:
         name = node.name()
@@ -134,11 +142,13 @@ class Deriving:
                 return known
             return self._kept(tensor)
         handle: Handle | None = None
-        if tensor.numel() >= SMALLEST and type(tensor) in _PLAIN and name in RULES:
+        if tensor.numel() >= SMALLEST and type(tensor) in _PLAIN and name in RULES and name not in ON_THE_WAY:
             if version == 0 or self._worked_in_place(node, name, version):
                 handle = self._derived(tensor, node, number, version)
         if handle is None:
             handle = self._kept(tensor)
+            if number and name == "NativeGroupNormBackward0" and frame.f_code in _NORMS:
+                handle.setting = self._norm_settings(frame)  # its statistics alone have a history
         if name == "CloneBackward0" and frame.f_code in _IN_PLACE and frame.f_locals["inplace"]:
             handle.made_in_place = frame.f_locals["input"]._version + 1
         metadata[key] = weakref.ref(handle)
@@ -159,7 +169,11 @@ class Deriving:
         return isinstance(kept, Kept | Derived) and kept.made_in_place == version
 
     def _derived(self, tensor: Tensor, node: Any, number: int, version: int) -> Handle | None:
-        handle = RULES[node.name()](node, number, self._find)
+        name = node.name()
+        if name in FILLED:
+            handle: Derived | None = FILLED[name](tensor, node, self._find)
+        else:
+            handle = RULES[name](node, number, self._find)
         if handle is None:
             handle = self._narrow(tensor, node)
         if handle is None or handle.steps > MOST_STEPS:
