@@ -103,6 +103,9 @@ _found(functional, "has_torch_function")
 # Hooks on kept tensors set outside of ours: what is really kept must go through them, or they would not see it.
 _top_hooks: Callable[[bool], Any] = _found(_found(torch._C, "_autograd"), "_top_saved_tensors_default_hooks")
 
+# Whether a node shows what hooks gave for a tensor that it keeps; 2.8 gives it to the unpacking hook alone.
+shows_what_is_kept: bool = hasattr(_found(torch._C._autograd, "SavedTensor"), "data")
+
 # Whether such hooks may be set here: entering them where torch.func forbids it raises.
 hooks_allowed: Callable[[], bool] = _found(torch._C._autograd, "_saved_tensors_hooks_is_enabled")
 
@@ -232,6 +235,7 @@ __all__ = [
     "plain_parts",
     "schema_of",
     "seen_by_modes",
+    "shows_what_is_kept",
     "sparse_parts",
     "stock_attention",
     "stock_multi_head_attention",

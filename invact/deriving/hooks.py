@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from invact.deriving.handles import Bits, Derived, Handle, Kept, remade
+from invact.deriving.handles import Bits, Derived, Handle, Kept, kept_by, remade
 from invact.deriving.journal import journal_here
 from invact.deriving.rules import FILLED, ON_THE_WAY, RULES
 from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
@@ -67,7 +67,7 @@ class Deriving:
         >>> x = torch.randn(32, 64, requires_grad=True)
         >>> with Deriving():
         ...     y = linear(norm(x))
-        >>> type(y.grad_fn._raw_saved_mat1.data).__name__  # the norm's output, which the linear layer wants
+        >>> type(kept_by(y.grad_fn, "mat1")).__name__  # the norm's output, which the linear layer wants
         'Derived'
     """
 
@@ -163,9 +163,8 @@ class Deriving:
     def _worked_in_place(self, node: Any, name: str, version: int) -> bool:
         """Whether this is the output of an operator that works in place, and not changed since."""
         if name in _KEEP_THEIR_RESULT:
-            return node._raw_saved_result.data is None  # it is about to keep it, and has just made it
-        operand = getattr(node, "_raw_saved_self", None)
-        kept = None if operand is None else operand.data
+            return not isinstance(kept_by(node, "result"), Handle)  # it is about to keep it, and has just made it
+        kept = kept_by(node, "self")
         return isinstance(kept, Kept | Derived) and kept.made_in_place == version
 
     def _derived(self, tensor: Tensor, node: Any, number: int, version: int) -> Handle | None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invact.deriving.handles import Derived, Handle, Kept
+from invact.deriving.handles import Derived, Handle, Kept, kept_by
 from invact.pytorch_inside import make_contiguous_strides_for
 
 aten = torch.ops.aten
@@ -53,22 +53,10 @@ def operand(node: Node, name: str, edge: int, find: Find) -> Handle | Tensor | N
 
 def saved(node: Node, name: str) -> Handle | Tensor | None:
     """What the node itself keeps under this name; a number is a tensor without a handle."""
-    data = _saved_data(node, name)
+    data = kept_by(node, name)
     if isinstance(data, Kept):
         return data if data.source else None
     return data if isinstance(data, Handle) or (isinstance(data, Tensor) and not data.dim()) else None
-
-
-_NOTHING = object()
-
-
-def _saved_data(node: Node, name: str) -> Any:
-    """What our hooks gave for it, None where the operator was given none, `_NOTHING` where that is not known."""
-    raw = getattr(node, "_raw_saved_" + name, None)
-    try:
-        return _NOTHING if raw is None else raw.data
-    except RuntimeError:  # the node has been run, or does not need it
-        return _NOTHING
 
 
 def produced(node: Node, edge: int, find: Find) -> Handle | None:
@@ -294,13 +282,13 @@ def masked(node: Node, number: int, find: Find) -> Derived | None:
 
 def _told(node: Node, statistic: str) -> Any:
     """What the norm's call said and its node does not know; see `hooks.norm_settings`."""
-    kept = _saved_data(node, statistic)
+    kept = kept_by(node, statistic)
     return kept.setting if isinstance(kept, Kept) else None
 
 
 def _affine(node: Node, name: str, edge: int, find: Find) -> tuple[bool, Handle | None]:
     """Whether a weight or bias can be had, and its handle; a norm may have none."""
-    if _saved_data(node, name) is None:
+    if kept_by(node, name) is None:
         return True, None
     found = operand(node, name, edge, find)
     return found is not None, found if isinstance(found, Handle) else None
