@@ -622,6 +622,18 @@ def test_padding_by_nothing_on_the_way():
         assert type(kept_for(F.pad(leaf(torch.randn(SHAPE)), (0, 1)).tanh())) is Kept
 
 
+def test_a_copy_is_laid_out_as_it_was_though_it_was_a_step_before():
+    x = leaf(torch.randn(64, 32).t())
+    with Deriving():
+        y = x.clone()  # as x lies, not contiguous
+        handle = kept_for(y.neg())
+        first = handle.made()
+        again = kept_for(y)
+    with torch.no_grad():
+        assert_same(again.made(), y.detach())
+        assert torch.equal(handle.made(), first)
+
+
 def test_casts_there_and_back():
     for wide in (FLOAT, DOUBLE):
         for narrow in (BF16, FP16):

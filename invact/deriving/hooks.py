@@ -155,8 +155,8 @@ class Deriving:
         return handle
 
     def _asked_again(self, known: Handle, tensor: Tensor) -> Handle:
-        if isinstance(known, Derived) and known.stride is None:
-            known.stride = tensor.stride()
+        if isinstance(known, Derived):
+            known.stride = tensor.stride()  # a step on the way did not know it
         known.wanted_again()
         return known
 
