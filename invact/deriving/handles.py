@@ -198,7 +198,7 @@ NOT_KNOWN = object()
 
 
 def kept_by(node: Any, name: str) -> Any:
-    """What a node keeps under a name of PyTorch's `derivatives.yaml`: the handle; a number, as a tensor; None for nothing.
+    """What a node keeps under a name of `derivatives.yaml`: the handle; a number, as a tensor; None for nothing.
 
     `NOT_KNOWN` where it has no such name, has been run and let it go, or has not come to keep it.
     """
