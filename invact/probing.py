@@ -178,11 +178,11 @@ class _Probe:
     def on_simulated_tensors(self, mode: FakeTensorMode) -> Observation | str:
         """What was kept, or why the model does not run so."""
         device = stand_in(self.setting.device)
-        moved = self.setting.device != device_of(self.model)
         try:
-            with as_on_real_tensors(self.inputs), as_it_was(self.model, self.inputs), mode:
-                weights = {name: _fake(mode, tensor, device, moved) for name, tensor in _weights(self.model).items()}
-                inputs = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device, moved), self.inputs)
+            with (
+                as_on_real_tensors(self.inputs),
+                simulated(self.model, self.inputs, self.setting, mode) as (weights, inputs),
+            ):
                 as_on_gpu = AsOnGpu(self.setting) if self.setting.device.type == "cuda" else nullcontext()
                 with as_on_gpu, AsRealKernels(self.setting), fake_tensor_log_silent():
                     found = self._run(weights, inputs)
@@ -254,6 +254,17 @@ class _Probe:
                 found.notes.append(f"{path!r} runs in another thread: what is kept there is not counted.")
             del output
         return found
+
+
+@contextmanager
+def simulated(
+    model: nn.Module, inputs: Inputs, setting: Setting, mode: FakeTensorMode
+) -> Iterator[tuple[dict[str, Tensor], Any]]:
+    """The model's weights and the inputs as simulated tensors; after the block the model is what it was."""
+    device, moved = stand_in(setting.device), setting.device != device_of(model)
+    with as_it_was(model, inputs), mode:
+        weights = {name: _fake(mode, tensor, device, moved) for name, tensor in _weights(model).items()}
+        yield weights, tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device, moved), inputs)
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device, moved: bool) -> Tensor:

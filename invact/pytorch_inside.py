@@ -1,5 +1,6 @@
-"""The one file of this folder that leans on PyTorch's inside: each private name, what for, and what breaks without.
+"""What this folder leans on in PyTorch's inside: each private name, what for, and what breaks without.
 
+What belongs to its compiler is in `invact.compiler_inside`. No other file names anything private of PyTorch's.
 A PyTorch that has renamed one of them is met here, at import, with one sentence; nothing goes on with a guess.
 """
 
@@ -18,7 +19,7 @@ from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
 
-def _names_missing(what: object) -> ImportError:
+def names_missing(what: object) -> ImportError:
     return ImportError(
         f"invact leans on names inside PyTorch that PyTorch {torch.__version__} does not have: {what}. Install a newer "
         "invact, or a PyTorch between 2.8 and 2.14, with which this one was tried."
@@ -29,7 +30,7 @@ def _found(owner: Any, name: str) -> Any:
     try:
         return getattr(owner, name)
     except AttributeError as error:
-        raise _names_missing(f"{getattr(owner, '__name__', owner)}.{name}") from error
+        raise names_missing(f"{getattr(owner, '__name__', owner)}.{name}") from error
 
 
 try:
@@ -55,7 +56,7 @@ try:
     # Tensors in nested containers, whatever those are: inputs of models in dicts and data classes would be missed.
     from torch.utils._pytree import tree_leaves, tree_map_only
 except ImportError as _error:
-    raise _names_missing(_error) from _error
+    raise names_missing(_error) from _error
 
 # Whether torch.func (vmap, grad, jvp) is at work: inverted functions would give wrong gradients there.
 transforms_active: Callable[[], bool] = _found(torch._C, "_are_functorch_transforms_active")
@@ -87,7 +88,7 @@ def checkpoint_generator() -> str:
     names = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
     name = next((name for name in names if hasattr(torch_checkpoint, name)), None)
     if name is None:
-        raise _names_missing(" and ".join(f"torch.utils.checkpoint.{name}" for name in names))
+        raise names_missing(" and ".join(f"torch.utils.checkpoint.{name}" for name in names))
     return name
 
 
@@ -99,6 +100,7 @@ _found(torch.UntypedStorage, "_cdata")
 _found(cast_operation, "_schema")
 _found(Tensor, "_backward_hooks")
 _found(functional, "has_torch_function")
+_found(torch.compiler, "_is_compiling_flag")
 
 # Hooks on kept tensors set outside of ours: what is really kept must go through them, or they would not see it.
 _top_hooks: Callable[[bool], Any] = _found(_found(torch._C, "_autograd"), "_top_saved_tensors_default_hooks")
@@ -208,6 +210,20 @@ def seen_by_modes(function: types.FunctionType) -> types.FunctionType:
     return copied
 
 
+@contextmanager
+def as_if_compiling() -> Iterator[None]:
+    """torch.compiler.is_compiling() is true: models that ask build masks, say, that they leave out elsewhere.
+
+    PyTorch has one such flag for all threads, and sets it itself while it compiles.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
 __all__ = [
     "CheckpointFunction",
     "FakeTensor",
@@ -215,6 +231,7 @@ __all__ = [
     "StorageWeakRef",
     "TorchDispatchMode",
     "accelerator_type",
+    "as_if_compiling",
     "autocast_anywhere",
     "cast_operation",
     "changes_in_place",
@@ -231,6 +248,7 @@ __all__ = [
     "make_contiguous_strides_for",
     "math_attention",
     "modes_off",
+    "names_missing",
     "outer_hooks",
     "plain_parts",
     "schema_of",

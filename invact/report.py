@@ -52,6 +52,8 @@ class Report:
         weight_cast_bytes: low-precision copies of weights that autocast keeps; the same before and after.
         kept_by_class: bytes after, by the class of the module that keeps them, largest first.
         setting: what was planned for, in words.
+        compiled: bytes that a compiled step keeps, counted as those above: with torch.compile's own backend under
+            "default", with `backend="invact"` under "invact". Empty where nobody asked, or it could not be counted.
         notes: what else the reader should know.
     """
 
@@ -63,6 +65,7 @@ class Report:
     weight_cast_bytes: int = 0
     kept_by_class: dict[str, int] = field(default_factory=dict)
     setting: str = ""
+    compiled: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     title: str = ""
 
@@ -138,6 +141,11 @@ class Report:
         if self.weight_cast_bytes:
             lines.append(
                 f"Besides, autocast keeps {format_bytes(self.weight_cast_bytes)} of cast weights, whatever the batch."
+            )
+        if self.compiled:
+            lines.append(
+                f"Compiled, {format_bytes(self.compiled['default'])} by default, "
+                f'{format_bytes(self.compiled["invact"])} with backend="invact".'
             )
         return "\n".join(lines)
 

@@ -570,7 +570,6 @@ MOVED = {
     "SqueezeBackward1": lambda x: x[None].squeeze(0),
     "SqueezeBackward2": lambda x: x[None, None].squeeze((0, -5)),
     "StackBackward0": lambda x: torch.stack([x, x.neg()], -1),
-    "TBackward0": lambda x: x.reshape(18, 99).neg().t(),
     "ToCopyBackward0": lambda x: x.to(FLOAT if x.dtype is not FLOAT else BF16),
     "TransposeBackward0": lambda x: x.transpose(-1, 1),
     "UnbindBackward0": lambda x: torch.stack([x, x], 1).unbind(1)[1],
@@ -597,7 +596,14 @@ COMPLEX = {
 def test_what_moves(name):
     for dtype in (DOUBLE, FLOAT, BF16, FP16):
         for layout in LAYOUTS:
-            check(MOVED[name], layout(dtype), name=name)
+            check(lambda x: MOVED[name](x.neg()), layout(dtype), name=name)
+
+
+def test_the_transposed_is_a_step_on_the_way_and_kept_itself_as_the_weights_of_linear_layers_are():
+    x = torch.randn(40, 60)
+    check(lambda x: x.neg().t().tanh(), x)
+    with Deriving():
+        assert type(kept_for(leaf(x).neg().t())) is Kept
 
 
 @pytest.mark.parametrize("name", COMPLEX)
@@ -690,7 +696,7 @@ def test_operators_on_a_gpu(name):
             elif name in SEVERAL:
                 check(SEVERAL[name], layout(dtype, 0, 1).cuda(), uniform(SHAPE, dtype, 0, 1).cuda(), name=name)
             else:
-                check(MOVED[name], layout(dtype).cuda(), name=name)
+                check(lambda x: MOVED[name](x.neg()), layout(dtype).cuda(), name=name)
 
 
 @on_a_gpu
@@ -731,6 +737,7 @@ ELSEWHERE = {
     "SafeSoftmaxBackward0",
     "SoftmaxBackward0",
     "SumBackward1",
+    "TBackward0",
     "VarBackward0",
     "WeightNormInterfaceBackward0",
 }  # in tests of their own

@@ -53,6 +53,16 @@ def test_a_name_that_pytorch_no_longer_has_is_told_at_import(name, monkeypatch):
     assert "Install a newer invact, or a PyTorch between" in message
 
 
+@pytest.mark.parametrize("name", ["get_default_op_list", "min_cut_rematerialization_partition"])
+def test_a_name_that_pytorchs_compiler_no_longer_has_is_told_by_who_compiles(name, monkeypatch):
+    partitioners = importlib.import_module("torch._functorch.partitioners")
+    with monkeypatch.context() as patch:
+        patch.delattr(partitioners, name)
+        patch.delitem(sys.modules, "invact.compiler_inside", raising=False)
+        with pytest.raises(ImportError, match=name):
+            importlib.import_module("invact.compiler_inside")
+
+
 def test_a_generator_of_checkpointing_with_an_unknown_name_is_told(monkeypatch):
     for name in ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator"):
         monkeypatch.delattr(torch.utils.checkpoint, name, raising=False)
@@ -61,12 +71,17 @@ def test_a_generator_of_checkpointing_with_an_unknown_name_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "file", ["ledger", "kept_storages", "simulation", "time_limit", "arguments", "noted", "snapshot"]
+    "file",
+    [
+        *("ledger", "kept_storages", "simulation", "time_limit", "arguments", "noted", "snapshot"),
+        *("compiling", "compiled_bytes"),
+    ],
 )
 def test_other_files_lean_on_it_alone(file):
     text = (pathlib.Path(pytorch_inside.__file__).parent / f"{file}.py").read_text()
     private = re.findall(r"torch(?:\.\w+)*\._[a-zA-Z]\w*|\._cdata|\._version\b", text)
-    assert [name for name in private if name != "torch._subclasses"] == []  # that is the name of a log
+    # the name of a log, and a message that names where options are listed
+    assert [name for name in private if name not in ("torch._subclasses", "torch._inductor")] == []
 
 
 def test_a_sparse_tensor_that_is_not_coalesced_shows_its_parts():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from invact.layers import Layer
     from invact.page import Page
     from invact.report import Report
+    from invact.simulation import Setting
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -75,6 +76,7 @@ def patch(
     target_batch: Annotated[
         int | None, typer.Option(min=1, help="Say what it takes to fit this batch; with --gpu-memory.")
     ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Count a step under torch.compile as well.")] = False,
     html: HtmlFile = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
 ) -> None:
@@ -99,6 +101,7 @@ def patch(
             gpu_memory=gpu_memory,
             optimizer=optimizer.value,
             target_batch=target_batch,
+            compiled=compiled,
             with_page=html is not None,
         )
     if json:
@@ -123,6 +126,7 @@ def _dry_run(
     gpu_memory: int | None,
     optimizer: str,
     target_batch: int | None,
+    compiled: bool,
     with_page: bool,
 ) -> tuple[Report, Fit | None, Page | None]:
     from invact import patchers
@@ -156,6 +160,8 @@ def _dry_run(
     from invact.simulation import Setting
 
     setting = Setting(torch.device("cuda"), autocast_dtype, attention)
+    if compiled:
+        _count_compiled(decided.report, model, inputs, setting)
     fit = page = None
     if gpu_memory is not None:
         from invact.fitting_batch import Fit, needs
@@ -172,6 +178,15 @@ def _dry_run(
 
         page = _plan_page(decided.report, memory_by_layer(model, inputs, setting, decided), fit)
     return decided.report, fit, page
+
+
+def _count_compiled(report: Report, model: nn.Module, inputs: Any, setting: Setting) -> None:
+    from invact.compiled_bytes import compiled_bytes
+
+    counted = compiled_bytes(model, inputs, setting)
+    if counted.by_default is not None and counted.with_invact is not None:
+        report.compiled = {"default": counted.by_default, "invact": counted.with_invact}
+    report.notes += counted.notes
 
 
 def _loaded(name: str, dtype: torch.dtype, library: str | None, image_size: int | None) -> nn.Module:

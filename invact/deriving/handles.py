@@ -7,7 +7,6 @@ those that need it: freed with its part of the graph, and used again when a grap
 from __future__ import annotations
 
 import sys
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,12 +35,15 @@ class Handle:
         version: how often the tensor had been changed in place when it was kept; with another one it is another value.
         steps: operations that make it from what is really kept; 0 if it is kept itself.
         joins: whether a sum of two kept tensors is among the steps.
+        may_be_read: whether recipes may read it.
         made_in_place: the version of the output, if the operator that keeps this value went on to work in place.
     """
 
-    __slots__ = ("__weakref__", "made_in_place", "version")
+    __slots__ = ("__dict__", "__weakref__", "version")  # what few handles have is in the dictionary
     steps = 0
     joins = False
+    may_be_read = True
+    made_in_place = -1
 
     def made(self) -> Tensor:
         """The value, laid out as it was."""
@@ -59,42 +61,69 @@ class Kept(Handle):
     """The tensor itself, without its history: an output that its own operation keeps would be a cycle with it.
 
     Attributes:
-        source: whether recipes may read it.
-        narrow: whether this is a 16-bit copy, kept in the stead of a wide one.
+        stands_for_another: it was taken from another tensor, and may lie differently.
+        beside: a handle that lives as long as this one.
         setting: what the operation that keeps it was told and autograd does not record, such as a norm's eps.
+        asked: how many keep it.
+        later: a recipe that waits for what it reads; `instead`, once that is there: the tensor is let go.
     """
 
-    __slots__ = ("data", "given_back", "narrow", "setting", "source", "stride")
+    __slots__ = ("data", "given_back")
+    asked = 1
+    beside: Handle | None = None
+    instead: Derived | None = None
+    later: Derived | None = None
+    setting: Any = None
+    stands_for_another = False
+    stride: tuple[int, ...] | None = None
 
     def __init__(self, tensor: Tensor, version: int, hooks: tuple[Any, Any] | None) -> None:
         self.version = version
-        self.source, self.narrow = True, False
-        self.setting: Any = None
-        self.made_in_place = -1
         if hooks is None:
             self.data: Any = tensor
             self.given_back = None
         else:  # somebody else's hooks outside of ours
             self.data, self.given_back = hooks[0](tensor), hooks[1]
-            self.stride = tensor.stride() if tensor.layout is torch.strided else None
+            if tensor.layout is torch.strided:
+                self.stride = tensor.stride()
+
+    def lies_like(self, tensor: Tensor) -> bool:
+        """Whether who keeps `tensor`, which has this value, may get this."""
+        if self.instead is not None or not self.stands_for_another:
+            return True
+        return tensor.stride() == (self.data.stride() if self.given_back is None else self.stride)
+
+    def derive(self) -> None:
+        """What the recipe reads is kept now."""
+        recipe = self.instead = self.later
+        assert recipe is not None
+        for _ in range(self.asked):
+            recipe.wanted_again()
+        self.data = self.later = None
 
     def wanted_again(self) -> None:
-        if self.given_back is None:
+        if self.instead is not None:
+            self.instead.wanted_again()
+        elif self.given_back is None:
             _READ[self.data.untyped_storage()._cdata] = self
 
     def own(self) -> Tensor:
         """The value for somebody who may write into it: a copy where a recipe reads it, or may do so."""
         tensor = self.made()
-        if self.given_back is None and tensor.untyped_storage()._cdata not in _READ:
+        if self.instead is None and self.given_back is None and tensor.untyped_storage()._cdata not in _READ:
             return tensor
         return tensor if tensor.requires_grad else tensor.clone()
 
     def made(self) -> Tensor:
         if self.given_back is None:
+            if self.instead is not None:
+                return self.instead.made()
             tensor: Tensor = self.data
             if tensor._version != self.version:
                 raise changed_in_place(tensor, self.version)
             return tensor
+        if self.instead is not None:
+            return self.instead.made()
         tensor = self.given_back(self.data)
         return tensor if self.stride is None else laid_out(tensor, self.stride)
 
@@ -138,13 +167,22 @@ class Derived(Handle):
     def __init__(self, make: Callable[..., Tensor], sources: tuple[Handle, ...], joins: bool, moves: bool) -> None:
         self.make, self.sources, self.moves = make, sources, moves
         self.version, self.users, self.left, self.stream, self.nbytes = 0, 0, 0, 0, 0
-        self.made_in_place = -1
         self.cache: Tensor | None = None
         self.stride: tuple[int, ...] | None = None
         self.joins, self.steps = joins, int(moves)
         for source in sources:
             self.joins = self.joins or source.joins
             self.steps += source.steps
+
+    def awaited(self) -> list[Awaited]:
+        """What is not there yet of all that it reads."""
+        found: list[Awaited] = []
+        for source in self.sources:
+            if isinstance(source, Awaited):
+                found.append(source)
+            elif isinstance(source, Derived):
+                found += source.awaited()
+        return found
 
     def wanted_again(self) -> None:
         self.users += 1
@@ -168,6 +206,44 @@ class Derived(Handle):
         return tensor
 
 
+class Awaited(Handle):
+    """What a recipe reads and nobody keeps, yet.
+
+    Attributes:
+        kept: the tensor that is kept until then.
+    """
+
+    __slots__ = ("kept", "target")
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.kept: weakref.ref[Kept] | None = None
+        self.target: Handle | None = None
+
+    def filled(self, handle: Handle) -> None:
+        """Somebody keeps it."""
+        if handle.version or not handle.may_be_read or handle.joins or self.target is not None:
+            return
+        kept = self.kept() if self.kept is not None else None
+        if kept is None or kept.later is None or handle is kept or handle.steps + kept.later.steps > MOST_LATER:
+            return
+        self.target = handle
+        if all(other.target is not None for other in kept.later.awaited()):
+            kept.derive()
+
+    def wanted_again(self) -> None:
+        assert self.target is not None
+        self.target.wanted_again()
+
+    def made(self) -> Tensor:
+        assert self.target is not None
+        return self.target.made()
+
+
+MOST_LATER = 12
+"""Operations of a recipe with those of what it waited for."""
+
+
 def laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The tensor with other strides: matrix products in backward round differently when they read it differently."""
     if tensor.stride() == stride:
@@ -185,11 +261,13 @@ def remade(handle: Handle) -> Tensor:
     if not shows_what_is_kept and caller is not None and caller.f_code is asked.__code__:
         caller.f_locals["given"].append(handle)
         return _ANYTHING
-    give = handle.made if caller is None or caller.f_code is _ENGINE or _is_ours(caller) else handle.own
-    if type(handle) is not Kept and (torch.is_grad_enabled() or autocast_anywhere()):
+    to_read = caller is None or caller.f_code is _ENGINE or caller.f_globals is _OURS
+    if type(handle) is Kept and handle.instead is None:
+        return handle.made() if to_read else handle.own()
+    if torch.is_grad_enabled() or autocast_anywhere():
         with _as_recorded():
-            return give()
-    return give()
+            return handle.made() if to_read else handle.own()
+    return handle.made() if to_read else handle.own()
 
 
 _ENGINE = engine_call.__code__
@@ -221,8 +299,7 @@ def asked(node: Any, name: str) -> Any:
     return given[0] if given else tensor
 
 
-def _is_ours(caller: types.FrameType) -> bool:
-    return caller.f_globals is functional.__dict__
+_OURS = functional.__dict__
 
 
 @contextmanager

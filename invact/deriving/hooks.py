@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from invact.deriving.handles import Bits, Derived, Handle, Kept, kept_by, remade
+from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, kept_by, remade
 from invact.deriving.journal import journal_here
-from invact.deriving.rules import FILLED, ON_THE_WAY, RULES
+from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, VIEWS
+from invact.deriving.stead import stead_of
 from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
 
 SMALLEST = 1024
@@ -87,12 +88,16 @@ class Deriving:
 
     def pack(self, tensor: Tensor) -> Handle:
         """What is kept in the stead of a tensor."""
-        frame = sys._getframe(1)
         node = tensor.grad_fn
         if node is None:
-            handle = self._without_history(tensor, frame)
+            handle = self._without_history(tensor, sys._getframe(1))
+        elif tensor.numel() < SMALLEST or type(tensor) not in _PLAIN or (name := node.name()) == "TBackward0":
+            # The last are the weights of linear layers.
+            handle = Kept(tensor.detach(), tensor._version, self.outer)
+            if tensor.output_nr:
+                self._tell_of_group_norm(handle, node, sys._getframe(1))
         else:
-            handle = self._with_history(tensor, node, frame)
+            handle = self._with_history(tensor, node, name, sys._getframe(1))
         if self.journal is not None:
             self.journal.note(tensor, handle)
         return handle
@@ -100,7 +105,7 @@ class Deriving:
     def pass_on(self, tensor: Tensor) -> Handle:
         """Keeps a tensor as it is, where nothing is derived."""
         handle = self._kept(tensor)
-        handle.source = False
+        handle.may_be_read = False
         if self.journal is not None:
             self.journal.note(tensor, handle)
         return handle
@@ -108,14 +113,17 @@ class Deriving:
     # --- which handle it is ---
 
     def _kept(self, tensor: Tensor) -> Kept:
-        version = tensor._version
-        return Kept(tensor if tensor.requires_grad and tensor.is_leaf else tensor.detach(), version, self.outer)
+        """An output without its history, or a leaf, such as a parameter, as it is."""
+        has_history = tensor.grad_fn is not None or not tensor.requires_grad
+        return Kept(tensor.detach() if has_history else tensor, tensor._version, self.outer)
 
     def _without_history(self, tensor: Tensor, frame: Any) -> Handle:
+        if tensor.requires_grad:
+            return Kept(tensor, tensor._version, self.outer)
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
             return bits
-        handle = self._kept(tensor)
-        if frame.f_code in _NORMS and not tensor.requires_grad:
+        handle = Kept(tensor.detach(), tensor._version, self.outer)
+        if frame.f_code in _NORMS:
             handle.setting = self._norm_settings(frame)
         return handle
 
@@ -126,39 +134,49 @@ class Deriving:
             bias = bias.repeat(local["input"].shape[0])  # a batch norm, with channels of each of the batch side by side
         return NormSettings(local["eps"], None if bias is None else self._kept(bias))
 
-    def _with_history(self, tensor: Tensor, node: Any, frame: Any) -> Handle:
-        name = node.name()
-        if name == "TBackward0" and _is_weight(node):
-            return self._kept(tensor)
+    def _tell_of_group_norm(self, handle: Handle, node: Any, frame: Any) -> None:
+        """Its statistics alone have a history, among those of norms."""
+        if isinstance(handle, Kept) and frame.f_code in _NORMS and node.name() == "NativeGroupNormBackward0":
+            handle.setting = self._norm_settings(frame)
+
+    def _with_history(self, tensor: Tensor, node: Any, name: str, frame: Any) -> Handle:
         number, version = tensor.output_nr, tensor._version
-        metadata, key = node.metadata, _key(number)
-        known = _noted(metadata, key)
+        metadata = node.metadata
+        known = _noted(metadata, _key(number))
         if known is not None:
-            if known.version != version:
-                return self._kept(tensor)  # changed since
-            if not isinstance(known, Kept):
-                return self._asked_again(known, tensor)
-            if known.source:
-                return known
-            return self._kept(tensor)
+            return self._known(known, tensor, version)
         handle: Handle | None = None
-        if tensor.numel() >= SMALLEST and type(tensor) in _PLAIN and name in RULES and name not in ON_THE_WAY:
-            if version == 0 or self._worked_in_place(node, name, version):
-                handle = self._derived(tensor, node, number, version)
+        if _made_by_a_rule(node, name) and (version == 0 or self._worked_in_place(node, name, version)):
+            handle = self._derived(tensor, node, number, version, frame)
         if handle is None:
             handle = self._kept(tensor)
-            if number and name == "NativeGroupNormBackward0" and frame.f_code in _NORMS:
-                handle.setting = self._norm_settings(frame)  # its statistics alone have a history
+            if number:
+                self._tell_of_group_norm(handle, node, frame)
         if name == "CloneBackward0" and frame.f_code in _IN_PLACE and frame.f_locals["inplace"]:
             handle.made_in_place = frame.f_locals["input"]._version + 1
-        metadata[key] = weakref.ref(handle)
+        self._note(metadata, number, handle)
         return handle
 
-    def _asked_again(self, known: Handle, tensor: Tensor) -> Handle:
+    def _known(self, known: Handle, tensor: Tensor, version: int) -> Handle:
+        """The handle of a value that somebody else has kept before."""
+        if known.version != version or not known.may_be_read:
+            return self._kept(tensor)  # changed since, or not to be shared
+        if isinstance(known, Kept):
+            if known.lies_like(tensor):
+                known.asked += 1
+                return known
+            known = Derived(torch.clone, (known,), joins=False, moves=True)
         if isinstance(known, Derived):
             known.stride = tensor.stride()  # a step on the way did not know it
         known.wanted_again()
         return known
+
+    def _note(self, metadata: dict[Any, Any], number: int, handle: Handle) -> None:
+        metadata[_key(number)] = weakref.ref(handle)
+        for waiting in metadata.pop(("invact awaited", number), ()):
+            awaited = waiting()
+            if awaited is not None:
+                awaited.filled(handle)
 
     def _worked_in_place(self, node: Any, name: str, version: int) -> bool:
         """Whether this is the output of an operator that works in place, and not changed since."""
@@ -167,15 +185,23 @@ class Deriving:
         kept = kept_by(node, "self")
         return isinstance(kept, Kept | Derived) and kept.made_in_place == version
 
-    def _derived(self, tensor: Tensor, node: Any, number: int, version: int) -> Handle | None:
+    def _derived(self, tensor: Tensor, node: Any, number: int, version: int, frame: Any) -> Handle | None:
         name = node.name()
-        if name in FILLED:
-            handle: Derived | None = FILLED[name](tensor, node, self._find)
-        else:
-            handle = RULES[name](node, number, self._find)
+        rule = RULES[name]
+        handle = FILLED[name](tensor, node, self._find) if name in FILLED else rule(node, number, self._find)
+        if handle is None and (stead := stead_of(tensor, node, frame)) is not None:
+            kept = Kept(stead.tensor, stead.tensor._version, self.outer)
+            kept.stands_for_another = True
+            self._note(stead.producer.metadata, stead.number, kept)
+            if stead.smaller:
+                handle = rule(node, number, self._find)
+            else:
+                same = self._kept(tensor)
+                same.beside = kept
+                return same
         if handle is None:
-            handle = self._narrow(tensor, node)
-        if handle is None or handle.steps > MOST_STEPS:
+            return self._later(tensor, node, number)
+        if handle.steps > MOST_STEPS:
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
@@ -188,7 +214,7 @@ class Deriving:
         metadata, key = node.metadata, _key(number)
         known = _noted(metadata, key)
         if known is not None:
-            return None if isinstance(known, Kept) and not known.source else known
+            return known if known.may_be_read else None
         name = node.name()
         if name == "torch::autograd::AccumulateGrad":
             return self._kept(node.variable)
@@ -201,18 +227,34 @@ class Deriving:
         metadata[key] = weakref.ref(handle)
         return handle
 
-    def _narrow(self, tensor: Tensor, node: Any) -> Derived | None:
-        """A wide copy of a narrow tensor is kept narrow, and with it whoever else wants the narrow one."""
-        if node.name() != "ToCopyBackward0":
+    def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
+        """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does, the sigmoid first."""
+        recipe = RULES[node.name()](node, number, self._find_or_await)
+        if recipe is None or recipe.joins or not 0 < recipe.steps <= MOST_STEPS:
             return None
-        producer, output = node.next_functions[0]
-        dtype, wide = producer._input_metadata[output].dtype, tensor.dtype
-        if dtype not in (torch.bfloat16, torch.float16) or wide not in (torch.float32, torch.float64):
-            return None
-        narrow = Kept(tensor.detach().to(dtype), 0, self.outer)
-        narrow.narrow = True
-        producer.metadata[_key(output)] = weakref.ref(narrow)
-        return Derived(lambda x: x.to(wide), (narrow,), joins=False, moves=True)
+        kept = self._kept(tensor)
+        recipe.stride = tensor.stride()
+        kept.later = recipe
+        if self.journal is not None:
+            self.journal.recipe(recipe, node, number)
+        for awaited in recipe.awaited():
+            awaited.kept = weakref.ref(kept)
+        return kept
+
+    def _find_or_await(self, node: Any, number: int) -> Handle | None:
+        """`_find`, or in its stead what waits until the output is kept."""
+        found = self._find(node, number)
+        if found is not None:
+            return found
+        rule = RULES.get(node.name())
+        if rule is not None:
+            handle = rule(node, number, self._find_or_await)
+            if handle is not None and self.journal is not None:
+                self.journal.recipe(handle, node, number)
+            return handle
+        awaited = Awaited()
+        node.metadata.setdefault(("invact awaited", number), []).append(weakref.ref(awaited))
+        return awaited
 
     def _bits(self, mask: Tensor) -> Handle | None:
         dense = mask.is_contiguous() or mask.is_contiguous(memory_format=torch.channels_last)
@@ -243,9 +285,14 @@ def _noted(metadata: dict[Any, Any], key: tuple[str, int]) -> Handle | None:
     return None if reference is None else reference()
 
 
-def _is_weight(node: Any) -> bool:
-    producer = node.next_functions[0][0]
-    return producer is not None and producer.name() == "torch::autograd::AccumulateGrad"
+def _made_by_a_rule(node: Any, name: str) -> bool:
+    """Whether there is a rule for what made the tensor that this is a view of: for most that are kept there is none."""
+    while name in VIEWS:
+        node = node.next_functions[0][0]
+        if node is None:
+            return False
+        name = node.name()
+    return name in RULES and name not in ON_THE_WAY
 
 
 def may_derive() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from invact.deriving.handles import Bits, Derived, Handle, Kept, kept_by
+from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, kept_by
 from invact.ledger import Entry, Key, Ledger, storage_sizes
 
 
@@ -124,15 +124,14 @@ class Journal:
             return DerivedTensor("a mask", keepers[0], keepers[0], why, saved - -(-nbytes // 8), nbytes * 2)
         assert isinstance(handle, Derived)
         node, path, _ = self._made[handle]
-        narrow = [source for source in handle.sources if isinstance(source, Kept) and source not in self._packers]
-        saved -= sum(self._nbytes(source) for source in narrow if node == "ToCopyBackward0" and source.narrow)
+        saved -= sum(self._nbytes(source) for source in _taken(handle) if source not in self._packers)
         reason = f"made again from {self._sources(handle)}{others}"
         return DerivedTensor(_in_words(node), keepers[0], path or keepers[0], reason, saved, self._moved(handle))
 
     def _sources(self, handle: Derived) -> str:
         """What it is made of, in words."""
-        if any(isinstance(source, Kept) and source.narrow for source in handle.sources):
-            return "a 16-bit copy that is kept"
+        if _taken(handle):
+            return "a smaller tensor that is kept in its stead"
         made = [self._made[source][0] for source in handle.sources if source in self._made]
         words = list(dict.fromkeys(_in_words(node) for node in made))
         return f"{' and '.join(words)}, in {handle.steps} steps" if words else "what its own operator keeps"
@@ -144,7 +143,9 @@ class Journal:
         tensor = data if isinstance(data, Tensor) else getattr(data, "tensor", None)
         return tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
 
-    def _moved(self, handle: Handle) -> int:
+    def _moved(self, handle: Handle | None) -> int:
+        if isinstance(handle, Awaited) or (isinstance(handle, Kept) and handle.instead is not None):
+            return self._moved(handle.target if isinstance(handle, Awaited) else handle.instead)
         if not isinstance(handle, Derived):
             return 0
         below = sum(self._moved(source) for source in handle.sources)
@@ -163,9 +164,21 @@ def journal_here() -> Journal | None:
 
 def _base(handle: Handle) -> Handle:
     """What a handle is a view of."""
-    while isinstance(handle, Derived) and not handle.moves:
-        handle = handle.sources[0]
-    return handle
+    while True:
+        if isinstance(handle, Kept) and handle.instead is not None:
+            handle = handle.instead
+        elif isinstance(handle, Derived) and not handle.moves:
+            handle = handle.sources[0]
+        elif isinstance(handle, Awaited) and handle.target is not None:
+            handle = handle.target
+        else:
+            return handle
+
+
+def _taken(handle: Derived) -> list[Kept]:
+    """What is kept in its stead alone."""
+    sources = (_base(source) for source in handle.sources)
+    return [source for source in sources if isinstance(source, Kept) and source.stands_for_another]
 
 
 _WORDS = {
