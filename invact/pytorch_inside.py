@@ -36,7 +36,8 @@ def _found(owner: Any, name: str) -> Any:
 try:
     # How a kernel lays its output out, given an input in part of a channels-last tensor, which is_contiguous does not
     # tell: a reshape after batch norm would be counted as a copy where it is none.
-    from torch._prims_common import suggest_memory_format
+    # make_contiguous_strides_for: the layout of a copy that is made again; kernels would round differently in another.
+    from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
 
     # Simulated tensors, which a probe runs the model on: without them each probe would be a real forward pass.
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -110,6 +111,9 @@ _pop_hooks: Callable[[], None] = _found(torch._C._autograd, "_pop_saved_tensors_
 # What torch.func, and whoever else can not stand such hooks, enters: a model that does so inside could not be planned.
 torch_graph: Any = torch.autograd.graph
 _found(torch_graph, "disable_saved_tensors_hooks")
+
+# Whether a node shows what hooks gave for a tensor that it keeps; 2.8 gives it to the unpacking hook alone.
+shows_what_is_kept: bool = hasattr(_found(torch._C._autograd, "SavedTensor"), "data")
 
 # Whether such hooks may be set here: entering them where torch.func forbids it raises.
 hooks_allowed: Callable[[], bool] = _found(torch._C._autograd, "_saved_tensors_hooks_is_enabled")
@@ -263,6 +267,7 @@ __all__ = [
     "hooks_on_all_modules",
     "hooks_taken_off",
     "is_traceable_wrapper_subclass",
+    "make_contiguous_strides_for",
     "math_attention",
     "modes_off",
     "names_missing",
@@ -270,6 +275,7 @@ __all__ = [
     "plain_parts",
     "schema_of",
     "seen_by_modes",
+    "shows_what_is_kept",
     "sparse_parts",
     "stock_attention",
     "stock_multi_head_attention",

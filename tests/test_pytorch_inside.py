@@ -23,6 +23,7 @@ NAMES = {
     "FakeTensor": torch._subclasses.fake_tensor,
     "FakeTensorMode": torch._subclasses.fake_tensor,
     "suggest_memory_format": torch._prims_common,
+    "make_contiguous_strides_for": torch._prims_common,
     "StorageWeakRef": torch.multiprocessing.reductions,
     "TorchDispatchMode": torch.utils._python_dispatch,
     "is_traceable_wrapper_subclass": torch.utils._python_dispatch,

@@ -23,6 +23,7 @@ from invact.pytorch_inside import (
     current_backward,
     current_stream,
     engine_call,
+    shows_what_is_kept,
     when_backward_ends,
 )
 
@@ -310,6 +311,9 @@ def remade(handle: Handle) -> Tensor:
     Unsloth and Liger do; it gets a tensor of its own.
     """
     caller = sys._getframe().f_back  # none where the engine runs in a thread of its own
+    if not shows_what_is_kept and caller is not None and caller.f_code is asked.__code__:
+        caller.f_locals["given"].append(handle)
+        return _ANYTHING
     to_read = caller is None or caller.f_code is _ENGINE or caller.f_globals is _OURS
     if type(handle) is Kept and handle.instead is None:
         return handle.made() if to_read else handle.own()
@@ -320,6 +324,34 @@ def remade(handle: Handle) -> Tensor:
 
 
 _ENGINE = engine_call.__code__
+_ANYTHING = torch.empty(0)
+NOT_KNOWN = object()
+
+
+def kept_by(node: Any, name: str) -> Any:
+    """What a node keeps under a name of `derivatives.yaml`: the handle; a number, as a tensor; None for nothing.
+
+    `NOT_KNOWN` where it has no such name, has been run and let it go, or has not come to keep it.
+    """
+    if not shows_what_is_kept:
+        return asked(node, name)
+    raw = getattr(node, "_raw_saved_" + name, None)
+    try:
+        return NOT_KNOWN if raw is None else raw.data
+    except RuntimeError:
+        return NOT_KNOWN
+
+
+def asked(node: Any, name: str) -> Any:
+    """The same by way of our unpacking hook, which finds `given` in its caller's frame."""
+    given: list[Handle] = []
+    try:
+        tensor = getattr(node, "_saved_" + name, NOT_KNOWN)
+    except RuntimeError:
+        return NOT_KNOWN
+    return given[0] if given else tensor
+
+
 _OURS = functional.__dict__
 
 

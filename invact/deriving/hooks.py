@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, remade
+from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, kept_by, remade
 from invact.deriving.journal import journal_here
-from invact.deriving.rules import RULES, VIEWS
+from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, VIEWS
 from invact.deriving.stead import stead_of
 from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
 
@@ -44,13 +44,17 @@ _NORMS = {
     F.rms_norm.__code__: "eps",
     F.group_norm.__code__: "eps and bias",
     F.batch_norm.__code__: "eps and bias",
+    F.instance_norm.__code__: "eps and bias",
 }
 # Functions that may work in place, and then keep a copy of what they were given.
 _IN_PLACE = {
     getattr(F, name).__code__
     for name in ("silu", "hardswish", "mish", "elu", "selu", "celu", "leaky_relu", "hardtanh", "relu6", "hardsigmoid")
 }
-_KEEP_THEIR_RESULT = {"ReluBackward0", "SigmoidBackward0", "TanhBackward0", "ExpBackward0"}
+_KEEP_THEIR_RESULT = {
+    *("ReluBackward0", "SigmoidBackward0", "TanhBackward0", "ExpBackward0", "Expm1Backward0", "SqrtBackward0"),
+    *("RsqrtBackward0", "ReciprocalBackward0", "LeakyReluBackward1", "EluBackward1", "CeluBackward1"),
+}
 
 # Nodes that do not know all the settings; see `NormSettings`.
 _TOLD_IN_THEIR_CALL = {
@@ -81,7 +85,7 @@ class Deriving:
         >>> x = torch.randn(32, 64, requires_grad=True)
         >>> with Deriving():
         ...     y = linear(norm(x))
-        >>> type(y.grad_fn._raw_saved_mat1.data).__name__  # the norm's output, which the linear layer wants
+        >>> type(kept_by(y.grad_fn, "mat1")).__name__  # the norm's output, which the linear layer wants
         'Derived'
     """
 
@@ -109,6 +113,8 @@ class Deriving:
         elif tensor.numel() < SMALLEST or type(tensor) not in _PLAIN or (name := node.name()) == "TBackward0":
             # The last are the weights of linear layers.
             handle = Kept(tensor.detach(), tensor._version, self.outer)
+            if tensor.output_nr:
+                self._tell_of_group_norm(handle, node, sys._getframe(1))
         else:
             handle = self._with_history(tensor, node, name, sys._getframe(1))
         if self.journal is not None:
@@ -135,12 +141,21 @@ class Deriving:
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
             return bits
         handle = Kept(tensor, tensor._version, self.outer)
-        told = _NORMS.get(frame.f_code)
-        if told is not None:
-            local = frame.f_locals
-            bias = local["bias"] if told == "eps and bias" else None
-            handle.setting = NormSettings(local["eps"], None if bias is None else self._kept(bias))
+        if frame.f_code in _NORMS:
+            handle.setting = self._norm_settings(frame)
         return handle
+
+    def _norm_settings(self, frame: Any) -> NormSettings:
+        local = frame.f_locals
+        bias = local["bias"] if _NORMS[frame.f_code] == "eps and bias" else None
+        if bias is not None and frame.f_code is F.instance_norm.__code__:
+            bias = bias.repeat(local["input"].shape[0])  # a batch norm, with channels of each of the batch side by side
+        return NormSettings(local["eps"], None if bias is None else self._kept(bias))
+
+    def _tell_of_group_norm(self, handle: Handle, node: Any, frame: Any) -> None:
+        """Its statistics alone have a history, among those of norms."""
+        if isinstance(handle, Kept) and frame.f_code in _NORMS and node.name() == "NativeGroupNormBackward0":
+            handle.setting = self._norm_settings(frame)
 
     def _with_history(self, tensor: Tensor, node: Any, name: str, frame: Any) -> Handle:
         number, version = tensor.output_nr, tensor._version
@@ -153,6 +168,8 @@ class Deriving:
             handle = self._derived(tensor, node, number, version, frame)
         if handle is None:
             handle = self._kept(tensor)
+            if number:
+                self._tell_of_group_norm(handle, node, frame)
         if name == "CloneBackward0" and frame.f_code in _IN_PLACE and frame.f_locals["inplace"]:
             handle.made_in_place = frame.f_locals["input"]._version + 1
         self._note(metadata, number, handle)
@@ -167,8 +184,8 @@ class Deriving:
                 known.asked_once_more()
                 return known
             known = Derived(torch.clone, (known,), joins=False, moves=True)
-        if isinstance(known, Derived) and known.stride is None:
-            known.stride = tensor.stride()
+        if isinstance(known, Derived):
+            known.stride = tensor.stride()  # a step on the way did not know it
         known.wanted_again()
         return known
 
@@ -182,14 +199,14 @@ class Deriving:
     def _worked_in_place(self, node: Any, name: str, version: int) -> bool:
         """Whether this is the output of an operator that works in place, and not changed since."""
         if name in _KEEP_THEIR_RESULT:
-            return node._raw_saved_result.data is None  # it is about to keep it, and has just made it
-        operand = getattr(node, "_raw_saved_self", None)
-        kept = None if operand is None else operand.data
+            return not isinstance(kept_by(node, "result"), Handle)  # it is about to keep it, and has just made it
+        kept = kept_by(node, "self")
         return isinstance(kept, Kept | Derived) and kept.made_in_place == version
 
     def _derived(self, tensor: Tensor, node: Any, number: int, version: int, frame: Any) -> Handle | None:
-        rule = RULES[node.name()]
-        handle = rule(node, number, self._find)
+        name = node.name()
+        rule = RULES[name]
+        handle = FILLED[name](tensor, node, self._find) if name in FILLED else rule(node, number, self._find)
         if handle is None and (stead := stead_of(tensor, node, frame)) is not None:
             kept = Kept(stead.tensor, stead.tensor._version, self.outer)
             kept.stands_for_another = True
@@ -321,7 +338,7 @@ def _made_by_a_rule(node: Any, name: str) -> bool:
         if node is None:
             return False
         name = node.name()
-    return name in RULES
+    return name in RULES and name not in ON_THE_WAY
 
 
 def may_derive() -> bool:

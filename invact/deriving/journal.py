@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept
+from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, kept_by
 from invact.deriving.words import in_words, listed
 from invact.ledger import Entry, Key, Ledger, dense_parts, storage_sizes
 from invact.pytorch_inside import StorageWeakRef, changes_in_place
@@ -115,10 +115,7 @@ class Journal:
         common: set[str] | None = None
         for name in dir(node):
             if name.startswith("_raw_saved_"):
-                try:
-                    kept = getattr(node, name).data
-                except (AttributeError, RuntimeError):
-                    continue
+                kept = kept_by(node, name.removeprefix("_raw_saved_"))
                 if isinstance(kept, Handle) and (paths := self._packers.get(kept)):
                     common = set(paths) if common is None else (common & set(paths) or common)
         return next(iter(common)) if common and len(common) == 1 else None

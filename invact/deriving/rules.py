@@ -2,9 +2,14 @@
 
 A rule is given the node and looks for what the operator read: what the node itself keeps, under the names of
 PyTorch's `derivatives.yaml`, or else what its producer gave. Every step rounds as it did in forward, so the gradients
-are bit for bit those of stock PyTorch. None of them costs more than reading its operands and writing its output.
+are bit for bit those of stock PyTorch. None of them costs more than reading its operands and writing its output; none
+sums over more than one dimension, or over what one group of a norm holds.
 
-A new operator is one entry here.
+What autograd does not record cannot be made again: the number in `x + 1.0`, `1 - x`, `x.masked_fill(mask, 0.0)`,
+`torch.where(mask, x, 0.0)` and `F.threshold`, and a constant tensor that is added. A norm's eps is read from the frame
+of its function (`hooks.NormSettings`), a padding's number from the padded tensor (`FILLED`).
+
+A new operator is one entry here, and one case in tests/test_deriving_rules.py.
 """
 
 from __future__ import annotations
@@ -17,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invact.deriving.handles import Derived, Handle, Kept
+from invact.deriving.handles import Derived, Handle, Kept, kept_by
+from invact.pytorch_inside import make_contiguous_strides_for
 
 aten = torch.ops.aten
 
@@ -47,13 +53,7 @@ def operand(node: Node, name: str, edge: int, find: Find) -> Handle | Tensor | N
 
 def saved(node: Node, name: str) -> Handle | Tensor | None:
     """What the node itself keeps under this name; a number is a tensor without a handle."""
-    raw = getattr(node, "_raw_saved_" + name, None)
-    if raw is None:
-        return None
-    try:
-        data = raw.data
-    except RuntimeError:  # the node has been run, or does not need it
-        return None
+    data = kept_by(node, name)
     if isinstance(data, Kept):
         return data if data.may_be_read else None
     return data if isinstance(data, Handle) or (isinstance(data, Tensor) and not data.dim()) else None
@@ -126,18 +126,29 @@ RULES.update(
     {
         "AbsBackward0": _pointwise(torch.abs),
         "AcosBackward0": _pointwise(torch.acos),
+        "AcoshBackward0": _pointwise(torch.acosh),
         "AsinBackward0": _pointwise(torch.asin),
+        "AsinhBackward0": _pointwise(torch.asinh),
         "AtanBackward0": _pointwise(torch.atan),
+        "AtanhBackward0": _pointwise(torch.atanh),
+        "CeilBackward0": _pointwise(torch.ceil),
         "CeluBackward0": _pointwise(F.celu, "alpha"),
+        "CeluBackward1": _pointwise(F.celu, "alpha"),
         "ClampBackward1": _pointwise(torch.clamp, "min", "max"),
         "ClampMaxBackward0": _pointwise(torch.clamp_max, "max"),
         "ClampMinBackward0": _pointwise(torch.clamp_min, "min"),
         "CosBackward0": _pointwise(torch.cos),
+        "CoshBackward0": _pointwise(torch.cosh),
         "EluBackward0": _pointwise(_elu, "alpha", "scale", "input_scale"),
+        "EluBackward1": _pointwise(_elu, "alpha", "scale", "input_scale"),
         "ErfBackward0": _pointwise(torch.erf),
         "ErfcBackward0": _pointwise(torch.erfc),
+        "ErfinvBackward0": _pointwise(torch.erfinv),
+        "Exp2Backward0": _pointwise(torch.exp2),
         "ExpBackward0": _pointwise(torch.exp),
         "Expm1Backward0": _pointwise(torch.expm1),
+        "FloorBackward0": _pointwise(torch.floor),
+        "FracBackward0": _pointwise(torch.frac),
         "GeluBackward0": _pointwise(_gelu, "approximate"),
         "GluBackward0": _pointwise(F.glu, "dim"),
         "HardshrinkBackward0": _pointwise(F.hardshrink, "lambd"),
@@ -145,7 +156,9 @@ RULES.update(
         "HardswishBackward0": _pointwise(F.hardswish),
         "HardtanhBackward0": _pointwise(F.hardtanh, "min_val", "max_val"),
         "LeakyReluBackward0": _pointwise(F.leaky_relu, "negative_slope"),
+        "LeakyReluBackward1": _pointwise(F.leaky_relu, "negative_slope"),
         "LogBackward0": _pointwise(torch.log),
+        "Log10Backward0": _pointwise(torch.log10),
         "Log1PBackward0": _pointwise(torch.log1p),
         "Log2Backward0": _pointwise(torch.log2),
         "LogSigmoidBackward0": _pointwise(F.logsigmoid),
@@ -155,17 +168,23 @@ RULES.update(
         "PowBackward0": _pointwise(torch.pow, "exponent"),
         "ReciprocalBackward0": _pointwise(torch.reciprocal),
         "ReluBackward0": _pointwise(torch.relu),
+        "RoundBackward0": _pointwise(torch.round),
         "RsqrtBackward0": _pointwise(torch.rsqrt),
         "SgnBackward0": _pointwise(torch.sgn),
         "SigmoidBackward0": _pointwise(torch.sigmoid),
+        "SignBackward0": _pointwise(torch.sign),
         "SiluBackward0": _pointwise(F.silu),
         "SinBackward0": _pointwise(torch.sin),
+        "SincBackward0": _pointwise(torch.sinc),
         "SinhBackward0": _pointwise(torch.sinh),
         "SoftplusBackward0": _pointwise(F.softplus, "beta", "threshold"),
         "SoftshrinkBackward0": _pointwise(F.softshrink, "lambd"),
         "SqrtBackward0": _pointwise(torch.sqrt),
+        "TanBackward0": _pointwise(torch.tan),
         "TanhBackward0": _pointwise(torch.tanh),
-        "ThresholdBackward0": _pointwise(lambda x, threshold: F.threshold(x, threshold, 0.0), "threshold"),
+        "TrilBackward0": _pointwise(torch.tril, "diagonal"),
+        "TriuBackward0": _pointwise(torch.triu, "diagonal"),
+        "TruncBackward0": _pointwise(torch.trunc),
     }
 )
 
@@ -173,50 +192,82 @@ RULES.update(
 # --- several tensors, element by element ----------------------------------------------------------------
 
 
-@rule("MulBackward0")
-def product(node: Node, number: int, find: Find) -> Derived | None:
-    return derived(torch.mul, operand(node, "self", 0, find), operand(node, "other", 1, find))
+def _of(operator: Callable[..., Tensor], *names: str, **settings_of: str) -> Rule:
+    """An operator of several tensors, by their names in its node; `settings_of` has the names of its settings there."""
+
+    def rule(node: Node, number: int, find: Find) -> Derived | None:
+        read = [operand(node, name, edge, find) for edge, name in enumerate(names)]
+        chosen = dict(zip(settings_of, settings(node, *settings_of.values()), strict=True))
+        return derived(functools.partial(operator, **chosen) if chosen else operator, *read)
+
+    return rule
 
 
-@rule("DivBackward0")
-def quotient(node: Node, number: int, find: Find) -> Derived | None:
-    return derived(torch.div, operand(node, "self", 0, find), operand(node, "other", 1, find))
+RULES.update(
+    {
+        "Atan2Backward0": _of(torch.atan2, "self", "other"),
+        "ComplexBackward0": _of(torch.complex, "real", "imag"),
+        "ClampMaxBackward1": _of(torch.clamp_max, "self", "max"),
+        "ClampMinBackward1": _of(torch.clamp_min, "self", "min"),
+        "CopysignBackward0": _of(torch.copysign, "self", "other"),
+        "DivBackward0": _of(torch.div, "self", "other"),
+        "DivBackward2": _of(torch.div, "self", "other", rounding_mode="rounding_mode"),
+        "FmaxBackward0": _of(torch.fmax, "self", "other"),
+        "FminBackward0": _of(torch.fmin, "self", "other"),
+        "FmodBackward1": _of(torch.fmod, "self", "other"),
+        "HypotBackward0": _of(torch.hypot, "self", "other"),
+        "Logaddexp2Backward0": _of(torch.logaddexp2, "self", "other"),
+        "LogaddexpBackward0": _of(torch.logaddexp, "self", "other"),
+        "MaximumBackward0": _of(torch.maximum, "self", "other"),
+        "MinimumBackward0": _of(torch.minimum, "self", "other"),
+        "MulBackward0": _of(torch.mul, "self", "other"),
+        "PowBackward1": _of(torch.pow, "self", "exponent"),
+        "PreluKernelBackward0": _of(aten._prelu_kernel, "self", "weight"),
+        "RemainderBackward1": _of(torch.remainder, "self", "other"),
+        "XlogyBackward0": _of(torch.xlogy, "self", "other"),
+    }
+)
 
 
-@rule("AddBackward0", "SubBackward0")
-def total(node: Node, number: int, find: Find) -> Derived | None:
-    """Only of what is there with no other sum on the way: else a residual stream would be summed up from its start."""
-    a, b = produced(node, 0, find), produced(node, 1, find)
-    if a is None or b is None or a.joins or b.joins:
+@rule("PowBackward2")
+def power_of_a_number(node: Node, number: int, find: Find) -> Derived | None:
+    base = node._saved_self
+    return derived(lambda x: torch.pow(base, x), operand(node, "exponent", 0, find))
+
+
+@rule("ClampBackward0")
+def between(node: Node, number: int, find: Find) -> Derived | None:
+    """Between tensors, of which one may be missing; a node that has been run keeps neither."""
+    if saved(node, "self") is None:
         return None
-    (alpha,) = settings(node, "alpha")
-    operator = torch.add if node.name() == "AddBackward0" else torch.sub
-    return derived(lambda a, b: operator(a, b, alpha=alpha), a, b, joins=True)
+    low, high = _affine(node, "min", 1, find), _affine(node, "max", 2, find)
+    return _norm(torch.clamp, operand(node, "self", 0, find), low, high)  # type: ignore[no-any-return]
 
 
-@rule("AddcmulBackward0")
-def sum_with_product(node: Node, number: int, find: Find) -> Derived | None:
-    a = produced(node, 0, find)
-    b, c = operand(node, "tensor1", 1, find), operand(node, "tensor2", 2, find)
-    if a is None or a.joins:
-        return None
-    (value,) = settings(node, "value")
-    return derived(lambda a, b, c: torch.addcmul(a, b, c, value=value), a, b, c, joins=True)
+def _sum(operator: Callable[..., Tensor], *names: str, summands: int, **settings_of: str) -> Rule:
+    """A sum, only of what is there without another one on the way: else a residual stream would be summed up from its
+    start. Its first few operands are the `summands`."""
+
+    def rule(node: Node, number: int, find: Find) -> Derived | None:
+        read = [operand(node, name, edge, find) for edge, name in enumerate(names)]
+        if any(not isinstance(each, Handle) or each.joins for each in read[:summands]):
+            return None
+        chosen = dict(zip(settings_of, settings(node, *settings_of.values()), strict=True))
+        return derived(functools.partial(operator, **chosen), *read, joins=True)
+
+    return rule
 
 
-@rule("MaximumBackward0")
-def larger(node: Node, number: int, find: Find) -> Derived | None:
-    return derived(torch.maximum, operand(node, "self", 0, find), operand(node, "other", 1, find))
-
-
-@rule("MinimumBackward0")
-def smaller(node: Node, number: int, find: Find) -> Derived | None:
-    return derived(torch.minimum, operand(node, "self", 0, find), operand(node, "other", 1, find))
-
-
-@rule("PreluKernelBackward0")
-def prelu(node: Node, number: int, find: Find) -> Derived | None:
-    return derived(aten._prelu_kernel, operand(node, "self", 0, find), operand(node, "weight", 1, find))
+RULES.update(
+    {
+        "AddBackward0": _sum(torch.add, "self", "other", summands=2, alpha="alpha"),
+        "SubBackward0": _sum(torch.sub, "self", "other", summands=2, alpha="alpha"),
+        "AddcdivBackward0": _sum(torch.addcdiv, "self", "tensor1", "tensor2", summands=1, value="value"),
+        "AddcmulBackward0": _sum(torch.addcmul, "self", "tensor1", "tensor2", summands=1, value="value"),
+        "LerpBackward0": _sum(torch.lerp, "self", "end", summands=2, weight="weight"),
+        "LerpBackward1": _sum(torch.lerp, "self", "end", "weight", summands=2),
+    }
+)
 
 
 @rule("WhereBackward0")
@@ -234,14 +285,13 @@ def masked(node: Node, number: int, find: Find) -> Derived | None:
 
 def _told(node: Node, statistic: str) -> Any:
     """What the norm's call said and its node does not know; see `hooks.norm_settings`."""
-    kept = getattr(node, "_raw_saved_" + statistic).data
+    kept = kept_by(node, statistic)
     return kept.setting if isinstance(kept, Kept) else None
 
 
 def _affine(node: Node, name: str, edge: int, find: Find) -> tuple[bool, Handle | None]:
     """Whether a weight or bias can be had, and its handle; a norm may have none."""
-    raw = getattr(node, "_raw_saved_" + name, None)
-    if raw is not None and raw.data is None:
+    if kept_by(node, name) is None:
         return True, None
     found = operand(node, name, edge, find)
     return found is not None, found if isinstance(found, Handle) else None
@@ -338,13 +388,55 @@ def batch_norm(node: Node, number: int, find: Find) -> Derived | None:
 def _batch_normed(x: Tensor, w: Tensor | None, b: Tensor | None, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
     if x.is_cuda:
         return aten.batch_norm_elemt(x, w, b, mean, invstd, eps)  # type: ignore[no-any-return]
-    # As the kernel for CPUs does it: one product and sum per element, with both factors worked out before.
+    # As the two kernels for CPUs do it. One takes things as they lie and rounds at each step.
+    along = [1, -1] + [1] * (x.dim() - 2)
+    if not lies_as_usual(x):
+        normed = (x - mean.view(along)) * invstd.view(along)
+        normed = normed if w is None else normed * w.view(along)
+        return (normed if b is None else normed + b.view(along)).to(x.dtype)
+    # The other has one product and sum per element, with both factors worked out before.
     wide = torch.promote_types(torch.float32, x.dtype)
     mean, scale = mean.to(wide), invstd.to(wide)
     scale = scale if w is None else scale * w.to(wide)
     shift = torch.addcmul(torch.zeros_like(mean) if b is None else b.to(wide), mean, scale, value=-1)
-    along = [1, -1] + [1] * (x.dim() - 2)
     return torch.addcmul(shift.view(along), x.to(wide), scale.view(along)).to(x.dtype)
+
+
+def lies_as_usual(x: Tensor) -> bool:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
+
+
+@rule("WeightNormInterfaceBackward0")
+def normed_weight(node: Node, number: int, find: Find) -> Derived | None:
+    if number:
+        return None
+    (dim,) = settings(node, "dim")
+    v, g = operand(node, "v", 0, find), operand(node, "g", 1, find)
+    return derived(lambda v, g: torch._weight_norm_interface(v, g, dim)[0], v, g)
+
+
+ON_THE_WAY = {"MeanBackward1", "SumBackward1", "VarBackward0"}
+"""Made again for another's sake alone: one that is kept itself stays, small as it is beside what it is read from."""
+
+
+@rule("MeanBackward1", "SumBackward1")
+def along_a_row(node: Node, number: int, find: Find) -> Derived | None:
+    """A mean, say, that a norm written out in steps takes off."""
+    dim, keepdim = settings(node, "dim", "keepdim")
+    if len(dim) != 1 or not keepdim:
+        return None
+    operator = torch.mean if node.name() == "MeanBackward1" else torch.sum
+    dtype = node._input_metadata[0].dtype
+    return derived(lambda x: operator(x, dim, keepdim=True, dtype=dtype), produced(node, 0, find))
+
+
+@rule("VarBackward0")
+def variance_along_a_row(node: Node, number: int, find: Find) -> Derived | None:
+    dim, keepdim, correction = settings(node, "dim", "keepdim", "correction")
+    if dim is None or len(dim) != 1 or not keepdim:
+        return None
+    return derived(lambda x: torch.var(x, dim, correction=correction, keepdim=True), operand(node, "self", 0, find))
 
 
 # --- casts, dropout, what moves -------------------------------------------------------------------------
@@ -366,10 +458,27 @@ def cast(node: Node, number: int, find: Find) -> Derived | None:
 
 @rule("NativeDropoutBackward0")
 def dropout(node: Node, number: int, find: Find) -> Derived | None:
-    p = node._saved_p
-    scale = 0.0 if p == 1 else 1 / (1 - p)
-    x, mask = produced(node, 0, find), saved(node, "result1")
-    return derived(lambda x, mask: aten.native_dropout_backward(x, mask, scale), x, mask) if number == 0 else None
+    left = 1 - node._saved_p
+    return (
+        None
+        if number
+        else derived(lambda x, mask: _dropped(x, mask, left), produced(node, 0, find), saved(node, "result1"))
+    )
+
+
+def _dropped(x: Tensor, mask: Tensor, left: float) -> Tensor:
+    if not x.is_cuda:
+        return x * (mask.to(x.dtype) * (1 / left if left else 0.0))
+    # The kernel rounds what is left to the type that it reckons in, before it divides by it.
+    kind = torch.float64 if x.dtype is torch.float64 else torch.float32
+    scale = torch.ones((), dtype=kind).div(torch.tensor(left, dtype=kind)).item() if left else 0.0
+    return aten.native_dropout_backward(x, mask, scale)  # type: ignore[no-any-return]
+
+
+@rule("SafeSoftmaxBackward0")
+def safe_softmax(node: Node, number: int, find: Find) -> Derived | None:
+    (dim,), dtype = settings(node, "dim"), node._input_metadata[0].dtype
+    return derived(lambda x: aten._safe_softmax(x, dim, dtype), produced(node, 0, find))
 
 
 @rule("SoftmaxBackward0", "LogSoftmaxBackward0")
@@ -382,14 +491,14 @@ def softmax(node: Node, number: int, find: Find) -> Derived | None:
 
 @rule("CloneBackward0")
 def copy(node: Node, number: int, find: Find) -> Derived | None:
-    """The recipe's own `stride` lays it out."""
-    return derived(torch.clone, produced(node, 0, find))
+    """The tensor itself, laid out as the copy was: contiguous, unless somebody keeps it and `stride` tells otherwise.
 
-
-@rule("ConstantPadNdBackward0")
-def not_padded(node: Node, number: int, find: Find) -> Derived | None:
-    """Padding by nothing is a copy; by something, the number is not recorded."""
-    return derived(torch.clone, produced(node, 0, find)) if not any(node._saved_pad) else None
+    On the way to another tensor the layout counts too: kernels round differently where they cannot read whole vectors.
+    """
+    handle = derived(lambda x: x, produced(node, 0, find))
+    if handle is not None:
+        handle.stride = make_contiguous_strides_for(node._input_metadata[0].shape)
+    return handle
 
 
 @rule("CatBackward0", "StackBackward0")
@@ -412,10 +521,81 @@ def flipped(node: Node, number: int, find: Find) -> Derived | None:
     return derived(lambda x: torch.flip(x, dims), produced(node, 0, find))
 
 
-@rule("RepeatBackward0")
-def repeated(node: Node, number: int, find: Find) -> Derived | None:
-    (repeats,) = settings(node, "repeats")
-    return derived(lambda x: x.repeat(repeats), produced(node, 0, find))
+def _moving(operator: Callable[..., Tensor], *names: str) -> Rule:
+    """An operator that only moves what is there, or takes each number from a few that lie together; by its settings."""
+    return _pointwise(operator, *names)
+
+
+RULES.update(
+    {
+        "AvgPool2DBackward0": _moving(
+            aten.avg_pool2d, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+        ),
+        "ChannelShuffleBackward0": _moving(aten.channel_shuffle, "groups"),
+        "Im2ColBackward0": _moving(aten.im2col, "kernel_size", "dilation", "padding", "stride"),
+        "PixelShuffleBackward0": _moving(F.pixel_shuffle, "upscale_factor"),
+        "PixelUnshuffleBackward0": _moving(F.pixel_unshuffle, "downscale_factor"),
+        "ReflectionPad1DBackward0": _moving(aten.reflection_pad1d, "padding"),
+        "ReflectionPad2DBackward0": _moving(aten.reflection_pad2d, "padding"),
+        "ReflectionPad3DBackward0": _moving(aten.reflection_pad3d, "padding"),
+        "RepeatBackward0": _moving(lambda x, repeats: x.repeat(repeats), "repeats"),
+        "ReplicationPad1DBackward0": _moving(aten.replication_pad1d, "padding"),
+        "ReplicationPad2DBackward0": _moving(aten.replication_pad2d, "padding"),
+        "ReplicationPad3DBackward0": _moving(aten.replication_pad3d, "padding"),
+        "Rot90Backward0": _moving(torch.rot90, "k", "dims"),
+        "UpsampleBilinear2DBackward0": _moving(
+            aten.upsample_bilinear2d, "output_size", "align_corners", "scales_h", "scales_w"
+        ),
+        "UpsampleNearest1DBackward0": _moving(aten.upsample_nearest1d, "output_size", "scales"),
+        "UpsampleNearest2DBackward0": _moving(aten.upsample_nearest2d, "output_size", "scales_h", "scales_w"),
+        "UpsampleNearestExact2DBackward0": _moving(
+            aten._upsample_nearest_exact2d, "output_size", "scales_h", "scales_w"
+        ),
+        "UpsampleNearest3DBackward0": _moving(
+            aten.upsample_nearest3d, "output_size", "scales_d", "scales_h", "scales_w"
+        ),
+    }
+)
+
+
+# --- padding, whose number autograd does not record -------------------------------------------------------
+
+
+@rule("ConstantPadNdBackward0")
+def cut(node: Node, number: int, find: Find) -> Derived | None:
+    """On the way to another tensor: only where no number is written, as where windows fit without a rest."""
+    (pad,) = settings(node, "pad")
+    if any(each > 0 for each in pad):
+        return None
+    return derived(lambda x: F.pad(x, pad), produced(node, 0, find))
+
+
+def padded(tensor: Tensor, node: Node, find: Find) -> Derived | None:
+    (pad,), x = settings(node, "pad"), produced(node, 0, find)
+    corner = [0] * tensor.dim()
+    for place, width in enumerate(pad):
+        if width > 0:
+            corner[-1 - place // 2] = -(place % 2)  # the first, or the last
+    if x is None or not any(width > 0 for width in pad):
+        return cut(node, 0, find)
+    # A tensor, which no device need be waited for, and all that its padding consists of.
+    value = tensor.detach()[tuple(corner)].clone()
+    return derived(functools.partial(_framed, value, pad, tensor.shape, tensor.stride()), x)
+
+
+def _framed(value: Tensor, pad: tuple[int, ...], shape: tuple[int, ...], stride: tuple[int, ...], x: Tensor) -> Tensor:
+    made = torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device).copy_(value)
+    inner = made
+    for place in range(len(pad) // 2):
+        dim, (before, after) = x.dim() - 1 - place, pad[2 * place : 2 * place + 2]
+        x = x.narrow(dim, max(-before, 0), x.shape[dim] - max(-before, 0) - max(-after, 0))
+        inner = inner.narrow(dim, max(before, 0), inner.shape[dim] - max(before, 0) - max(after, 0))
+    inner.copy_(x)
+    return made
+
+
+FILLED: dict[str, Callable[[Tensor, Node, Find], Derived | None]] = {"ConstantPadNdBackward0": padded}
+"""Rules for a tensor that is kept, which take from it the number that is not recorded."""
 
 
 # --- views ----------------------------------------------------------------------------------------------
@@ -477,8 +657,12 @@ VIEWS: dict[str, Rule] = {
     "TransposeBackward0": _view(torch.transpose, "dim0", "dim1"),
     "UnbindBackward0": _part(torch.unbind, "dim"),
     "UnfoldBackward0": _view(lambda x, dim, size, step: x.unfold(dim, size, step), "dimension", "size", "step"),
+    "UnsafeSplitBackward0": _part(aten.split, "split_size", "dim"),
+    "UnsafeSplitWithSizesBackward0": _part(aten.split_with_sizes, "split_sizes", "dim"),
     "UnsafeViewBackward0": _shaped(torch.reshape),
     "UnsqueezeBackward0": _view(torch.unsqueeze, "dim"),
+    "ViewAsComplexBackward0": _view(torch.view_as_complex),
+    "ViewAsRealBackward0": _view(torch.view_as_real),
     "ViewBackward0": _shaped(torch.reshape),
 }
 RULES.update(VIEWS)
