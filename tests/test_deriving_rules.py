@@ -495,7 +495,7 @@ def test_softmax(dim):
         x = torch.randn(SHAPE).to(dtype)
         check(lambda x: torch.softmax(x, dim), x, name="SoftmaxBackward0")
         check(lambda x: torch.log_softmax(x, dim), x, name="LogSoftmaxBackward0")
-        check(lambda x: torch.softmax(x, dim, dtype=FLOAT), x, name="SoftmaxBackward0")
+        check(lambda x: torch.softmax(x * 1, dim, dtype=FLOAT), x, name="SoftmaxBackward0")
         check(lambda x: aten._safe_softmax(x, dim), x, name="SafeSoftmaxBackward0")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, kept_by
 from invact.deriving.words import in_words, listed
 from invact.ledger import Entry, Key, Ledger, dense_parts, storage_sizes
-from invact.pytorch_inside import StorageWeakRef, changes_in_place
+from invact.pytorch_inside import StorageWeakRef, changes_in_place, transforms_active
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Journal:
     def _module_gave(self, path: str, args: Any, output: Any) -> None:
         """The innermost module is told of first, and what it gave is its, unless it only hands it on."""
         first = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not isinstance(first, Tensor):
+        if not isinstance(first, Tensor) or transforms_active():  # whose tensors have no memory to tell them by
             return
         version = changes_in_place(first)
         if not version and args and first is args[0]:
