@@ -103,7 +103,7 @@ class Decided:
     derives: dict[str, bool]  # by the path of the module, whether tensors are derived inside it
 
     def apply(self, model: nn.Module) -> Swaps:
-        """Inverts what the report calls "invert" and sets hooks where something is derived; all or, after an error, none."""
+        """Inverts what the report calls "invert" and sets hooks; all or, after an error, none."""
         return swap_in(model, self.modules, self.expressions, self.derives)
 
     @contextmanager
@@ -154,9 +154,11 @@ def _decide(
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
     where = places(model, lambda path: _allowed(path, include, exclude))
 
-    deriving = Decided(Report(sites=[]), {}, {}, where)
-    with deriving.applied(model):
-        decisive = observe(model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True)
+    # With hooks on the whole, which see what else is kept where nothing is derived.
+    everywhere = {"": False, **where}
+    decisive = observe(
+        model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True, derives=everywhere
+    )
     assert decisive.stock is not None
     assert decisive.computed is not None
     choice = _Choice(found, decisive, allowed, exact)

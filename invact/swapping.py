@@ -259,8 +259,23 @@ def _deriving_class(below: type[nn.Module], allowed: bool, by_call: bool) -> typ
     if kind is None:
         name = "__call__" if by_call else "forward"
         sites = below._invact_sites if issubclass(below, Patched) else ()
-        kind = _CLASSES[key] = _class_over(below, Patched, {name: _deriving_method(below, name, allowed)}, sites)
+        kind = _class_over(below, Patched, {name: _deriving_method(below, name, allowed)}, sites)
+        _wrap_as_every_subclass(below, kind)
+        _CLASSES[key] = kind
     return kind
+
+
+def _wrap_as_every_subclass(below: type[nn.Module], kind: type[nn.Module]) -> None:
+    """Has `forward` wrapped by the base that does so to every subclass it has.
+
+    The layers of transformers run checkpointed so, and only in the wrapper that is their class's own `forward`: one of
+    ours in its place, and nothing would be checkpointed any more.
+    """
+    code = getattr(below.forward, "__code__", None)
+    for base in kind.__mro__:
+        hook = getattr(vars(base).get("__init_subclass__"), "__func__", None)
+        if code is not None and code in getattr(getattr(hook, "__code__", None), "co_consts", ()):
+            hook(kind)
 
 
 def _deriving_method(below: type[nn.Module], name: str, allowed: bool) -> Callable[..., Any]:

@@ -63,18 +63,20 @@ class Kept(Handle):
         stands_for_another: it was taken from another tensor, and may lie differently.
         beside: a handle that lives as long as this one.
         setting: what the operation that keeps it was told and autograd does not record, such as a norm's eps.
-        asked: how many keep it.
+        asked: how many keep it; `users`, and how many recipes read it besides.
         later: a recipe that waits for what it reads; `instead`, once that is there: the tensor is let go.
     """
 
     __slots__ = (
-        "asked", "beside", "data", "given_back", "instead", "later", "may_be_read", "setting", "stands_for_another",
-        "stride",
+        "asked", "beside", "cache", "data", "given_back", "instead", "later", "left", "may_be_read", "setting",
+        "stands_for_another", "stream", "stride", "users",
     )  # fmt: skip
 
-    def __init__(self, tensor: Tensor, version: int, hooks: tuple[Any, Any] | None) -> None:
+    def __init__(self, tensor: Tensor, version: int, hooks: tuple[Any, Any] | None, asked: int = 1) -> None:
         self.version = version
-        self.may_be_read, self.stands_for_another, self.asked = True, False, 1
+        self.may_be_read, self.stands_for_another, self.asked = True, False, asked
+        self.users, self.left, self.stream = 0, 0, 0
+        self.cache: Tensor | None = None
         self.setting: Any = None
         self.made_in_place = -1
         self.beside: Handle | None = None
@@ -104,7 +106,9 @@ class Kept(Handle):
     def wanted_again(self) -> None:
         if self.instead is not None:
             self.instead.wanted_again()
-        elif self.given_back is None:
+            return
+        self.users += 1
+        if self.given_back is None:
             _READ[self.data.untyped_storage()._cdata] = self
 
     def own(self) -> Tensor:
@@ -122,8 +126,27 @@ class Kept(Handle):
             if tensor._version != self.version:
                 raise changed_in_place(tensor, self.version)
             return tensor
+        return self._given_back()
+
+    def _given_back(self) -> Tensor:
+        """What the hooks outside of ours give back, asked once in a backward pass: a checkpoint's refuse a second time,
+        and others would bring it from elsewhere again.
+        """
+        tensor = self.cache
+        if tensor is not None and self.stream == current_stream(tensor):
+            self.left -= 1
+            if self.left <= 0:
+                self.cache = None
+            return tensor
+        assert self.given_back is not None
         tensor = self.given_back(self.data)
-        return tensor if self.stride is None else laid_out(tensor, self.stride)
+        if self.stride is not None:
+            tensor = laid_out(tensor, self.stride)
+        users = self.asked + self.users
+        if users > 1 and (backward := current_backward()) >= 0:
+            self.cache, self.left, self.stream = tensor, users - 1, current_stream(tensor)
+            _let_go_after(backward, self)
+        return tensor
 
 
 class Bits(Handle):
@@ -298,10 +321,10 @@ _READ: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
 
 # By the number of the backward pass: what is held there for whoever asks next. One that breaks off leaves weak
 # references behind and no tensor, since its graph is let go.
-_SHARED: dict[int, list[weakref.ref[Derived]]] = {}
+_SHARED: dict[int, list[weakref.ref[Derived] | weakref.ref[Kept]]] = {}
 
 
-def _let_go_after(backward: int, handle: Derived) -> None:
+def _let_go_after(backward: int, handle: Derived | Kept) -> None:
     """Some may never ask, where not all of the graph is run."""
     shared = _SHARED.get(backward)
     if shared is None:

@@ -50,6 +50,9 @@ _KEEP_THEIR_RESULT = {"ReluBackward0", "SigmoidBackward0", "TanhBackward0", "Exp
 _KEYS = tuple(("invact", number) for number in range(8))
 
 
+_NOTHING = (None, None)
+
+
 def _key(number: int) -> tuple[str, int]:
     return _KEYS[number] if number < 8 else ("invact", number)
 
@@ -72,6 +75,9 @@ class Deriving:
     def __init__(self, allowed: bool = True) -> None:
         self.allowed, self.journal = allowed, journal_here()
         self.outer = outer_hooks()
+        # What one pair of hooks has kept is nothing for another: a checkpoint counts what it is shown, and shows others
+        # when it runs a region anew.
+        self._realm = None if self.outer is None else weakref.ref(self.outer[0])
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
     def __enter__(self) -> Deriving:
@@ -80,6 +86,7 @@ class Deriving:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
+        del self._hooks  # they refer to this, which would wait for the garbage collector, and the hooks outside with it
 
     # --- what autograd calls ---
 
@@ -102,9 +109,9 @@ class Deriving:
 
     # --- which handle it is ---
 
-    def _kept(self, tensor: Tensor) -> Kept:
+    def _kept(self, tensor: Tensor, asked: int = 1) -> Kept:
         version = tensor._version
-        return Kept(tensor if tensor.requires_grad and tensor.is_leaf else tensor.detach(), version, self.outer)
+        return Kept(tensor if tensor.requires_grad and tensor.is_leaf else tensor.detach(), version, self.outer, asked)
 
     def _without_history(self, tensor: Tensor, frame: Any) -> Handle:
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
@@ -113,7 +120,7 @@ class Deriving:
         if frame.f_code in _NORMS and not tensor.requires_grad:
             local = frame.f_locals
             bias = local.get("bias")
-            handle.setting = NormSettings(local["eps"], None if bias is None else self._kept(bias))
+            handle.setting = NormSettings(local["eps"], None if bias is None else self._kept(bias, asked=0))
         return handle
 
     def _with_history(self, tensor: Tensor, node: Any, frame: Any) -> Handle:
@@ -122,7 +129,7 @@ class Deriving:
             return self._kept(tensor)
         number, version = tensor.output_nr, tensor._version
         metadata, key = node.metadata, _key(number)
-        known = _noted(metadata, key)
+        known = self._noted(metadata, key)
         if known is not None:
             return self._known(known, tensor, version)
         handle: Handle | None = None
@@ -151,11 +158,15 @@ class Deriving:
         return known
 
     def _note(self, metadata: dict[Any, Any], number: int, handle: Handle) -> None:
-        metadata[_key(number)] = weakref.ref(handle)
-        for waiting in metadata.pop(("invact awaited", number), ()):
+        metadata[_key(number)] = weakref.ref(handle), self._realm
+        for waiting, realm in metadata.pop(("invact awaited", number), ()):
             awaited = waiting()
-            if awaited is not None:
+            if awaited is not None and realm == self._realm:
                 awaited.filled(handle)
+
+    def _noted(self, metadata: dict[Any, Any], key: tuple[str, int]) -> Handle | None:
+        reference, realm = metadata.get(key, _NOTHING)
+        return None if reference is None or realm != self._realm else reference()
 
     def _worked_in_place(self, node: Any, name: str, version: int) -> bool:
         """Whether this is the output of an operator that works in place, and not changed since."""
@@ -169,7 +180,7 @@ class Deriving:
         rule = RULES[node.name()]
         handle = rule(node, number, self._find)
         if handle is None and (stead := stead_of(tensor, node, frame)) is not None:
-            kept = Kept(stead.tensor, stead.tensor._version, self.outer)
+            kept = Kept(stead.tensor, stead.tensor._version, self.outer, asked=0)
             kept.stands_for_another = True
             self._note(stead.producer.metadata, stead.number, kept)
             if stead.smaller:
@@ -191,19 +202,19 @@ class Deriving:
     def _find(self, node: Any, number: int) -> Handle | None:
         """The handle of an output: noted, a parameter, or by a recipe of its own."""
         metadata, key = node.metadata, _key(number)
-        known = _noted(metadata, key)
+        known = self._noted(metadata, key)
         if known is not None:
             return known if known.may_be_read else None
         name = node.name()
         if name == "torch::autograd::AccumulateGrad":
-            return self._kept(node.variable)
+            return self._kept(node.variable, asked=0)
         rule = RULES.get(name)
         handle = rule(node, number, self._find) if rule is not None else None
         if handle is None or handle.steps > MOST_STEPS:
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
-        metadata[key] = weakref.ref(handle)
+        metadata[key] = weakref.ref(handle), self._realm
         return handle
 
     def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
@@ -232,7 +243,7 @@ class Deriving:
                 self.journal.recipe(handle, node, number)
             return handle
         awaited = Awaited()
-        node.metadata.setdefault(("invact awaited", number), []).append(weakref.ref(awaited))
+        node.metadata.setdefault(("invact awaited", number), []).append((weakref.ref(awaited), self._realm))
         return awaited
 
     def _bits(self, mask: Tensor) -> Handle | None:
@@ -241,9 +252,15 @@ class Deriving:
             return None
         known = _MASKS.get(mask.untyped_storage()._cdata)
         if known is not None:
-            storage, reference = known
+            storage, reference, realm = known
             handle = reference()
-            if handle is not None and not storage.expired() and handle.version == mask._version and handle.fits(mask):
+            if (
+                handle is not None
+                and realm == self._realm
+                and not storage.expired()
+                and handle.version == mask._version
+                and handle.fits(mask)
+            ):
                 return handle
         handle = Bits(mask, mask._version, self.outer)
         key = mask.untyped_storage()._cdata
@@ -251,17 +268,12 @@ class Deriving:
         def forget(_: Any) -> None:
             _MASKS.pop(key, None)
 
-        _MASKS[key] = StorageWeakRef(mask.untyped_storage()), weakref.ref(handle, forget)
+        _MASKS[key] = StorageWeakRef(mask.untyped_storage()), weakref.ref(handle, forget), self._realm
         return handle
 
 
 # By the identity of its storage, the bits of a mask that several keep; it has no node on which to note them.
-_MASKS: dict[int, tuple[StorageWeakRef, weakref.ref[Bits]]] = {}
-
-
-def _noted(metadata: dict[Any, Any], key: tuple[str, int]) -> Handle | None:
-    reference = metadata.get(key)
-    return None if reference is None else reference()
+_MASKS: dict[int, tuple[StorageWeakRef, weakref.ref[Bits], weakref.ref[Any] | None]] = {}
 
 
 def _is_weight(node: Any) -> bool:
