@@ -184,7 +184,8 @@ def _decide(
     report.derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
     report.sites = [_derived_site(site, report.derived) for site in report.sites]
     report.bytes_before, report.bytes_after = before.memory.total_bytes, after.memory.total_bytes
-    report.bytes_floor = floor_bytes(decisive.computed, decisive.stock.entries)
+    # Of the model as if nothing were checkpointed, which keeps less.
+    report.bytes_floor = min(floor_bytes(decisive.computed, decisive.stock.entries), report.bytes_after)
     report.weight_cast_bytes = after.memory.weight_cast_bytes
     report.kept_by_class = dict(Counter(after.memory.by_class).most_common())
     report.setting = _in_words(setting, exact)

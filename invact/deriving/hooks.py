@@ -239,9 +239,14 @@ class Deriving:
         rule = RULES.get(node.name())
         if rule is not None:
             handle = rule(node, number, self._find_or_await)
+            if isinstance(handle, Derived) and not handle.steps and handle.awaited():
+                return self._await(node, number)
             if handle is not None and self.journal is not None:
                 self.journal.recipe(handle, node, number)
             return handle
+        return self._await(node, number)
+
+    def _await(self, node: Any, number: int) -> Awaited:
         awaited = Awaited()
         node.metadata.setdefault(("invact awaited", number), []).append((weakref.ref(awaited), self._realm))
         return awaited

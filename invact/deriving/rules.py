@@ -335,13 +335,22 @@ def batch_norm(node: Node, number: int, find: Find) -> Derived | None:
 def _batch_normed(x: Tensor, w: Tensor | None, b: Tensor | None, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
     if x.is_cuda:
         return aten.batch_norm_elemt(x, w, b, mean, invstd, eps)  # type: ignore[no-any-return]
+    along = [1, -1] + [1] * (x.dim() - 2)
+    if not _lies_dense(x):  # a kernel that takes the steps one after another
+        normed = (x - mean.view(along)) * invstd.view(along)
+        normed = normed if w is None else normed * w.view(along)
+        return (normed if b is None else normed + b.view(along)).to(x.dtype)
     # As the kernel for CPUs does it: one product and sum per element, with both factors worked out before.
     wide = torch.promote_types(torch.float32, x.dtype)
     mean, scale = mean.to(wide), invstd.to(wide)
     scale = scale if w is None else scale * w.to(wide)
     shift = torch.addcmul(torch.zeros_like(mean) if b is None else b.to(wide), mean, scale, value=-1)
-    along = [1, -1] + [1] * (x.dim() - 2)
     return torch.addcmul(shift.view(along), x.to(wide), scale.view(along)).to(x.dtype)
+
+
+def _lies_dense(x: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
 
 
 # --- casts, dropout, what moves -------------------------------------------------------------------------
