@@ -103,7 +103,7 @@ class Decided:
     derives: dict[str, bool]  # by the path of the module, whether tensors are derived inside it
 
     def apply(self, model: nn.Module) -> Swaps:
-        """Inverts what the report calls "invert" and sets hooks; all or, after an error, none."""
+        """Inverts what the report calls "invert" and sets hooks to derive; all or, after an error, none."""
         return swap_in(model, self.modules, self.expressions, self.derives)
 
     @contextmanager

@@ -29,6 +29,13 @@ from invact.pytorch_inside import hooks_on_all_modules, transforms_active
 from invact.rewriting import Runner, Written, calling, methods_of
 from invact.settings import Settings
 
+SMALLEST_INVERTED = 16384
+"""Elements from which on an activation is inverted where its output could be derived as well.
+
+Both keep one tensor, and inverting computes nothing twice; but it takes many operators of a CPU, and a kernel's start
+of a GPU's host: for fewer elements than these more time than the stock operator run again.
+"""
+
 
 @dataclass(frozen=True)
 class Inversion:
@@ -50,6 +57,8 @@ class Inversion:
             return False  # fx, for one, traces with what is no tensor
         if getattr(_THREAD, "watched", None) is not None and transforms_active():
             return False  # what hooks change can not be told there
+        if x.numel() < SMALLEST_INVERTED and is_deriving(True):
+            return False
         return functional.wants_gradient(x) and self.settings.unchanged(module)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -452,7 +452,7 @@ def check(steps, images, channels_last, training, precision):
         report = invact.patch(ours, (x,), exact=exact, autocast=dtype)
         assert report.bytes_before == counted.total_bytes
         check_bytes(report, ours, x, autocast, before, left)
-        check_training(exact and "exact" or precision, copy.deepcopy(ours), x, autocast, stock)
+        check_training((exact and "exact") or precision, copy.deepcopy(ours), x, autocast, stock)
         event(f"exact={exact}: {len(report.inverted)} sites inverted, {bool(report.derived)} derived")
         assert invact.unpatch(ours) == len(report.inverted)
         again = trained_once(ours, x, autocast)

@@ -7,7 +7,6 @@ those that need it: freed with its part of the graph, and used again when a grap
 from __future__ import annotations
 
 import sys
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,10 +38,11 @@ class Handle:
         made_in_place: the version of the output, if the operator that keeps this value went on to work in place.
     """
 
-    __slots__ = ("__weakref__", "made_in_place", "version")
+    __slots__ = ("__dict__", "__weakref__", "version")  # what few handles have is in the dictionary
     steps = 0
     joins = False
     may_be_read = True
+    made_in_place = -1
 
     def made(self) -> Tensor:
         """The value, laid out as it was."""
@@ -67,27 +67,30 @@ class Kept(Handle):
         later: a recipe that waits for what it reads; `instead`, once that is there: the tensor is let go.
     """
 
-    __slots__ = (
-        "asked", "beside", "cache", "data", "given_back", "instead", "later", "left", "may_be_read", "setting",
-        "stands_for_another", "stream", "stride", "users",
-    )  # fmt: skip
+    __slots__ = ("data", "given_back")
+    asked = 1
+    cache: Tensor | None = None
+    left = 0
+    stream = 0
+    users = 0
+    beside: Handle | None = None
+    instead: Derived | None = None
+    later: Derived | None = None
+    setting: Any = None
+    stands_for_another = False
+    stride: tuple[int, ...] | None = None
 
     def __init__(self, tensor: Tensor, version: int, hooks: tuple[Any, Any] | None, asked: int = 1) -> None:
         self.version = version
-        self.may_be_read, self.stands_for_another, self.asked = True, False, asked
-        self.users, self.left, self.stream = 0, 0, 0
-        self.cache: Tensor | None = None
-        self.setting: Any = None
-        self.made_in_place = -1
-        self.beside: Handle | None = None
-        self.later: Derived | None = None
-        self.instead: Derived | None = None
+        if asked != 1:
+            self.asked = asked
         if hooks is None:
             self.data: Any = tensor
             self.given_back = None
         else:  # somebody else's hooks outside of ours
             self.data, self.given_back = hooks[0](tensor), hooks[1]
-            self.stride = tensor.stride() if tensor.layout is torch.strided else None
+            if tensor.layout is torch.strided:
+                self.stride = tensor.stride()
 
     def lies_like(self, tensor: Tensor) -> bool:
         """Whether who keeps `tensor`, which has this value, may get this."""
@@ -106,10 +109,10 @@ class Kept(Handle):
     def wanted_again(self) -> None:
         if self.instead is not None:
             self.instead.wanted_again()
-            return
-        self.users += 1
-        if self.given_back is None:
+        elif self.given_back is None:
             _READ[self.data.untyped_storage()._cdata] = self
+        else:
+            self.users += 1
 
     def own(self) -> Tensor:
         """The value for somebody who may write into it: a copy where a recipe reads it, or may do so."""
@@ -119,13 +122,15 @@ class Kept(Handle):
         return tensor if tensor.requires_grad else tensor.clone()
 
     def made(self) -> Tensor:
-        if self.instead is not None:
-            return self.instead.made()
         if self.given_back is None:
+            if self.instead is not None:
+                return self.instead.made()
             tensor: Tensor = self.data
             if tensor._version != self.version:
                 raise changed_in_place(tensor, self.version)
             return tensor
+        if self.instead is not None:
+            return self.instead.made()
         return self._given_back()
 
     def _given_back(self) -> Tensor:
@@ -188,7 +193,6 @@ class Derived(Handle):
     def __init__(self, make: Callable[..., Tensor], sources: tuple[Handle, ...], joins: bool, moves: bool) -> None:
         self.make, self.sources, self.moves = make, sources, moves
         self.version, self.users, self.left, self.stream, self.nbytes = 0, 0, 0, 0, 0
-        self.made_in_place = -1
         self.cache: Tensor | None = None
         self.stride: tuple[int, ...] | None = None
         self.joins, self.steps = joins, int(moves)
@@ -238,7 +242,7 @@ class Awaited(Handle):
     __slots__ = ("kept", "target")
 
     def __init__(self) -> None:
-        self.version, self.made_in_place = 0, -1
+        self.version = 0
         self.kept: weakref.ref[Kept] | None = None
         self.target: Handle | None = None
 
@@ -280,18 +284,17 @@ def remade(handle: Handle) -> Tensor:
     Unsloth and Liger do; it gets a tensor of its own.
     """
     caller = sys._getframe().f_back  # none where the engine runs in a thread of its own
-    give = handle.made if caller is None or caller.f_code is _ENGINE or _is_ours(caller) else handle.own
-    if (type(handle) is not Kept or handle.instead) and (torch.is_grad_enabled() or autocast_anywhere()):
+    to_read = caller is None or caller.f_code is _ENGINE or caller.f_globals is _OURS
+    if type(handle) is Kept and handle.instead is None:
+        return handle.made() if to_read else handle.own()
+    if torch.is_grad_enabled() or autocast_anywhere():
         with _as_recorded():
-            return give()
-    return give()
+            return handle.made() if to_read else handle.own()
+    return handle.made() if to_read else handle.own()
 
 
 _ENGINE = engine_call.__code__
-
-
-def _is_ours(caller: types.FrameType) -> bool:
-    return caller.f_globals is functional.__dict__
+_OURS = functional.__dict__
 
 
 @contextmanager

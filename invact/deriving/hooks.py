@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, remade
 from invact.deriving.journal import journal_here
-from invact.deriving.rules import RULES
+from invact.deriving.rules import RULES, VIEWS
 from invact.deriving.stead import stead_of
 from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
 
@@ -92,9 +92,14 @@ class Deriving:
 
     def pack(self, tensor: Tensor) -> Handle:
         """What is kept in the stead of a tensor."""
-        frame = sys._getframe(1)
         node = tensor.grad_fn
-        handle = self._without_history(tensor, frame) if node is None else self._with_history(tensor, node, frame)
+        if node is None:
+            handle = self._without_history(tensor, sys._getframe(1))
+        elif tensor.numel() < SMALLEST or type(tensor) not in _PLAIN or (name := node.name()) == "TBackward0":
+            # The last are the weights of linear layers.
+            handle = Kept(tensor.detach(), tensor._version, self.outer)
+        else:
+            handle = self._with_history(tensor, node, name, sys._getframe(1))
         if self.journal is not None:
             self.journal.note(tensor, handle)
         return handle
@@ -110,31 +115,30 @@ class Deriving:
     # --- which handle it is ---
 
     def _kept(self, tensor: Tensor, asked: int = 1) -> Kept:
-        version = tensor._version
-        return Kept(tensor if tensor.requires_grad and tensor.is_leaf else tensor.detach(), version, self.outer, asked)
+        """An output without its history, or a leaf, such as a parameter, as it is."""
+        has_history = tensor.grad_fn is not None or not tensor.requires_grad
+        return Kept(tensor.detach() if has_history else tensor, tensor._version, self.outer, asked)
 
     def _without_history(self, tensor: Tensor, frame: Any) -> Handle:
+        if tensor.requires_grad:
+            return Kept(tensor, tensor._version, self.outer)
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
             return bits
-        handle = self._kept(tensor)
-        if frame.f_code in _NORMS and not tensor.requires_grad:
+        handle = Kept(tensor.detach(), tensor._version, self.outer)
+        if frame.f_code in _NORMS:
             local = frame.f_locals
             bias = local.get("bias")
             handle.setting = NormSettings(local["eps"], None if bias is None else self._kept(bias, asked=0))
         return handle
 
-    def _with_history(self, tensor: Tensor, node: Any, frame: Any) -> Handle:
-        name = node.name()
-        if name == "TBackward0" and _is_weight(node):
-            return self._kept(tensor)
+    def _with_history(self, tensor: Tensor, node: Any, name: str, frame: Any) -> Handle:
         number, version = tensor.output_nr, tensor._version
-        metadata, key = node.metadata, _key(number)
-        known = self._noted(metadata, key)
+        metadata = node.metadata
+        known = self._noted(metadata, _key(number))
         if known is not None:
             return self._known(known, tensor, version)
         handle: Handle | None = None
-        big = tensor.numel() >= SMALLEST and type(tensor) in _PLAIN
-        if big and name in RULES and (version == 0 or self._worked_in_place(node, name, version)):
+        if _made_by_a_rule(node, name) and (version == 0 or self._worked_in_place(node, name, version)):
             handle = self._derived(tensor, node, number, version, frame)
         if handle is None:
             handle = self._kept(tensor)
@@ -281,9 +285,14 @@ class Deriving:
 _MASKS: dict[int, tuple[StorageWeakRef, weakref.ref[Bits], weakref.ref[Any] | None]] = {}
 
 
-def _is_weight(node: Any) -> bool:
-    producer = node.next_functions[0][0]
-    return producer is not None and producer.name() == "torch::autograd::AccumulateGrad"
+def _made_by_a_rule(node: Any, name: str) -> bool:
+    """Whether there is a rule for what made the tensor that this is a view of: for most that are kept there is none."""
+    while name in VIEWS:
+        node = node.next_functions[0][0]
+        if node is None:
+            return False
+        name = node.name()
+    return name in RULES
 
 
 def may_derive() -> bool:

@@ -80,12 +80,15 @@ def derived(
     make: Callable[..., Tensor], *read: Handle | Tensor | None, joins: bool = False, moves: bool = True
 ) -> Derived | None:
     """The recipe, if all that it reads is there; numbers become settings."""
-    if any(each is None for each in read):
-        return None
-    sources = tuple(each for each in read if isinstance(each, Handle))
-    if len(sources) < len(read):
-        make = functools.partial(_with_numbers, make, [None if isinstance(each, Handle) else each for each in read])
-    return Derived(make, sources, joins, moves)
+    numbers = False
+    for each in read:
+        if each is None:
+            return None
+        numbers = numbers or isinstance(each, Tensor)
+    if not numbers:
+        return Derived(make, read, joins, moves)  # type: ignore[arg-type]
+    make = functools.partial(_with_numbers, make, [None if isinstance(each, Handle) else each for each in read])
+    return Derived(make, tuple(each for each in read if isinstance(each, Handle)), joins, moves)
 
 
 def _with_numbers(make: Callable[..., Tensor], numbers: list[Tensor | None], *tensors: Tensor) -> Tensor:
@@ -448,32 +451,38 @@ def _part(operator: Callable[..., tuple[Tensor, ...]], *names: str) -> Rule:
     return rule
 
 
-@rule("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ExpandBackward0", "AliasBackward0")
-def reshaped(node: Node, number: int, find: Find) -> Derived | None:
-    x = produced(node, 0, find)
-    if x is None:
-        return None
-    shape = node._input_metadata[0].shape
-    if node.name() == "ExpandBackward0":
-        return derived(lambda x: x.expand(shape), x, moves=False)
-    return derived(lambda x: x.reshape(shape), x, moves=False)
+def _shaped(operator: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Rule:
+    """A view by the shape of what it gave."""
+
+    def rule(node: Node, number: int, find: Find) -> Derived | None:
+        x = produced(node, 0, find)
+        if x is None:
+            return None
+        shape = tuple(node._input_metadata[0].shape)
+        return derived(lambda x: operator(x, shape), x, moves=False)
+
+    return rule
 
 
-RULES.update(
-    {
-        "DiagonalBackward0": _view(torch.diagonal, "offset", "dim1", "dim2"),
-        "PermuteBackward0": _view(torch.permute, "dims"),
-        "SelectBackward0": _view(torch.select, "dim", "index"),
-        "SliceBackward0": _view(aten.slice, "dim", "start", "end", "step"),
-        "SqueezeBackward0": _view(torch.squeeze),
-        "SqueezeBackward1": _view(torch.squeeze, "dim"),
-        "SqueezeBackward2": _view(torch.squeeze, "dim"),
-        "TBackward0": _view(torch.t),
-        "TransposeBackward0": _view(torch.transpose, "dim0", "dim1"),
-        "UnsqueezeBackward0": _view(torch.unsqueeze, "dim"),
-        "UnfoldBackward0": _view(lambda x, dim, size, step: x.unfold(dim, size, step), "dimension", "size", "step"),
-        "SplitBackward0": _part(aten.split, "split_size", "dim"),
-        "SplitWithSizesBackward0": _part(aten.split_with_sizes, "split_sizes", "dim"),
-        "UnbindBackward0": _part(torch.unbind, "dim"),
-    }
-)
+VIEWS: dict[str, Rule] = {
+    "AliasBackward0": _shaped(torch.reshape),
+    "DiagonalBackward0": _view(torch.diagonal, "offset", "dim1", "dim2"),
+    "ExpandBackward0": _shaped(torch.Tensor.expand),
+    "PermuteBackward0": _view(torch.permute, "dims"),
+    "ReshapeAliasBackward0": _shaped(torch.reshape),
+    "SelectBackward0": _view(torch.select, "dim", "index"),
+    "SliceBackward0": _view(aten.slice, "dim", "start", "end", "step"),
+    "SplitBackward0": _part(aten.split, "split_size", "dim"),
+    "SplitWithSizesBackward0": _part(aten.split_with_sizes, "split_sizes", "dim"),
+    "SqueezeBackward0": _view(torch.squeeze),
+    "SqueezeBackward1": _view(torch.squeeze, "dim"),
+    "SqueezeBackward2": _view(torch.squeeze, "dim"),
+    "TBackward0": _view(torch.t),
+    "TransposeBackward0": _view(torch.transpose, "dim0", "dim1"),
+    "UnbindBackward0": _part(torch.unbind, "dim"),
+    "UnfoldBackward0": _view(lambda x, dim, size, step: x.unfold(dim, size, step), "dimension", "size", "step"),
+    "UnsafeViewBackward0": _shaped(torch.reshape),
+    "UnsqueezeBackward0": _view(torch.unsqueeze, "dim"),
+    "ViewBackward0": _shaped(torch.reshape),
+}
+RULES.update(VIEWS)
