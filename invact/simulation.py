@@ -191,7 +191,7 @@ class AsRealKernels(TorchDispatchMode):
     it does not know at all.
     """
 
-    _norms = {torch.ops.aten.native_layer_norm: 2, torch.ops.aten.native_group_norm: 1}  # and where their weight is
+    _norms = ((torch.ops.aten.native_layer_norm, 2), (torch.ops.aten.native_group_norm, 1))  # and where their weight is
     _products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution)
 
     def __init__(self, setting: Setting) -> None:
@@ -213,11 +213,12 @@ class AsRealKernels(TorchDispatchMode):
         if func.overloadpacket is torch.ops.aten.native_batch_norm and args[0].device.type == "cpu":
             normed, *statistics = out
             return (normed.contiguous(memory_format=suggest_memory_format(args[0])), *statistics)
-        if func.overloadpacket in self._norms and args[0].device.type == "cpu":
-            weight = args[self._norms[func.overloadpacket]]
-            if weight is not None and weight.dtype is torch.float32:
-                normed, *statistics = out
-                return (normed, *[statistic.float() for statistic in statistics])
+        for norm, place in self._norms:
+            if func.overloadpacket is norm and args[0].device.type == "cpu":
+                weight = args[place]
+                if weight is not None and weight.dtype is torch.float32:
+                    normed, *statistics = out
+                    return (normed, *[statistic.float() for statistic in statistics])
         return out
 
 

@@ -128,7 +128,7 @@ class GeGluOfHalves(Block):
 
 
 class InputKept(Block):
-    """Linear keeps its input anyway"""
+    """its output is made again from its input: Linear keeps its input anyway"""
 
     def forward(self, x):
         x = self.up(x)
@@ -193,12 +193,15 @@ def test_a_site_is_inverted_exactly_where_fewer_bytes_are_then_kept(case, count_
     assert site.reason == case.__doc__
     assert report.bytes_before == kept
 
-    swaps = swap_in(model, {"act": Inversion(CURVES[site.activation], settings_of_module(model.act))}, {})
+    inversion = {"act": Inversion(CURVES[site.activation], settings_of_module(model.act))}
+    swaps = swap_in(model, inversion, {})
     inverted = count_kept(model, (x,))
     if site.reason != "its output is changed in place later":  # inverted, its backward raises an error
         found = run_backward(model, (x,))[1]
         assert (found - gradient).norm() < 1e-4 * gradient.norm()
-        assert site.action == ("invert" if inverted < kept else "keep")
+        assert (site.action == "invert") == (inverted < kept)
+    assert (site.action == "derive") == site.reason.startswith("its output is made again")
     swaps.undo()
-    assert report.bytes_after == (inverted if site.action == "invert" else kept)
+    swap_in(model, inversion if site.action == "invert" else {}, {}, {"": True})
+    assert report.bytes_after == count_kept(model, (x,))
     assert site.bytes_saved == (kept - inverted if site.action == "invert" else 0)

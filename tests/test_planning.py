@@ -81,7 +81,7 @@ def test_exact_inverts_nothing_and_is_said(run_backward):
     model, x = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)), torch.randn(4, 16)
     _, expected = run_backward(model, (x,))
     report = invact.patch(model, (x,), exact=True)
-    assert [(site.action, site.reason) for site in report.sites] == [("keep", "exact: left to deriving")]
+    assert [(site.action, site.reason) for site in report.sites] == [("keep", "exact gradients are asked for")]
     assert "exact" in report.setting
     assert "exact" not in invact.plan(model, (x,)).setting
     _, gradients = run_backward(model, (x,))
