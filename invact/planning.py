@@ -33,7 +33,7 @@ from invact.report import DERIVE, INVERT, KEEP, Report, Site
 from invact.rewriting import Written
 from invact.simulation import Setting, autocast_here
 from invact.snapshot import as_it_was
-from invact.swapping import Inversion, InvertedExpression, Swaps, inverted_in, swap_in
+from invact.swapping import SMALLEST_INVERTED, Inversion, InvertedExpression, Swaps, inverted_in, swap_in
 from invact.walking import Found, walk
 
 
@@ -221,6 +221,7 @@ class _Choice:
         self.found = found
         self.allowed = allowed
         self.exact = exact
+        self.derives = any(tensor.bytes_saved > 0 for tensor in observed.derived)
         self.labels = observed.labels
         self.sizes: dict[Key, int] = {}
         self.keepers: dict[Key, set[str]] = {}
@@ -322,6 +323,8 @@ class _Choice:
         kept = self.kept_at[found.path]
         if kept < outputs:
             return "its input is not kept either"
+        if self.derives and all(call.y_nbytes // call.dtype.itemsize < SMALLEST_INVERTED for call in calls):
+            return "of so few elements, running it again takes less time"
         # An expression is inverted by other source than the author's: only where that saves more.
         bits = sum(call.bit_nbytes for call in calls) * found.curve.has_side
         if found.written is not None and kept <= outputs + bits:
