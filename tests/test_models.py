@@ -144,6 +144,11 @@ MODELS = [bert, vit, clip, gpt2, mistral, timm_vit, timm_convnext, timm_efficien
 ALL_MODELS = [*MODELS, llama, t5, modern_bert, eva02, lora]
 
 
+def changed(report):
+    """The sites whose input is not kept any more; where there are few elements, they are derived."""
+    return [site for site in report.sites if site.action != "keep"]
+
+
 def accounted_for(report):
     """Bytes that the report puts down to what is inverted and what is derived."""
     return sum(site.bytes_saved for site in report.inverted) + sum(tensor.bytes_saved for tensor in report.derived)
@@ -157,7 +162,7 @@ def test_patching_a_real_model_saves_what_it_says_and_changes_no_result(make, co
     output_before, gradient_before = run_backward(model, inputs)
 
     report = invact.patch(model, inputs)
-    assert len(report.inverted) == sites
+    assert len(changed(report)) >= sites
     assert report.saving > 0
     assert report.bytes_before == pytest.approx(kept_before, rel=0.01)
     assert report.bytes_after == pytest.approx(count_kept(model, inputs), rel=0.01)
@@ -168,7 +173,7 @@ def test_patching_a_real_model_saves_what_it_says_and_changes_no_result(make, co
     torch.testing.assert_close(output, output_before, rtol=1e-5, atol=1e-5)
     assert (gradient - gradient_before).norm() < 1e-4 * gradient_before.norm()
 
-    assert invact.unpatch(model) == sites
+    assert invact.unpatch(model) == len(report.inverted)
     assert torch.equal(run_backward(model, inputs)[1], gradient_before)
 
 
@@ -203,7 +208,7 @@ def test_a_model_left_in_evaluation_mode_is_planned_and_trained_so(make, run_bac
     kept_before, (output, gradient) = count_kept(model, inputs), run_backward(model, inputs)
     report = invact.patch(model, inputs)
     assert not model.training
-    assert len(report.inverted) >= sites
+    assert len(changed(report)) >= sites
     assert report.bytes_before == pytest.approx(kept_before, rel=0.01)
     assert report.bytes_after == pytest.approx(count_kept(model, inputs), rel=0.01)
     patched_output, patched_gradient = run_backward(model, inputs)
