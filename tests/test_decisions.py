@@ -120,7 +120,7 @@ class GeGlu(Block):
 
 
 class GeGluOfHalves(Block):
-    """GeGluOfHalves keeps its input anyway"""
+    """its output is made again from its input: GeGluOfHalves keeps its input anyway"""
 
     def forward(self, x):
         value, gate = self.up(x).chunk(2, dim=-1)  # two views of one memory, which the product keeps
