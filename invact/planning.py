@@ -33,7 +33,7 @@ from invact.report import DERIVE, INVERT, KEEP, Report, Site
 from invact.rewriting import Written
 from invact.simulation import Setting, autocast_here
 from invact.snapshot import as_it_was
-from invact.swapping import Inversion, InvertedExpression, Swaps, inverted_in, swap_in
+from invact.swapping import SMALLEST_INVERTED, Inversion, InvertedExpression, Swaps, inverted_in, swap_in
 from invact.walking import Found, walk
 
 
@@ -154,8 +154,10 @@ def _decide(
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
     where = places(model, lambda path: _allowed(path, include, exclude))
 
+    # With hooks on the whole, which see what else is kept where nothing is derived.
+    everywhere = {"": False, **where}
     decisive = observe(
-        model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True, derives=where
+        model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True, derives=everywhere
     )
     assert decisive.computed is not None
     obstacle = _why_not_derived(decisive)
@@ -186,8 +188,11 @@ def _decide(
             after = observe(model, inputs, setting, computed=True, derived=True)
     report = decided.report
     report.derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
+    if not report.derived:
+        decided.derives.clear()
     # Expressions are told apart in the first pass only.
     report.sites = [_derived_site(site, [*decisive.derived, *report.derived]) for site in report.sites]
+    _count_small_sites(report)
     report.bytes_before, report.bytes_after = before.memory.total_bytes, after.memory.total_bytes
     assert before.computed is not None
     assert after.computed is not None
@@ -226,6 +231,18 @@ def _derived_site(site: Site, derived: Sequence[DerivedTensor]) -> Site:
     if site.action == KEEP and any(tensor.path == site.path for tensor in derived):
         return replace(site, action=DERIVE, reason=f"its output is made again from its input: {site.reason}")
     return site
+
+
+def _count_small_sites(report: Report) -> None:
+    """What few elements an inverted site was given is made again as long as it is, and counts as the site's."""
+    inverted = {site.path for site in report.inverted}
+    small = {tensor.path: tensor for tensor in report.derived if tensor.path in inverted}
+    report.derived = [tensor for tensor in report.derived if tensor.path not in small]
+    words = f"; fewer than {SMALLEST_INVERTED:,} elements, as here, are made again instead"
+    for place, site in enumerate(report.sites):
+        if site.path in small:
+            tensor = small[site.path]
+            report.sites[place] = replace(site, reason=site.reason + words, bytes_saved=tensor.bytes_saved)
 
 
 # --- the choice ---------------------------------------------------------------------------------------

@@ -188,10 +188,12 @@ class AsRealKernels(TorchDispatchMode):
     """Makes fake tensors refuse the dtypes, and take the strides, that the kernels behind real ones do.
 
     On fake tensors PyTorch lets matrix products of mixed dtypes pass, and its batch norm on the CPU lays its output
-    out as the input is: then a reshape after it copies in one case and not in the other. How much oneDNN's LSTM keeps
+    out as the input is: then a reshape after it copies in one case and not in the other. Norms with 32-bit weights keep
+    32-bit statistics of 16-bit inputs there. How much oneDNN's LSTM keeps
     it does not know at all.
     """
 
+    _norms = ((torch.ops.aten.native_layer_norm, 2), (torch.ops.aten.native_group_norm, 1))  # and where their weight is
     _products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution)
 
     def __init__(self, setting: Setting) -> None:
@@ -213,6 +215,12 @@ class AsRealKernels(TorchDispatchMode):
         if func.overloadpacket is torch.ops.aten.native_batch_norm and args[0].device.type == "cpu":
             normed, *statistics = out
             return (normed.contiguous(memory_format=suggest_memory_format(args[0])), *statistics)
+        for norm, place in self._norms:
+            if func.overloadpacket is norm and args[0].device.type == "cpu":
+                weight = args[place]
+                if weight is not None and weight.dtype is torch.float32:
+                    normed, *statistics = out
+                    return (normed, *[statistic.float() for statistic in statistics])
         return out
 
 

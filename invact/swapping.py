@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from invact import functional
 from invact.deriving.hooks import Deriving, is_deriving, may_derive
 from invact.kernels import Curve
+from invact.own_errors import users_call
 from invact.pytorch_inside import hooks_on_all_modules, transforms_active
 from invact.rewriting import Runner, Written, calling, methods_of
 from invact.settings import Settings
@@ -283,9 +284,9 @@ def _deriving_method(below: type[nn.Module], name: str, allowed: bool) -> Callab
     @functools.wraps(getattr(below, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not may_derive() or is_deriving(allowed) or not _is_patched(self):
-            return getattr(below, name)(self, *args, **kwargs)
+            return users_call(getattr(below, name), self, *args, **kwargs)
         with Deriving(allowed):
-            return getattr(below, name)(self, *args, **kwargs)
+            return users_call(getattr(below, name), self, *args, **kwargs)
 
     return method
 

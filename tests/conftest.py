@@ -3,6 +3,7 @@
 import getpass
 import os
 import tempfile
+import weakref
 
 # One thread per worker, before torch starts its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,21 +21,28 @@ if os.environ.get("INVACT_TESTS_WITHOUT_ONEDNN") == "1":
     torch.backends.mkldnn.set_flags(False)
 
 
+class Held:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
 def kept_bytes(model, inputs):
     """Bytes of the storages that one real forward keeps for backward, parameters and buffers left out.
 
-    Written apart from invact's ledger: storages told apart by their address, alive since they are held here.
+    Written apart from invact's ledger: storages told apart by their address, of what is still held after the forward.
     """
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    held = []
+    packed = []
 
     def pack(tensor):
-        held.append(tensor.detach())
-        return tensor
+        held = Held(tensor.detach())
+        packed.append(weakref.ref(held))
+        return held
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, lambda held: held.tensor):
         output = run(model, inputs)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    alive = [held.tensor.untyped_storage() for reference in packed if (held := reference()) is not None]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in alive}
     del output
     return sum(nbytes for address, nbytes in storages.items() if address not in own)
 

@@ -276,9 +276,10 @@ class Deriving:
         rule = RULES.get(node.name())
         if rule is not None:
             handle = rule(node, number, self._find_or_await)
-            if handle is not None and self.journal is not None:
-                self.journal.recipe(handle, node, number)
-            return handle
+            if handle is None or handle.steps or not handle.awaited():  # else a view, which may itself be kept
+                if handle is not None and self.journal is not None:
+                    self.journal.recipe(handle, node, number)
+                return handle
         awaited = Awaited(self.outside)
         node.metadata.setdefault(("invact awaited", number), []).append(weakref.ref(awaited))
         return awaited

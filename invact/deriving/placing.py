@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -38,13 +38,3 @@ def _is_block(model: nn.Module, path: str, module: nn.Module) -> bool:
     if not path or next(module.children(), None) is None or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return False
     return isinstance(model.get_submodule(path.rpartition(".")[0]), (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-
-
-def without(chosen: dict[str, bool], kept: Iterable[str]) -> dict[str, bool]:
-    """The places that matter, where only the given modules keep something that is derived."""
-    paths = list(kept)
-    return {path: inside for path, inside in chosen.items() if any(_is_inside(other, path) for other in paths)}
-
-
-def _is_inside(path: str, outer: str) -> bool:
-    return not outer or path == outer or path.startswith(outer + ".")
