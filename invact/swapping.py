@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from invact import functional
-from invact.deriving.hooks import Deriving, is_deriving, may_derive
+from invact.deriving.hooks import SMALLEST, Deriving, is_deriving, may_derive
 from invact.kernels import Curve
 from invact.own_errors import users_call
 from invact.pytorch_inside import hooks_on_all_modules, transforms_active
@@ -58,7 +58,7 @@ class Inversion:
             return False  # fx, for one, traces with what is no tensor
         if getattr(_THREAD, "watched", None) is not None and transforms_active():
             return False  # what hooks change can not be told there
-        if not torch.compiler.is_compiling() and x.numel() < SMALLEST_INVERTED and is_deriving(True):
+        if not torch.compiler.is_compiling() and SMALLEST <= x.numel() < SMALLEST_INVERTED and is_deriving(True):
             return False
         return functional.wants_gradient(x) and self.settings.unchanged(module)
 
