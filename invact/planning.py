@@ -154,9 +154,9 @@ def _decide(
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
     where = places(model, lambda path: _allowed(path, include, exclude))
 
-    deriving = Decided(Report(sites=[]), {}, {}, where)
-    with deriving.applied(model):
-        decisive = observe(model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True)
+    decisive = observe(
+        model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True, derives=where
+    )
     assert decisive.stock is not None
     assert decisive.computed is not None
     choice = _Choice(found, decisive, allowed, exact)

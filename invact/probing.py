@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextvars
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,6 +130,7 @@ def observe(
     checkpointing: bool = True,
     computed: bool = False,
     derived: bool = False,
+    derives: Mapping[str, bool] = types.MappingProxyType({}),
 ) -> Observation:
     """Runs `model` forward once, in the mode in which it is, and reports what autograd kept.
 
@@ -141,13 +143,14 @@ def observe(
         checkpointing: False runs checkpointed regions as if they were not.
         computed: whether to record what made what, for the floor.
         derived: whether to record what is derived, of a model in which hooks are set for that.
+        derives: where to set hooks for this pass; see `invact.swapping.swap_in`.
 
     Raises:
         TimeoutError: a forward pass takes longer than `TIME_LIMIT`.
         LeftoverError: something holds on to simulated tensors.
         Exception: the model's own, if it fails in its forward with these inputs on real tensors as well.
     """
-    probe = _Probe(model, inputs, setting, watch, checkpointing, computed, derived)
+    probe = _Probe(model, inputs, setting, watch, checkpointing, computed, derived, derives)
     with _ONE_AT_A_TIME:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         at_first = references_to(mode)
@@ -174,6 +177,7 @@ class _Probe:
     checkpointing: bool
     computed: bool
     derived: bool
+    derives: Mapping[str, bool]
 
     def on_simulated_tensors(self, mode: FakeTensorMode) -> Observation | str:
         """What was kept, or why the model does not run so."""
@@ -229,7 +233,7 @@ class _Probe:
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
             stack.enter_context(checkpoints_counted(checkpoints, run_them=self.checkpointing))
             stack.enter_context(autocast_as_set(self.setting))
-            stack.enter_context(_recorded(self.model, self.watch, ledger, calls))
+            stack.enter_context(_recorded(self.model, self.watch, self.derives, ledger, calls))
             stack.enter_context(TimeLimit(TIME_LIMIT))
             with computed or nullcontext(), ledger, journal.open() if journal else nullcontext():
                 # In a context of its own: what forward sets context variables to ends with it.
@@ -324,13 +328,15 @@ class _OpenCall:
 
 
 @contextmanager
-def _recorded(model: nn.Module, watch: Sequence[Found], ledger: Ledger, calls: list[_OpenCall]) -> Iterator[None]:
-    """Adds to `calls` every call of a watched site."""
+def _recorded(
+    model: nn.Module, watch: Sequence[Found], derives: Mapping[str, bool], ledger: Ledger, calls: list[_OpenCall]
+) -> Iterator[None]:
+    """Adds to `calls` every call of a watched site; hooks are set in one go, over the methods written anew."""
     by_module: dict[str, dict[Written, Runner]] = {}
     for site in watch:
         if site.written is not None:
             by_module.setdefault(site.module_path, {})[site.written] = _Recorder(site, ledger, calls)
-    swaps = swap_in(model, {}, by_module)
+    swaps = swap_in(model, {}, by_module, derives)
     try:
         with ExitStack() as stack:
             for site in watch:

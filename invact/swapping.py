@@ -254,7 +254,8 @@ def _deriving_class(below: type[nn.Module], allowed: bool, by_call: bool) -> typ
     Args:
         by_call: somebody has put another forward on this one module, so that the class's is not what is called.
     """
-    key = (below, "derives", allowed, by_call)
+    # Weakly, or the class under it, and what that refers to, would outlive it by one round of the garbage collector.
+    key = (weakref.ref(below), "derives", allowed, by_call)
     kind = _CLASSES.get(key)
     if kind is None:
         name = "__call__" if by_call else "forward"
