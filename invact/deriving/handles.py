@@ -60,14 +60,16 @@ class Kept(Handle):
     Attributes:
         source: whether recipes may read it.
         narrow: whether this is a 16-bit copy, kept in the stead of a wide one.
+        apart: a copy, which recipes read in its stead: of a parameter that may not be there, or another, by then.
         setting: what the operation that keeps it was told and autograd does not record, such as a norm's eps.
     """
 
-    __slots__ = ("data", "given_back", "narrow", "setting", "source", "stride")
+    __slots__ = ("apart", "data", "given_back", "narrow", "setting", "source", "stride")
 
     def __init__(self, tensor: Tensor, version: int, hooks: tuple[Any, Any] | None) -> None:
         self.version = version
         self.source, self.narrow = True, False
+        self.apart: Kept | None = None
         self.setting: Any = None
         self.made_in_place = -1
         if hooks is None:

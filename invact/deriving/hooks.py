@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from invact.deriving.handles import Bits, Derived, Handle, Kept, remade
 from invact.deriving.journal import journal_here
+from invact.deriving.parameters import copied, is_parameter, parameters_may_go
 from invact.deriving.rules import RULES
 from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
 
@@ -34,9 +35,10 @@ class NormSettings(NamedTuple):
     """What a norm was told and its node does not know."""
 
     eps: float | None
-    bias: Handle | None
+    bias: Kept | None
 
 
+_LAYER_NORM = F.layer_norm.__code__
 _NORMS = {getattr(F, name).__code__ for name in ("layer_norm", "rms_norm", "group_norm", "batch_norm")}
 # Functions that may work in place, and then keep a copy of what they were given.
 _IN_PLACE = {
@@ -71,6 +73,7 @@ class Deriving:
     def __init__(self, allowed: bool = True) -> None:
         self.allowed, self.journal = allowed, journal_here()
         self.outer = outer_hooks()
+        self.parameters_may_go = parameters_may_go()
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
     def __enter__(self) -> Deriving:
@@ -106,7 +109,13 @@ class Deriving:
 
     def _kept(self, tensor: Tensor) -> Kept:
         version = tensor._version
-        return Kept(tensor if tensor.requires_grad and tensor.is_leaf else tensor.detach(), version, self.outer)
+        handle = Kept(tensor if tensor.requires_grad and tensor.is_leaf else tensor.detach(), version, self.outer)
+        if self.parameters_may_go and is_parameter(tensor):
+            copy = copied(tensor)
+            handle.source = copy is not None
+            if copy is not None:
+                handle.apart = Kept(copy, copy._version, self.outer)
+        return handle
 
     def _without_history(self, tensor: Tensor, frame: Any) -> Handle:
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
@@ -114,7 +123,7 @@ class Deriving:
         handle = self._kept(tensor)
         if frame.f_code in _NORMS and not tensor.requires_grad:
             local = frame.f_locals
-            bias = local.get("bias")
+            bias = None if frame.f_code is _LAYER_NORM else local.get("bias")  # its node keeps that
             handle.setting = NormSettings(local["eps"], None if bias is None else self._kept(bias))
         return handle
 
@@ -175,10 +184,10 @@ class Deriving:
         metadata, key = node.metadata, _key(number)
         known = _noted(metadata, key)
         if known is not None:
-            return None if isinstance(known, Kept) and not known.source else known
+            return (known.apart or known if known.source else None) if isinstance(known, Kept) else known
         name = node.name()
-        if name == "torch::autograd::AccumulateGrad":
-            return self._kept(node.variable)
+        if name == "torch::autograd::AccumulateGrad":  # of one that may go nobody knows whether it is still there
+            return None if self.parameters_may_go else self._kept(node.variable)
         rule = RULES.get(name)
         handle = rule(node, number, self._find) if rule is not None else None
         if handle is None or handle.steps > MOST_STEPS:

@@ -55,7 +55,7 @@ def saved(node: Node, name: str) -> Handle | Tensor | None:
     except RuntimeError:  # the node has been run, or does not need it
         return None
     if isinstance(data, Kept):
-        return data if data.source else None
+        return (data.apart or data) if data.source else None
     return data if isinstance(data, Handle) or (isinstance(data, Tensor) and not data.dim()) else None
 
 
@@ -305,8 +305,10 @@ def _told_bias(node: Node, told: Any, find: Find) -> tuple[bool, Handle | None]:
     """A bias that the node does not keep: its gradient needs no more than dy."""
     if told.bias is None:
         return True, None
+    if told.bias.apart is not None:
+        return True, told.bias.apart
     found = produced(node, 2, find)
-    return (found is not None, found) if node.next_functions[2][0] is not None else (True, told.bias)
+    return (found is not None, found) if node.next_functions[2][0] is not None else (told.bias.source, told.bias)
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
