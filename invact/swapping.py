@@ -288,7 +288,21 @@ def _class_over(below: type, first: type, methods: Mapping[str, Any], sites: tup
     metaclass = type(below)
     make = abc.ABCMeta.__new__ if issubclass(metaclass, abc.ABCMeta) else type.__new__
     bases = (below,) if issubclass(below, first) else (first, below)
-    return make(metaclass, below.__name__, bases, names)
+    kind: type = make(metaclass, below.__name__, bases, names)
+    if "forward" in methods:
+        _checkpoint_as_transformers_does(kind)
+    return kind
+
+
+def _checkpoint_as_transformers_does(kind: type) -> None:
+    """Its layers wrap the `forward` of each subclass, and only the outermost of all checkpoints: unwrapped, ours would
+    be that, and gradient checkpointing would be off. Wrapped, ours runs inside the region, and anew in backward.
+    """
+    for base in kind.__mro__:
+        if (base.__module__, base.__name__) == ("transformers.modeling_layers", "GradientCheckpointingLayer"):
+            wrap = vars(base).get("__init_subclass__")
+            if wrap is not None:  # else it checkpoints in __call__
+                wrap.__func__(kind)
 
 
 def _set_class(module: nn.Module, kind: type) -> None:

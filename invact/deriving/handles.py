@@ -64,7 +64,7 @@ class Kept(Handle):
         setting: what the operation that keeps it was told and autograd does not record, such as a norm's eps.
     """
 
-    __slots__ = ("apart", "data", "given_back", "narrow", "setting", "source", "stride")
+    __slots__ = ("apart", "data", "given_back", "held", "left", "narrow", "setting", "source", "stride", "users")
 
     def __init__(self, tensor: Tensor, version: int, hooks: tuple[Any, Any] | None) -> None:
         self.version = version
@@ -72,6 +72,8 @@ class Kept(Handle):
         self.apart: Kept | None = None
         self.setting: Any = None
         self.made_in_place = -1
+        self.users, self.left = 1, 0
+        self.held: tuple[int, Tensor] | None = None
         if hooks is None:
             self.data: Any = tensor
             self.given_back = None
@@ -80,6 +82,7 @@ class Kept(Handle):
             self.stride = tensor.stride() if tensor.layout is torch.strided else None
 
     def wanted_again(self) -> None:
+        self.users += 1
         if self.given_back is None:
             _READ[self.data.untyped_storage()._cdata] = self
 
@@ -96,8 +99,24 @@ class Kept(Handle):
             if tensor._version != self.version:
                 raise changed_in_place(tensor, self.version)
             return tensor
+        return self._made_by_others()
+
+    def _made_by_others(self) -> Tensor:
+        """Asked for once in a backward pass, whoever wants it: a checkpointed region gives what it kept only once."""
+        backward = current_backward()
+        if self.held is not None and self.held[0] == backward:
+            tensor = self.held[1]
+            self.left -= 1
+            if self.left <= 0:
+                self.held = None
+            return tensor
         tensor = self.given_back(self.data)
-        return tensor if self.stride is None else laid_out(tensor, self.stride)
+        if self.stride is not None:
+            tensor = laid_out(tensor, self.stride)
+        if self.users > 1 and backward >= 0:
+            self.held, self.left = (backward, tensor), self.users - 1
+            _let_go_after(backward, self)
+        return tensor
 
 
 class Bits(Handle):
@@ -224,10 +243,10 @@ _READ: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
 
 # By the number of the backward pass: what is held there for whoever asks next. One that breaks off leaves weak
 # references behind and no tensor, since its graph is let go.
-_SHARED: dict[int, list[weakref.ref[Derived]]] = {}
+_SHARED: dict[int, list[weakref.ref[Derived] | weakref.ref[Kept]]] = {}
 
 
-def _let_go_after(backward: int, handle: Derived) -> None:
+def _let_go_after(backward: int, handle: Derived | Kept) -> None:
     """Some may never ask, where not all of the graph is run."""
     shared = _SHARED.get(backward)
     if shared is None:
@@ -239,5 +258,7 @@ def _let_go_after(backward: int, handle: Derived) -> None:
 def _let_go(backward: int) -> None:
     for reference in _SHARED.pop(backward, ()):
         handle = reference()
-        if handle is not None:
+        if isinstance(handle, Derived):
             handle.cache = None
+        elif handle is not None:
+            handle.held = None

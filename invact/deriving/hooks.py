@@ -74,14 +74,19 @@ class Deriving:
         self.allowed, self.journal = allowed, journal_here()
         self.outer = outer_hooks()
         self.parameters_may_go = parameters_may_go()
-        self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
+        self._hooks: saved_tensors_hooks | None = None
 
     def __enter__(self) -> Deriving:
+        self._hooks = saved_tensors_hooks(self.pack if self.allowed else self.pass_on, remade)
         self._hooks.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
+        # Autograd holds `pack` as long as the graph lives: with the hooks this would be a cycle, and through those of a
+        # checkpointed region, which hold its inputs, the graph would wait for the garbage collector.
+        hooks, self._hooks = self._hooks, None
+        assert hooks is not None
+        hooks.__exit__(*error)
 
     # --- what autograd calls ---
 
@@ -140,6 +145,7 @@ class Deriving:
             if not isinstance(known, Kept):
                 return self._asked_again(known, tensor)
             if known.source:
+                known.users += 1
                 return known
             return self._kept(tensor)
         handle: Handle | None = None
