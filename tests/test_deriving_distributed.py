@@ -1,4 +1,4 @@
-"""Two processes over gloo: what is derived there gives the gradients of stock PyTorch, bit for bit, and less is kept."""
+"""Two processes over gloo: what is derived there gives stock PyTorch's gradients, bit for bit, and less is kept."""
 
 import copy
 import weakref

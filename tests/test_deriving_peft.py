@@ -63,9 +63,9 @@ def kept_bytes(model, inputs, autocast=False):
         held.add(kept)
         return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = model(**inputs)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(**inputs)
     storages = {kept.tensor.untyped_storage()._cdata: kept.tensor.untyped_storage().nbytes() for kept in list(held)}
     del output
     return sum(nbytes for identity, nbytes in storages.items() if identity not in own)
