@@ -143,6 +143,10 @@ def _fused_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
+    if torch.is_autocast_enabled(query.device.type):  # which knows attention, but not its kernels by their names
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
+        attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
     head_dim = value.shape[-1]
     out: Tensor
     # The kernels read 16 bytes at a time, so PyTorch pads heads of other widths first.

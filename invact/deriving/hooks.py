@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, kept_by, remade
 from invact.deriving.journal import journal_here
+from invact.deriving.parameters import copied, is_parameter, parameters_may_go
 from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, VIEWS
 from invact.deriving.stead import stead_of
 from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
@@ -35,7 +36,7 @@ class NormSettings(NamedTuple):
     """What a norm was told and its node does not know."""
 
     eps: float | None
-    bias: Handle | None
+    bias: Kept | None
 
 
 # What their nodes do not know: autograd keeps the bias of the first two.
@@ -93,6 +94,7 @@ class Deriving:
         self.allowed, self.journal = allowed, journal_here()
         self.outer = outer_hooks()
         self.outside = None if self.outer is None else self.outer[1]
+        self.parameters_may_go = parameters_may_go()
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
     def __enter__(self) -> Deriving:
@@ -133,11 +135,16 @@ class Deriving:
 
     def _kept(self, tensor: Tensor) -> Kept:
         """An output without its history; what has none is kept itself, and may have attributes of the user's."""
-        return Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version, self.outer)
+        kept = Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version, self.outer)
+        if self.parameters_may_go and is_parameter(tensor):
+            copy = copied(tensor)
+            kept.may_be_read = copy is not None
+            kept.apart = None if copy is None else Kept(copy, copy._version, self.outer)
+        return kept
 
     def _without_history(self, tensor: Tensor, frame: Any) -> Handle:
         if tensor.requires_grad:
-            return Kept(tensor, tensor._version, self.outer)
+            return self._kept(tensor)
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
             return bits
         handle = Kept(tensor, tensor._version, self.outer)
@@ -232,10 +239,10 @@ class Deriving:
         metadata, key = node.metadata, _key(number)
         known = self._noted(metadata, key)
         if known is not None:
-            return known if known.may_be_read else None
+            return (known.apart or known) if known.may_be_read else None
         name = node.name()
         if name == "torch::autograd::AccumulateGrad":
-            return self._kept(node.variable)
+            return self._parameter(node.variable)
         rule = RULES.get(name)
         handle = rule(node, number, self._find) if rule is not None else None
         if handle is None or handle.steps > MOST_STEPS or not self._from_here(handle):
@@ -244,6 +251,13 @@ class Deriving:
             self.journal.recipe(handle, node, number)
         metadata[key] = weakref.ref(handle)
         return handle
+
+    def _parameter(self, leaf: Tensor) -> Kept | None:
+        """A leaf that stock does not keep: a parameter may be stepped before backward, and is copied."""
+        if not is_parameter(leaf):
+            return self._kept(leaf)
+        copy = None if self.parameters_may_go else copied(leaf)
+        return None if copy is None else Kept(copy, copy._version, self.outer)
 
     def _noted(self, metadata: dict[Any, Any], key: tuple[str, int]) -> Handle | None:
         reference = metadata.get(key)

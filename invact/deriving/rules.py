@@ -55,7 +55,7 @@ def saved(node: Node, name: str) -> Handle | Tensor | None:
     """What the node itself keeps under this name; a number is a tensor without a handle."""
     data = kept_by(node, name)
     if isinstance(data, Kept):
-        return data if data.may_be_read else None
+        return (data.apart or data) if data.may_be_read else None
     return data if isinstance(data, Handle) or (isinstance(data, Tensor) and not data.dim()) else None
 
 
@@ -350,16 +350,15 @@ def group_norm(node: Node, number: int, find: Find) -> Derived | None:
         lambda x, w, b: torch.group_norm(x, groups, w, b, eps),
         operand(node, "input", 0, find),
         _affine(node, "weight", 1, find),
-        _told_bias(node, told, find),
+        _told_bias(told),
     )
 
 
-def _told_bias(node: Node, told: Any, find: Find) -> tuple[bool, Handle | None]:
+def _told_bias(told: Any) -> tuple[bool, Handle | None]:
     """A bias that the node does not keep: its gradient needs no more than dy."""
     if told.bias is None:
         return True, None
-    found = produced(node, 2, find)
-    return (found is not None, found) if node.next_functions[2][0] is not None else (True, told.bias)
+    return told.bias.may_be_read, told.bias.apart or told.bias
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
@@ -369,7 +368,7 @@ def batch_norm(node: Node, number: int, find: Find) -> Derived | None:
     if number or told is None:
         return None
     eps, training = told.eps, node._saved_training
-    x, weight, bias = operand(node, "input", 0, find), _affine(node, "weight", 1, find), _told_bias(node, told, find)
+    x, weight, bias = operand(node, "input", 0, find), _affine(node, "weight", 1, find), _told_bias(told)
     if not training:
         mean, var = saved(node, "running_mean"), saved(node, "running_var")
         return _norm(  # type: ignore[no-any-return]
