@@ -78,6 +78,7 @@ def assert_as_stock(model, autocast, share):
     for one, other in zip(expected, found, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
     kept, before = kept_bytes(model, inputs, autocast), kept_bytes(stock, inputs, autocast)
+    share += 0.1 * autocast  # its 16-bit copies of weights are kept as in stock
     assert kept < share * before, (kept, before)
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invact.deriving.handles import Derived, Handle, Kept, kept_by
+from invact.deriving.parameters import is_parameter
 from invact.pytorch_inside import make_contiguous_strides_for
 
 aten = torch.ops.aten
@@ -445,11 +446,9 @@ def variance_along_a_row(node: Node, number: int, find: Find) -> Derived | None:
 def cast(node: Node, number: int, find: Find) -> Derived | None:
     """But a weight's copy is kept as stock keeps it: whoever changes the weight before backward may do so there."""
     to, (producer, output) = node._input_metadata[0], node.next_functions[0]
-    if (
-        producer is None
-        or producer.name() == "torch::autograd::AccumulateGrad"
-        or producer._input_metadata[output].device != to.device
-    ):
+    if producer is None or producer._input_metadata[output].device != to.device:
+        return None
+    if producer.name() == "torch::autograd::AccumulateGrad" and is_parameter(producer.variable):
         return None
     dtype = to.dtype
     return derived(lambda x: x.to(dtype), find(producer, output))
