@@ -713,7 +713,8 @@ def test_dropout_on_a_gpu_for_every_percentage():
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, FP16])
 def test_norms_on_a_gpu(name, dtype):
     norm, shape = NORMS[name]
-    for weights in {dtype, FLOAT}:
+    # Of the norms of a GPU only batch norm takes wide weights beside narrow inputs.
+    for weights in {dtype, FLOAT} if "batch" in name else {dtype}:
         w, b = torch.rand(shape).to(weights).cuda(), torch.randn(shape).to(weights).cuda()
         for layout in LAYOUTS:
             x = layout(dtype).cuda()

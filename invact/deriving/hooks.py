@@ -47,6 +47,7 @@ _NORMS = {
     F.batch_norm.__code__: "eps and bias",
     F.instance_norm.__code__: "eps and bias",
 }
+_STATISTICS_WITH_HISTORY = ("NativeGroupNormBackward0", "FusedRmsNormBackward0")
 # Functions that may work in place, and then keep a copy of what they were given.
 _IN_PLACE = {
     getattr(F, name).__code__
@@ -116,7 +117,7 @@ class Deriving:
             # The last are the weights of linear layers.
             handle = Kept(tensor.detach(), tensor._version, self.outer)
             if tensor.output_nr:
-                self._tell_of_group_norm(handle, node, sys._getframe(1))
+                self._tell_of_norm(handle, node, sys._getframe(1))
         else:
             handle = self._with_history(tensor, node, name, sys._getframe(1))
         if self.journal is not None:
@@ -159,9 +160,9 @@ class Deriving:
             bias = bias.repeat(local["input"].shape[0])  # a batch norm, with channels of each of the batch side by side
         return NormSettings(local["eps"], None if bias is None else self._kept(bias))
 
-    def _tell_of_group_norm(self, handle: Handle, node: Any, frame: Any) -> None:
-        """Its statistics alone have a history, among those of norms."""
-        if isinstance(handle, Kept) and frame.f_code in _NORMS and node.name() == "NativeGroupNormBackward0":
+    def _tell_of_norm(self, handle: Handle, node: Any, frame: Any) -> None:
+        """Its statistics have a history, as those of the fused RMS norm have, and no other norm's."""
+        if isinstance(handle, Kept) and frame.f_code in _NORMS and node.name() in _STATISTICS_WITH_HISTORY:
             handle.setting = self._norm_settings(frame)
 
     def _with_history(self, tensor: Tensor, node: Any, name: str, frame: Any) -> Handle:
@@ -176,7 +177,7 @@ class Deriving:
         if handle is None:
             handle = self._kept(tensor)
             if number:
-                self._tell_of_group_norm(handle, node, frame)
+                self._tell_of_norm(handle, node, frame)
         if name == "CloneBackward0" and frame.f_code in _IN_PLACE and frame.f_locals["inplace"]:
             handle.made_in_place = frame.f_locals["input"]._version + 1
         self._note(metadata, number, handle)
