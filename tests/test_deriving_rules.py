@@ -688,6 +688,8 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 @on_a_gpu
 @pytest.mark.parametrize("name", [*ONE, *SEVERAL, *MOVED])
 def test_operators_on_a_gpu(name):
+    if name == "UpsampleBilinear2DBackward0":
+        pytest.skip("it is not derived there")
     for dtype in (FLOAT, BF16):
         for layout in LAYOUTS:
             if name in ONE:
