@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from invact import functional
-from invact.deriving.hooks import Deriving, is_deriving, may_derive
+from invact.deriving.hooks import SMALLEST, Deriving, is_deriving, may_derive
 from invact.kernels import Curve
 from invact.own_errors import users_call
 from invact.pytorch_inside import hooks_on_all_modules, transforms_active
@@ -34,7 +34,8 @@ SMALLEST_INVERTED = 16384
 """Elements from which on an activation is inverted where its output could be derived as well.
 
 Both keep one tensor, and inverting computes nothing twice; but it takes many operators of a CPU, and a kernel's start
-of a GPU's host: for fewer elements than these more time than the stock operator run again.
+of a GPU's host: for fewer elements than these more time than the stock operator run again. Below `SMALLEST` nothing
+is derived, and inverting is all there is.
 """
 
 
@@ -58,7 +59,8 @@ class Inversion:
             return False  # fx, for one, traces with what is no tensor
         if getattr(_THREAD, "watched", None) is not None and transforms_active():
             return False  # what hooks change can not be told there
-        if not torch.compiler.is_compiling() and x.numel() < SMALLEST_INVERTED and is_deriving(True):
+        few = SMALLEST <= x.numel() < SMALLEST_INVERTED
+        if few and not torch.compiler.is_compiling() and is_deriving(True):
             return False
         return functional.wants_gradient(x) and self.settings.unchanged(module)
 
