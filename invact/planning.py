@@ -236,13 +236,15 @@ def _derived_site(site: Site, derived: Sequence[DerivedTensor]) -> Site:
 def _count_small_sites(report: Report) -> None:
     """What few elements an inverted site was given is made again as long as it is, and counts as the site's."""
     inverted = {site.path for site in report.inverted}
-    small = {tensor.path: tensor for tensor in report.derived if tensor.path in inverted}
+    small: Counter[str] = Counter()
+    for tensor in report.derived:
+        if tensor.path in inverted:
+            small[tensor.path] += tensor.bytes_saved
     report.derived = [tensor for tensor in report.derived if tensor.path not in small]
     words = f"; fewer than {SMALLEST_INVERTED:,} elements, as here, are made again instead"
     for place, site in enumerate(report.sites):
         if site.path in small:
-            tensor = small[site.path]
-            report.sites[place] = replace(site, reason=site.reason + words, bytes_saved=tensor.bytes_saved)
+            report.sites[place] = replace(site, reason=site.reason + words, bytes_saved=small[site.path])
 
 
 # --- the choice ---------------------------------------------------------------------------------------
