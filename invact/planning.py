@@ -274,8 +274,9 @@ class _Choice:
         self.keepers: dict[Key, set[str]] = {}
         self.casts: dict[Key, list[Entry]] = {}
         assert observed.stock is not None
-        # What each site keeps once all is derived that can be.
+        # What is kept once all is derived that can be, and by which site.
         self.kept_at: Counter[str] = Counter()
+        self.kept_then = {entry.key for entry in observed.entries}
         for entry in observed.entries:
             self.kept_at[entry.path] += entry.nbytes
         for entry in observed.stock.entries:
@@ -370,9 +371,11 @@ class _Choice:
         kept = self.kept_at[found.path]
         if kept < outputs:
             return "its input is not kept either"
-        # An expression is inverted by other source than the author's: only where that saves more.
+        # An expression is inverted by other source than the author's: only where that saves more, as it does where its
+        # output is kept: of few elements, left out by include or exclude, changed in place.
         bits = sum(call.bit_nbytes for call in calls) * found.curve.has_side
-        if found.written is not None and kept <= outputs + bits:
+        derived = all(self._output_key(call) not in self.kept_then for call in calls)
+        if found.written is not None and derived and kept <= outputs + bits:
             return "inverting an expression, it would keep no less"
         return ""
 
