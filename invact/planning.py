@@ -188,8 +188,11 @@ def _decide(
             after = observe(model, inputs, setting, computed=True, derived=True)
     report = decided.report
     report.derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
-    if not report.derived:
+    if decided.derives and not report.derived and not decisive.checkpoints:  # inside regions it is not seen
         decided.derives.clear()
+        if chosen:  # with hooks in place, sites of few elements have run stock code
+            with decided.applied(model):
+                after = observe(model, inputs, setting, computed=True)
     # Expressions are told apart in the first pass only.
     report.sites = [_derived_site(site, [*decisive.derived, *report.derived]) for site in report.sites]
     _count_small_sites(report)
@@ -236,13 +239,15 @@ def _derived_site(site: Site, derived: Sequence[DerivedTensor]) -> Site:
 def _count_small_sites(report: Report) -> None:
     """What few elements an inverted site was given is made again as long as it is, and counts as the site's."""
     inverted = {site.path for site in report.inverted}
-    small = {tensor.path: tensor for tensor in report.derived if tensor.path in inverted}
+    small: Counter[str] = Counter()  # of one that is called several times, several tensors
+    for tensor in report.derived:
+        if tensor.path in inverted:
+            small[tensor.path] += tensor.bytes_saved
     report.derived = [tensor for tensor in report.derived if tensor.path not in small]
     words = f"; fewer than {SMALLEST_INVERTED:,} elements, as here, are made again instead"
     for place, site in enumerate(report.sites):
         if site.path in small:
-            tensor = small[site.path]
-            report.sites[place] = replace(site, reason=site.reason + words, bytes_saved=tensor.bytes_saved)
+            report.sites[place] = replace(site, reason=site.reason + words, bytes_saved=small[site.path])
 
 
 # --- the choice ---------------------------------------------------------------------------------------
@@ -273,6 +278,7 @@ class _Choice:
         assert observed.stock is not None
         # What each site keeps once all is derived that can be.
         self.kept_at: Counter[str] = Counter()
+        self.kept = {entry.key for entry in observed.entries}
         for entry in observed.entries:
             self.kept_at[entry.path] += entry.nbytes
         for entry in observed.stock.entries:
@@ -335,7 +341,9 @@ class _Choice:
     def inversion(self, found: Found) -> Inversion:
         """How a chosen site is inverted."""
         assert found.settings is not None
-        return Inversion(found.curve, found.settings, any(call.in_place for call in self.calls[found.path]))
+        calls = self.calls[found.path]
+        derivable = not any(call.y_key in self.kept for call in calls if call.needs_grad)
+        return Inversion(found.curve, found.settings, any(call.in_place for call in calls), derivable)
 
     def _keeps_only_outputs(self, path: str) -> bool:
         own = {key for key, keepers in self.keepers.items() if path in keepers}

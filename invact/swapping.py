@@ -46,11 +46,13 @@ class Inversion:
         curve: what is computed there.
         settings: what its code reads besides its input. While it is anything else, the stock code runs.
         in_place: the output takes the memory of the input.
+        derivable: where tensors are derived, its output is made again if the stock code runs.
     """
 
     curve: Curve
     settings: Settings
     in_place: bool = False
+    derivable: bool = True
 
     def applies(self, module: nn.Module, x: Any) -> bool:
         """Whether `x` is to be computed here and not by the stock code."""
@@ -58,7 +60,7 @@ class Inversion:
             return False  # fx, for one, traces with what is no tensor
         if getattr(_THREAD, "watched", None) is not None and transforms_active():
             return False  # what hooks change can not be told there
-        if not torch.compiler.is_compiling() and x.numel() < SMALLEST_INVERTED and is_deriving(True):
+        if self.derivable and not torch.compiler.is_compiling() and x.numel() < SMALLEST_INVERTED and is_deriving(True):
             return False
         return functional.wants_gradient(x) and self.settings.unchanged(module)
 
