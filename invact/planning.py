@@ -188,8 +188,11 @@ def _decide(
             after = observe(model, inputs, setting, computed=True, derived=True)
     report = decided.report
     report.derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
-    if not report.derived:
+    if decided.derives and not report.derived and not decisive.checkpoints:  # inside regions it is not seen
         decided.derives.clear()
+        if chosen:  # with hooks in place, sites of few elements have run stock code
+            with decided.applied(model):
+                after = observe(model, inputs, setting, computed=True)
     # Expressions are told apart in the first pass only.
     report.sites = [_derived_site(site, [*decisive.derived, *report.derived]) for site in report.sites]
     _count_small_sites(report)
@@ -339,7 +342,9 @@ class _Choice:
     def inversion(self, found: Found) -> Inversion:
         """How a chosen site is inverted."""
         assert found.settings is not None
-        return Inversion(found.curve, found.settings, any(call.in_place for call in self.calls[found.path]))
+        calls = self.calls[found.path]
+        derivable = not any(call.y_key in self.kept_then for call in calls if call.needs_grad)
+        return Inversion(found.curve, found.settings, any(call.in_place for call in calls), derivable)
 
     def _keeps_only_outputs(self, path: str) -> bool:
         own = {key for key, keepers in self.keepers.items() if path in keepers}

@@ -47,11 +47,13 @@ class Inversion:
         curve: what is computed there.
         settings: what its code reads besides its input. While it is anything else, the stock code runs.
         in_place: the output takes the memory of the input.
+        derivable: where tensors are derived, its output is made again if the stock code runs.
     """
 
     curve: Curve
     settings: Settings
     in_place: bool = False
+    derivable: bool = True
 
     def applies(self, module: nn.Module, x: Any) -> bool:
         """Whether `x` is to be computed here and not by the stock code."""
@@ -222,7 +224,7 @@ def _inverted_forward(stock: type[nn.Module], inversion: Inversion) -> Callable[
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Who holds on to this method may call it when the module has its own class again.
         alone = len(args) == 1 and not kwargs and _is_patched(self)
-        if alone and inversion.applies(self, args[0]) and not _better_derived(args[0]):
+        if alone and inversion.applies(self, args[0]) and not (inversion.derivable and _better_derived(args[0])):
             return inversion(args[0])
         return stock.forward(self, *args, **kwargs)
 
