@@ -1,6 +1,6 @@
 """Patches a small configuration of every model class of the three libraries and holds invact to its promises.
 
-python tests/sweep [--library transformers|timm|open_clip] [--match GLOB ...] [--minutes M] [--resume] [--table docs/models.md]
+python tests/sweep [--library transformers|timm|open_clip] [--match GLOB ...] [--minutes M] [--resume] [--table PAGE]
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
             arguments.results.write_text("")
         settled = {key for key, found in done.items() if found["status"] == "passed" or not arguments.retry}
         matching = [found for found in everything if any(fnmatchcase(found[1], glob) for glob in arguments.match)]
-        _sweep([found for found in most_different_first(matching) if ":".join(found) not in settled], done, arguments)
+        _sweep([found for found in _most_different_first(matching) if ":".join(found) not in settled], done, arguments)
     if arguments.table:
         from table import as_table
 
@@ -41,7 +41,7 @@ def main() -> None:
         arguments.table.write_text(as_table(there, Counter(library for library, _ in everything)))
 
 
-def most_different_first(work: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _most_different_first(work: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """One class of every family before a second of any; the families in the same disorder each time.
 
     What a run that ends early has seen is a sample of all there is.

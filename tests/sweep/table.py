@@ -29,35 +29,34 @@ def as_table(results: list[dict], classes: Counter[str]) -> str:
 
 def _head(results: list[dict], classes: Counter[str]) -> list[str]:
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    rows = [
-        _totals(library, [r for r in results if r["library"] == library], classes[library]) for library in LIBRARIES
-    ]
+    by_library = {library: [result for result in results if result["library"] == library] for library in LIBRARIES}
+    rows = [_totals(library, found, classes[library]) for library, found in by_library.items()]
     return [
         "# Every model class we can build",
         "",
-        "A small configuration of each class is built with no network and no weights, patched twice, as usual and with",
-        "`exact=True`, and held against the stock model: bytes kept for backward as reported and as counted apart from",
-        "invact on real tensors within 1%, before, after and after `exact=True`; outputs within 1e-5; the gradients of all",
-        "parameters together within 1e-4 in relative L2 (fp32, training mode, same seeds, so that dropout and layer drop",
-        "agree), and bit for bit the stock ones with `exact=True` and wherever nothing is inverted; bitwise the old",
-        "gradients after `unpatch`; never more bytes than before. Linear layers are first rescaled to unit gain:",
-        "activations then come near their minimum, where inverting is hardest. Where gradients are further off than 1e-4,",
-        "they are held against float64: some models amplify every rounding, and stock fp32 is as far off (see the last",
-        "column).",
+        "A small configuration of each class is built with no network and no weights, patched twice, as usual and",
+        "with `exact=True`, and held against the stock model: bytes kept for backward as reported and as counted",
+        "apart from invact on real tensors within 1%, before and after either; never more bytes than before; outputs",
+        "within 1e-5; the gradients of all parameters together within 1e-4 in relative L2 (fp32, training mode, same",
+        "seeds, so that dropout and layer drop agree), and both bit for bit the stock ones with `exact=True` and",
+        "wherever nothing is inverted; bitwise the old gradients after `unpatch`. Linear layers are first rescaled to",
+        "unit gain: activations then come near their minimum, where inverting is hardest. Where gradients are further",
+        "off than 1e-4, they are held against float64: some models amplify every rounding, and stock fp32 is as far",
+        "off (see the last column).",
         "",
         "Of transformers, the base model and one head of every architecture in the Auto mappings; of timm, the",
         "smallest member of every family of every model file; of OpenCLIP, one model of every kind of configuration,",
         "whatever the sizes. A class that does not run on inputs that we could make, or that takes too long, counts as",
         "built and not as passed.",
         "",
-        f"{datetime.date.today()}, {versions}, on one CPU core ({_hours(results)} hours). {_swept(results, classes)}",
-        "Made by",
+        f"{datetime.date.today()}, {versions}, on one CPU core ({_hours(results)} hours).",
+        f"{_swept(results, classes)} Made by",
         "",
         "```sh",
         "python tests/sweep --results sweep.jsonl --table docs/models.md",
         "```",
         "",
-        "| library | classes | swept | built | run | passed | passed of built | something to invert | something to derive |",
+        "| library | classes | swept | built | run | passed | passed of built | inverted | derived |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *rows,
         _totals("all", results, classes.total()),
@@ -65,10 +64,10 @@ def _head(results: list[dict], classes: Counter[str]) -> list[str]:
         "*Built* counts the classes of which the library makes a model from its own default configuration, shrunk;",
         "*run*, those whose stock forward and backward work in training on inputs that we could make. Small models of",
         "narrow layers save other shares than the real ones: the columns are what this test saw. For yours, run",
-        "`invact patch NAME`. *Inverted* is how many of the places with a pointwise activation were inverted; *derived*,",
-        "the share of the bytes kept before that is saved by making tensors again; *saved*, the share saved by both, as",
-        "counted apart; *exact*, that saved with `exact=True`; *floor*, what would be saved if nothing were kept that",
-        "operations without a matrix product can make again.",
+        "`invact patch NAME`. *Inverted* is how many of the places with a pointwise activation were inverted (above,",
+        "in how many classes any was); *derived*, the share of the bytes kept before that making tensors again saves;",
+        "*saved*, the share that both save, as counted apart; *exact*, that saved with `exact=True`; *floor*, what",
+        "would be saved if nothing were kept that operations without a matrix product can make again.",
         "",
     ]
 
@@ -89,9 +88,8 @@ def _totals(name: str, results: list[dict], classes: int) -> str:
     inverted = sum(1 for result in passed if result["inverted"])
     derived = sum(1 for result in passed if result["derived"])
     share = _percent(len(passed), built)
-    return (
-        f"| {name} | {classes} | {len(results)} | {built} | {run} | {len(passed)} | {share} | {inverted} | {derived} |"
-    )
+    cells = [name, classes, len(results), built, run, len(passed), share, inverted, derived]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _hours(results: list[dict]) -> str:
