@@ -305,7 +305,9 @@ def _is_patched(module: Any) -> bool:
     return isinstance(module, Patched)
 
 
-def _class_over(below: type, first: type, methods: Mapping[str, Any], sites: tuple[tuple[str, str], ...]) -> type:
+def _class_over(
+    below: type, first: type[Patched], methods: Mapping[str, Any], sites: tuple[tuple[str, str], ...]
+) -> type:
     """A subclass that looks like the class it is of, made past metaclasses that keep a register."""
     copied = {name: getattr(below, name) for name in ("__module__", "__qualname__", "__doc__")}
     stock = below._invact_stock if issubclass(below, Patched) else below
@@ -337,7 +339,7 @@ def _set_class(module: nn.Module, kind: type) -> None:
 class Swaps:
     """The modules that `swap_in` patched, each with the class it was given, so that exactly these are taken back."""
 
-    modules: list[tuple[nn.Module, type]] = field(default_factory=list)
+    modules: list[tuple[nn.Module, type[Patched]]] = field(default_factory=list)
 
     def undo(self) -> int:
         """Takes every class of ours off again; returns the number of sites restored."""
@@ -350,7 +352,7 @@ class Swaps:
         return restored
 
 
-def _class_without(kind: type, ours: type) -> type:
+def _class_without(kind: type, ours: type[Patched]) -> type:
     """The class under ours, or that of somebody, such as FSDP, who has put his own on top, over it."""
     if kind is ours:
         below: type = ours._invact_below

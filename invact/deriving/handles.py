@@ -44,6 +44,8 @@ class Handle:
     """
 
     __slots__ = ("__dict__", "__weakref__", "outside", "version")  # what few handles have is in the dictionary
+    outside: Any
+    version: int
     steps = 0
     joins = False
     apart: Handle | None = None

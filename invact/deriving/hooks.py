@@ -361,7 +361,7 @@ def may_derive() -> bool:
     """Whether hooks can be set where this is called: not while a graph is traced, nor inside torch.func."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    return hooks_allowed() and not transforms_active() and not torch.jit.is_tracing()
+    return hooks_allowed() and not transforms_active() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_deriving(allowed: bool) -> bool:

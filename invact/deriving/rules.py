@@ -298,7 +298,9 @@ def _affine(node: Node, name: str, edge: int, find: Find) -> tuple[bool, Handle 
     return found is not None, found if isinstance(found, Handle) else None
 
 
-def _norm(operator: Callable[..., Tensor], x: Handle | Tensor | None, *affine: tuple[bool, Handle | None]) -> Any:
+def _norm(
+    operator: Callable[..., Tensor], x: Handle | Tensor | None, *affine: tuple[bool, Handle | Tensor | None]
+) -> Any:
     """A norm's recipe; `operator` takes x, weight and bias, of which some may be missing."""
     if not all(had for had, _ in affine):
         return None
