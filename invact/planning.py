@@ -188,8 +188,11 @@ def _decide(
             after = observe(model, inputs, setting, computed=True, derived=True)
     report = decided.report
     report.derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
-    if not report.derived:
+    if decided.derives and not report.derived and not decisive.checkpoints:  # inside regions it is not seen
         decided.derives.clear()
+        if chosen:  # with hooks in place, sites of few elements have run stock code
+            with decided.applied(model):
+                after = observe(model, inputs, setting, computed=True)
     # Expressions are told apart in the first pass only.
     report.sites = [_derived_site(site, [*decisive.derived, *report.derived]) for site in report.sites]
     _count_small_sites(report)
@@ -274,8 +277,9 @@ class _Choice:
         self.keepers: dict[Key, set[str]] = {}
         self.casts: dict[Key, list[Entry]] = {}
         assert observed.stock is not None
-        # What each site keeps once all is derived that can be.
+        # What is kept once all is derived that can be, and by which site.
         self.kept_at: Counter[str] = Counter()
+        self.kept_then = {entry.key for entry in observed.entries}
         for entry in observed.entries:
             self.kept_at[entry.path] += entry.nbytes
         for entry in observed.stock.entries:
@@ -338,7 +342,9 @@ class _Choice:
     def inversion(self, found: Found) -> Inversion:
         """How a chosen site is inverted."""
         assert found.settings is not None
-        return Inversion(found.curve, found.settings, any(call.in_place for call in self.calls[found.path]))
+        calls = self.calls[found.path]
+        derivable = not any(call.y_key in self.kept_then for call in calls if call.needs_grad)
+        return Inversion(found.curve, found.settings, any(call.in_place for call in calls), derivable)
 
     def _keeps_only_outputs(self, path: str) -> bool:
         own = {key for key, keepers in self.keepers.items() if path in keepers}
@@ -370,9 +376,11 @@ class _Choice:
         kept = self.kept_at[found.path]
         if kept < outputs:
             return "its input is not kept either"
-        # An expression is inverted by other source than the author's: only where that saves more.
+        # An expression is inverted by other source than the author's: only where that saves more, as it does where its
+        # output is kept: of few elements, left out by include or exclude, changed in place.
         bits = sum(call.bit_nbytes for call in calls) * found.curve.has_side
-        if found.written is not None and kept <= outputs + bits:
+        derived = all(self._output_key(call) not in self.kept_then for call in calls)
+        if found.written is not None and derived and kept <= outputs + bits:
             return "inverting an expression, it would keep no less"
         return ""
 

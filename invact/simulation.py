@@ -143,6 +143,10 @@ def _fused_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
+    if torch.is_autocast_enabled(query.device.type):  # which knows attention, but not its kernels by their names
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
+        attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
     head_dim = value.shape[-1]
     out: Tensor
     # The kernels read 16 bytes at a time, so PyTorch pads heads of other widths first.
@@ -193,7 +197,12 @@ class AsRealKernels(TorchDispatchMode):
     it does not know at all.
     """
 
-    _norms = ((torch.ops.aten.native_layer_norm, 2), (torch.ops.aten.native_group_norm, 1))  # and where their weight is
+    # And where what makes their statistics 32-bit ones stands among the arguments: the weight, running means as well.
+    _norms = (
+        (torch.ops.aten.native_layer_norm, (2,)),
+        (torch.ops.aten.native_group_norm, (1,)),
+        (torch.ops.aten.native_batch_norm, (1, 3)),
+    )
     _products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution)
 
     def __init__(self, setting: Setting) -> None:
@@ -212,15 +221,14 @@ class AsRealKernels(TorchDispatchMode):
         if func.overloadpacket is torch.ops.aten.mkldnn_rnn_layer and self._for_cpu:
             raise ImitatedError("only oneDNN knows how much its LSTM keeps")
         out = users_call(func, *args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.native_batch_norm and args[0].device.type == "cpu":
-            normed, *statistics = out
-            return (normed.contiguous(memory_format=suggest_memory_format(args[0])), *statistics)
-        for norm, place in self._norms:
+        for norm, places in self._norms:
             if func.overloadpacket is norm and args[0].device.type == "cpu":
-                weight = args[place]
-                if weight is not None and weight.dtype is torch.float32:
-                    normed, *statistics = out
-                    return (normed, *[statistic.float() for statistic in statistics])
+                normed, *statistics = out
+                if norm is torch.ops.aten.native_batch_norm:
+                    normed = normed.contiguous(memory_format=suggest_memory_format(args[0]))
+                if any(args[place] is not None and args[place].dtype is torch.float32 for place in places):
+                    statistics = [statistic.float() for statistic in statistics]
+                return (normed, *statistics)
         return out
 
 

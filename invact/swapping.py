@@ -34,7 +34,8 @@ SMALLEST_INVERTED = 16384
 """Elements from which on an activation is inverted where its output could be derived as well.
 
 Both keep one tensor, and inverting computes nothing twice; but it takes many operators of a CPU, and a kernel's start
-of a GPU's host: for fewer elements than these more time than the stock operator run again.
+of a GPU's host: for fewer elements than these more time than the stock operator run again. Below `SMALLEST` nothing
+is derived, and inverting is all there is, as it is of an expression that is inverted: there it keeps less.
 """
 
 
@@ -46,11 +47,13 @@ class Inversion:
         curve: what is computed there.
         settings: what its code reads besides its input. While it is anything else, the stock code runs.
         in_place: the output takes the memory of the input.
+        derivable: where tensors are derived, its output is made again if the stock code runs.
     """
 
     curve: Curve
     settings: Settings
     in_place: bool = False
+    derivable: bool = True
 
     def applies(self, module: nn.Module, x: Any) -> bool:
         """Whether `x` is to be computed here and not by the stock code."""
@@ -58,8 +61,6 @@ class Inversion:
             return False  # fx, for one, traces with what is no tensor
         if getattr(_THREAD, "watched", None) is not None and transforms_active():
             return False  # what hooks change can not be told there
-        if not torch.compiler.is_compiling() and SMALLEST <= x.numel() < SMALLEST_INVERTED and is_deriving(True):
-            return False
         return functional.wants_gradient(x) and self.settings.unchanged(module)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -222,11 +223,19 @@ def _inverted_forward(stock: type[nn.Module], inversion: Inversion) -> Callable[
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Who holds on to this method may call it when the module has its own class again.
-        if len(args) == 1 and not kwargs and _is_patched(self) and inversion.applies(self, args[0]):
+        alone = len(args) == 1 and not kwargs and _is_patched(self)
+        if alone and inversion.applies(self, args[0]) and not (inversion.derivable and _better_derived(args[0])):
             return inversion(args[0])
         return stock.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _better_derived(x: Tensor) -> bool:
+    """Whether the output is to be made again from few elements."""
+    if torch.compiler.is_compiling():
+        return False  # before asking for a size, which a graph would be bound to
+    return SMALLEST <= x.numel() < SMALLEST_INVERTED and is_deriving(True)
 
 
 def _rewritten_class(stock: type[nn.Module], runners: Mapping[Written, Runner]) -> type:

@@ -110,3 +110,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Runs `work(rank, **options)` in both of two processes."""
+    from two_processes import TwoProcesses
+
+    processes = TwoProcesses(tmp_path_factory.mktemp("meeting_points"))
+    yield processes.run
+    processes.stop()

@@ -688,6 +688,8 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 @on_a_gpu
 @pytest.mark.parametrize("name", [*ONE, *SEVERAL, *MOVED])
 def test_operators_on_a_gpu(name):
+    if name == "UpsampleBilinear2DBackward0":
+        pytest.skip("it is not derived there")
     for dtype in (FLOAT, BF16):
         for layout in LAYOUTS:
             if name in ONE:
@@ -713,7 +715,8 @@ def test_dropout_on_a_gpu_for_every_percentage():
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, FP16])
 def test_norms_on_a_gpu(name, dtype):
     norm, shape = NORMS[name]
-    for weights in {dtype, FLOAT}:
+    # Of the norms of a GPU only batch norm takes wide weights beside narrow inputs.
+    for weights in {dtype, FLOAT} if "batch" in name else {dtype}:
         w, b = torch.rand(shape).to(weights).cuda(), torch.randn(shape).to(weights).cuda()
         for layout in LAYOUTS:
             x = layout(dtype).cuda()

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import invact
+from invact import swapping
 
 # Rows of (3, 11, WIDTH) and images of (2, WIDTH, 4, 4) have just as many elements as it takes to be derived, and the
 # halves of a value have too few.
@@ -79,6 +81,16 @@ class NormInSteps(nn.Module):
         x = x.to(torch.float32)
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
         return self.weight * x.to(dtype)
+
+
+class FrozenNorm1d(nn.BatchNorm1d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class FrozenNorm2d(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
 
 
 class ChannelsLast(nn.Module):
@@ -206,7 +218,7 @@ LAYERS = {
     "batch norm, no affine": lambda images: of_channels(
         images, (nn.BatchNorm2d if images else nn.BatchNorm1d)(WIDTH, affine=False)
     ),
-    "frozen norm": lambda images: of_channels(images, (nn.BatchNorm2d if images else nn.BatchNorm1d)(WIDTH).eval()),
+    "frozen norm": lambda images: of_channels(images, (FrozenNorm2d if images else FrozenNorm1d)(WIDTH)),
     "pool": lambda images: nn.AvgPool2d(3, 1, 1) if images else nn.Softmax(-1),
     "dropout": lambda images: nn.Dropout(0.3),
     "no dropout": lambda images: nn.Dropout(0.0),
@@ -344,6 +356,7 @@ graphs = st.tuples(
     st.booleans(),  # images in channels_last
     st.booleans(),  # left in training mode, or in evaluation mode and trained so
     st.sampled_from(["fp32", "fp32", "bf16", "autocast"]),
+    st.booleans(),  # taken for large: with as few elements as here, stock activations would run and be derived
 )
 
 
@@ -421,7 +434,12 @@ def trained_once(model, x, autocast):
     return torch.cat([value.detach().flatten().float() for value in outputs]), torch.cat(gradients)
 
 
-def check(steps, images, channels_last, training, precision):
+def check(steps, images, channels_last, training, precision, large):
+    with patch.object(swapping, "SMALLEST_INVERTED", 1 if large else swapping.SMALLEST_INVERTED):
+        check_patched(steps, images, channels_last, training, precision)
+
+
+def check_patched(steps, images, channels_last, training, precision):
     torch.manual_seed(0)
     model = Graph(steps, images).train(training)
     x = torch.randn(2, WIDTH, 4, 4) if images else torch.randn(3, 11, WIDTH)
@@ -441,6 +459,7 @@ def check(steps, images, channels_last, training, precision):
         raise
     assume(stock is not None and all(torch.isfinite(t).all() for t in stock))
     assume(stock[1].norm() < 1e4)
+    exactly = trained_once(copy.deepcopy(model).float(), x.float(), nullcontext)
     before, left = kept_and_alive(copy.deepcopy(model), x, autocast)
 
     dtype = torch.bfloat16 if precision == "autocast" else None
@@ -452,7 +471,15 @@ def check(steps, images, channels_last, training, precision):
         report = invact.patch(ours, (x,), exact=exact, autocast=dtype)
         assert report.bytes_before == counted.total_bytes
         check_bytes(report, ours, x, autocast, before, left)
-        check_training((exact and "exact") or precision, copy.deepcopy(ours), x, autocast, stock)
+        learned = trained_once(copy.deepcopy(ours), x, autocast)
+        for value, of_stock, in_fp32 in zip(learned, stock, exactly, strict=True):
+            if not report.inverted:
+                assert torch.equal(value, of_stock)
+            elif precision == "fp32":
+                assert (value - of_stock).norm() <= 1e-4 * of_stock.norm()
+            else:  # as near to what 32 bits give as stock is, give or take one rounding
+                off, stock_off = (value - in_fp32).norm(), (of_stock - in_fp32).norm()
+                assert off <= 1.5 * stock_off + 2**-8 * in_fp32.norm()
         event(f"exact={exact}: {len(report.inverted)} sites inverted, {bool(report.derived)} derived")
         assert invact.unpatch(ours) == len(report.inverted)
         again = trained_once(ours, x, autocast)
@@ -473,17 +500,14 @@ def check_bytes(report, model, x, autocast, before, left):
     assert left_alive(copy.deepcopy(model), x, autocast) <= 0
 
 
-def check_training(how, model, x, autocast, stock):
-    output, gradient = trained_once(model, x, autocast)
-    if how == "exact":
-        assert torch.equal(output, stock[0])
-        assert torch.equal(gradient, stock[1])
-    elif how == "fp32":
-        torch.testing.assert_close(output, stock[0], rtol=1e-5, atol=1e-5)
-        assert (gradient - stock[1]).norm() <= 1e-4 * stock[1].norm()
-    else:  # inverted, an activation rounds once where some round every step
-        assert (output - stock[0]).norm() <= 0.03 * stock[0].norm() + 1e-3
-        assert (gradient - stock[1]).norm() <= 0.1 * stock[1].norm() + 1e-3
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage_to_look_for():
+    """What was there before no collection goes over again: there are dozens of them per model."""
+    check([("linear", 0, 0, False)], False, False, True, "fp32", False)  # what PyTorch imports when first asked
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 unhurried = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)

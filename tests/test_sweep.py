@@ -46,6 +46,7 @@ def dozen(tmp_path_factory):
 def test_a_small_model_of_a_family_keeps_every_promise(dozen, name):
     assert dozen[name]["status"] == "passed", dozen[name]
     assert dozen[name]["sites"] > 0
+    assert dozen[name]["derived"] > 0
 
 
 def test_a_model_that_amplifies_every_rounding_is_held_against_float64(dozen):
@@ -65,7 +66,13 @@ def test_results_are_resumed_and_written_as_a_table(tmp_path):
     found = swept(results, "--match", "bert/*", "--resume", "--table", str(page))
     assert found.keys() == {"bert/BertModel", "bert/BertLMHeadModel"}
     assert len(results.read_text().splitlines()) == 2
-    assert "| bert/BertLMHeadModel | 3 | 3 |" in page.read_text()
+    written = page.read_text()
+    assert "| bert/BertLMHeadModel | 3 | 3 |" in written
+    assert " were not run." in written
+
+
+def test_a_sweep_whose_time_is_up_begins_no_class(tmp_path):
+    assert not swept(tmp_path / "results.jsonl", "--match", "bert/*", "--minutes", "0")
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ class Handle:
         steps: operations that make it from what is really kept; 0 if it is kept itself.
         joins: whether a sum of two kept tensors is among the steps.
         may_be_read: whether recipes may read it.
+        apart: a copy that recipes read in its stead: of a parameter that may not be there, or be another, by then.
         made_in_place: the version of the output, if the operator that keeps this value went on to work in place.
         outside: how somebody else's hooks outside of ours give back what is kept, or None. Handles are shared where
             this is the same: a checkpointed region that is run anew has to keep what it kept at first, whoever has kept
@@ -45,6 +46,7 @@ class Handle:
     __slots__ = ("__dict__", "__weakref__", "outside", "version")  # what few handles have is in the dictionary
     steps = 0
     joins = False
+    apart: Handle | None = None
     may_be_read = True
     made_in_place = -1
 

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, kept_by, remade
 from invact.deriving.journal import journal_here
+from invact.deriving.parameters import copied, is_parameter, parameters_may_go
 from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, VIEWS
 from invact.deriving.stead import stead_of
 from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
@@ -35,7 +36,7 @@ class NormSettings(NamedTuple):
     """What a norm was told and its node does not know."""
 
     eps: float | None
-    bias: Handle | None
+    bias: Kept | None
 
 
 # What their nodes do not know: autograd keeps the bias of the first two.
@@ -46,6 +47,7 @@ _NORMS = {
     F.batch_norm.__code__: "eps and bias",
     F.instance_norm.__code__: "eps and bias",
 }
+_STATISTICS_WITH_HISTORY = ("NativeGroupNormBackward0", "FusedRmsNormBackward0")
 # Functions that may work in place, and then keep a copy of what they were given.
 _IN_PLACE = {
     getattr(F, name).__code__
@@ -93,6 +95,7 @@ class Deriving:
         self.allowed, self.journal = allowed, journal_here()
         self.outer = outer_hooks()
         self.outside = None if self.outer is None else self.outer[1]
+        self.parameters_may_go = parameters_may_go()
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
     def __enter__(self) -> Deriving:
@@ -114,7 +117,7 @@ class Deriving:
             # The last are the weights of linear layers.
             handle = Kept(tensor.detach(), tensor._version, self.outer)
             if tensor.output_nr:
-                self._tell_of_group_norm(handle, node, sys._getframe(1))
+                self._tell_of_norm(handle, node, sys._getframe(1))
         else:
             handle = self._with_history(tensor, node, name, sys._getframe(1))
         if self.journal is not None:
@@ -133,11 +136,16 @@ class Deriving:
 
     def _kept(self, tensor: Tensor) -> Kept:
         """An output without its history; what has none is kept itself, and may have attributes of the user's."""
-        return Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version, self.outer)
+        kept = Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version, self.outer)
+        if self.parameters_may_go and is_parameter(tensor):
+            copy = copied(tensor)
+            kept.may_be_read = copy is not None
+            kept.apart = None if copy is None else Kept(copy, copy._version, self.outer)
+        return kept
 
     def _without_history(self, tensor: Tensor, frame: Any) -> Handle:
         if tensor.requires_grad:
-            return Kept(tensor, tensor._version, self.outer)
+            return self._kept(tensor)
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
             return bits
         handle = Kept(tensor, tensor._version, self.outer)
@@ -152,9 +160,9 @@ class Deriving:
             bias = bias.repeat(local["input"].shape[0])  # a batch norm, with channels of each of the batch side by side
         return NormSettings(local["eps"], None if bias is None else self._kept(bias))
 
-    def _tell_of_group_norm(self, handle: Handle, node: Any, frame: Any) -> None:
-        """Its statistics alone have a history, among those of norms."""
-        if isinstance(handle, Kept) and frame.f_code in _NORMS and node.name() == "NativeGroupNormBackward0":
+    def _tell_of_norm(self, handle: Handle, node: Any, frame: Any) -> None:
+        """Its statistics have a history, as those of the fused RMS norm have, and no other norm's."""
+        if isinstance(handle, Kept) and frame.f_code in _NORMS and node.name() in _STATISTICS_WITH_HISTORY:
             handle.setting = self._norm_settings(frame)
 
     def _with_history(self, tensor: Tensor, node: Any, name: str, frame: Any) -> Handle:
@@ -169,7 +177,7 @@ class Deriving:
         if handle is None:
             handle = self._kept(tensor)
             if number:
-                self._tell_of_group_norm(handle, node, frame)
+                self._tell_of_norm(handle, node, frame)
         if name == "CloneBackward0" and frame.f_code in _IN_PLACE and frame.f_locals["inplace"]:
             handle.made_in_place = frame.f_locals["input"]._version + 1
         self._note(metadata, number, handle)
@@ -232,10 +240,10 @@ class Deriving:
         metadata, key = node.metadata, _key(number)
         known = self._noted(metadata, key)
         if known is not None:
-            return known if known.may_be_read else None
+            return (known.apart or known) if known.may_be_read else None
         name = node.name()
         if name == "torch::autograd::AccumulateGrad":
-            return self._kept(node.variable)
+            return self._parameter(node.variable)
         rule = RULES.get(name)
         handle = rule(node, number, self._find) if rule is not None else None
         if handle is None or handle.steps > MOST_STEPS or not self._from_here(handle):
@@ -244,6 +252,13 @@ class Deriving:
             self.journal.recipe(handle, node, number)
         metadata[key] = weakref.ref(handle)
         return handle
+
+    def _parameter(self, leaf: Tensor) -> Kept | None:
+        """A leaf that stock does not keep: a parameter may be stepped before backward, and is copied."""
+        if not is_parameter(leaf):
+            return self._kept(leaf)
+        copy = None if self.parameters_may_go else copied(leaf)
+        return None if copy is None else Kept(copy, copy._version, self.outer)
 
     def _noted(self, metadata: dict[Any, Any], key: tuple[str, int]) -> Handle | None:
         reference = metadata.get(key)

@@ -129,14 +129,15 @@ class Journal:
 
     def derived(self) -> list[DerivedTensor]:
         """The tensors that are not kept, in the order in which they were first wanted."""
+        handles = [note.handle() for note in self._notes]
+        copied = {handle.beside for handle in handles if isinstance(handle, Kept) and handle.beside is not None}
         wanted: dict[Handle, list[_Note]] = {}
         kept: set[Key] = set()
-        for note in self._notes:
-            handle = note.handle()
+        for note, handle in zip(self._notes, handles, strict=True):
             if handle is None:
                 continue
             base = _base(handle)
-            if isinstance(base, Kept):
+            if isinstance(base, Kept) and base not in copied:
                 kept |= storage_sizes(note.tensor).keys()
             else:
                 wanted.setdefault(base, []).append(note)
@@ -164,9 +165,10 @@ class Journal:
             what = f"a mask in {self._ledger.label(keepers[0])}"
             why = "kept in bits instead of bytes"
             return DerivedTensor(what, keepers[0], keepers[0], why, saved - packed, nbytes + packed, len(keepers))
-        assert isinstance(handle, Derived)
-        node, path, _ = self._made[handle]
-        saved -= sum(self._nbytes(source) for source in _taken(handle) if source not in self._packers)
+        node, path = notes[0].node, None
+        if isinstance(handle, Derived):
+            node, path, _ = self._made[handle]
+            saved -= sum(self._nbytes(source) for source in _taken(handle) if source not in self._packers)
         what = in_words(node, notes[0].tensor.dtype)
         output_of = self._output_of(notes[0])
         if output_of is not None:
@@ -177,7 +179,8 @@ class Journal:
             path = keepers[0]
             what += f" for {self._ledger.label(path)}"
         moved = self._moved(handle, steps) + self._own_step(handle)
-        return DerivedTensor(what, keepers[0], path, self._reason(handle), saved, moved, len(keepers))
+        reason = self._reason(handle) if isinstance(handle, Derived) else "a copy of it is kept anyway"
+        return DerivedTensor(what, keepers[0], path, reason, saved, moved, len(keepers))
 
     def _output_of(self, note: _Note) -> str | None:
         """The path of the module whose output it is, or None."""

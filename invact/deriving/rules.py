@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invact.deriving.handles import Derived, Handle, Kept, kept_by
+from invact.deriving.parameters import is_parameter
 from invact.pytorch_inside import make_contiguous_strides_for
 
 aten = torch.ops.aten
@@ -55,7 +56,7 @@ def saved(node: Node, name: str) -> Handle | Tensor | None:
     """What the node itself keeps under this name; a number is a tensor without a handle."""
     data = kept_by(node, name)
     if isinstance(data, Kept):
-        return data if data.may_be_read else None
+        return (data.apart or data) if data.may_be_read else None
     return data if isinstance(data, Handle) or (isinstance(data, Tensor) and not data.dim()) else None
 
 
@@ -350,16 +351,15 @@ def group_norm(node: Node, number: int, find: Find) -> Derived | None:
         lambda x, w, b: torch.group_norm(x, groups, w, b, eps),
         operand(node, "input", 0, find),
         _affine(node, "weight", 1, find),
-        _told_bias(node, told, find),
+        _told_bias(told),
     )
 
 
-def _told_bias(node: Node, told: Any, find: Find) -> tuple[bool, Handle | None]:
+def _told_bias(told: Any) -> tuple[bool, Handle | None]:
     """A bias that the node does not keep: its gradient needs no more than dy."""
     if told.bias is None:
         return True, None
-    found = produced(node, 2, find)
-    return (found is not None, found) if node.next_functions[2][0] is not None else (True, told.bias)
+    return told.bias.may_be_read, told.bias.apart or told.bias
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
@@ -369,7 +369,7 @@ def batch_norm(node: Node, number: int, find: Find) -> Derived | None:
     if number or told is None:
         return None
     eps, training = told.eps, node._saved_training
-    x, weight, bias = operand(node, "input", 0, find), _affine(node, "weight", 1, find), _told_bias(node, told, find)
+    x, weight, bias = operand(node, "input", 0, find), _affine(node, "weight", 1, find), _told_bias(told)
     if not training:
         mean, var = saved(node, "running_mean"), saved(node, "running_var")
         return _norm(  # type: ignore[no-any-return]
@@ -446,11 +446,9 @@ def variance_along_a_row(node: Node, number: int, find: Find) -> Derived | None:
 def cast(node: Node, number: int, find: Find) -> Derived | None:
     """But a weight's copy is kept as stock keeps it: whoever changes the weight before backward may do so there."""
     to, (producer, output) = node._input_metadata[0], node.next_functions[0]
-    if (
-        producer is None
-        or producer.name() == "torch::autograd::AccumulateGrad"
-        or producer._input_metadata[output].device != to.device
-    ):
+    if producer is None or producer._input_metadata[output].device != to.device:
+        return None
+    if producer.name() == "torch::autograd::AccumulateGrad" and is_parameter(producer.variable):
         return None
     dtype = to.dtype
     return derived(lambda x: x.to(dtype), find(producer, output))
@@ -543,9 +541,6 @@ RULES.update(
         "ReplicationPad2DBackward0": _moving(aten.replication_pad2d, "padding"),
         "ReplicationPad3DBackward0": _moving(aten.replication_pad3d, "padding"),
         "Rot90Backward0": _moving(torch.rot90, "k", "dims"),
-        "UpsampleBilinear2DBackward0": _moving(
-            aten.upsample_bilinear2d, "output_size", "align_corners", "scales_h", "scales_w"
-        ),
         "UpsampleNearest1DBackward0": _moving(aten.upsample_nearest1d, "output_size", "scales"),
         "UpsampleNearest2DBackward0": _moving(aten.upsample_nearest2d, "output_size", "scales_h", "scales_w"),
         "UpsampleNearestExact2DBackward0": _moving(
@@ -596,6 +591,15 @@ def _framed(value: Tensor, pad: tuple[int, ...], shape: tuple[int, ...], stride:
 
 FILLED: dict[str, Callable[[Tensor, Node, Find], Derived | None]] = {"ConstantPadNdBackward0": padded}
 """Rules for a tensor that is kept, which take from it the number that is not recorded."""
+
+
+_BILINEAR = _moving(aten.upsample_bilinear2d, "output_size", "align_corners", "scales_h", "scales_w")
+
+
+@rule("UpsampleBilinear2DBackward0")
+def bilinear(node: Node, number: int, find: Find) -> Derived | None:
+    """On a GPU it does not give the same bits twice, seen on an H200 with torch 2.11."""
+    return None if node._input_metadata[0].device.type == "cuda" else _BILINEAR(node, number, find)
 
 
 # --- views ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ BYTES_WITHIN = 0.01
 OUTPUTS_WITHIN = 1e-5
 GRADIENTS_WITHIN = 1e-4
 SEED = 0
+MADE_AGAIN = "are made again instead"  # said of a site that would be inverted, were it given more elements
 EXACT = ("relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid")  # inverted, their gradients are stock's bit for bit
 
 
@@ -186,8 +187,31 @@ def _is_small_constant(parameter: nn.Parameter) -> bool:
     return low == high and abs(high) < 0.1
 
 
+@dataclass
+class Patched:
+    """What one patch said and did, and how many sites `unpatch` gave back after it."""
+
+    report: invact.Report
+    run: Run
+    restored: int
+
+    @property
+    def bytes_after(self) -> int:
+        return self.report.bytes_after + self.report.weight_cast_bytes
+
+
+def patched(stock: Stock, exact: bool) -> Patched:
+    stock.reset()
+    report = invact.patch(stock.model, stock.inputs, exact=exact)
+    try:
+        run = stock.run()
+    finally:
+        restored = invact.unpatch(stock.model)
+    return Patched(report, run, restored)
+
+
 def check(model: nn.Module, inputs, alone: bool | None = None, settled: bool = False) -> dict:
-    """What patching `model` did, and in `failures` which promise it broke.
+    """What patching `model` did, once as exactly as stock and once as usual, and in `failures` what promise it broke.
 
     Where invact can not but count one real example, that is what is compared, unless `alone` says whether. A model
     that its first forward changes for good, as it does BigBird's, is compared as `settled`.
@@ -198,38 +222,49 @@ def check(model: nn.Module, inputs, alone: bool | None = None, settled: bool = F
     stock = Stock(model, inputs)
     before = first_run(stock)
     try:
-        stock.reset()
-        report = invact.patch(model, inputs)
-        if alone is None and any("smallest batch" in note for note in report.notes):
-            invact.unpatch(model)
-            return check_first_example(model, inputs)
-        patched = stock.run()
-        restored = invact.unpatch(model)
+        exactly, usual = patched(stock, exact=True), patched(stock, exact=False)
     except Exception:
         check_deterministic(before, stock.run())
         return {"failures": ["it fails once patched, or in planning"], "traceback": traceback.format_exc()}
+    if alone is None and any("smallest batch" in note for note in usual.report.notes):
+        return check_first_example(model, inputs)
     undone = stock.run()
     if not same(undone, before):
         check_deterministic(undone, stock.run())
         if not settled:
             return check(model, inputs, alone, settled=True)
 
+    report = usual.report
+    inverted = [site for site in report.inverted if MADE_AGAIN not in site.reason]
     found = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "sites": len(report.sites),
-        "inverted": len(report.inverted),
+        "inverted": len(inverted),
+        "derived": len(report.derived),
         "curves": sorted({site.activation for site in report.sites}),
         "bytes_before": report.bytes_before + report.weight_cast_bytes,
-        "bytes_after": report.bytes_after + report.weight_cast_bytes,
+        "bytes_after": usual.bytes_after,
+        "bytes_after_exact": exactly.bytes_after,
+        "bytes_floor": report.bytes_floor + report.weight_cast_bytes,
+        "bytes_derived": sum(tensor.bytes_saved for tensor in report.derived),
+        "remains": report.remains,
+        "not_derived": report.not_derived,
         "kept_before": before.kept,
-        "kept_after": patched.kept,
-        "output_error": relative_error(patched.output, before.output),
-        "gradient_error": relative_error(patched.gradient, before.gradient),
-        "restored": restored,
+        "kept_after": usual.run.kept,
+        "kept_after_exact": exactly.run.kept,
+        "output_error": relative_error(usual.run.output, before.output),
+        "gradient_error": relative_error(usual.run.gradient, before.gradient),
+        "exact_output_error": relative_error(exactly.run.output, before.output),
+        "exact_gradient_error": relative_error(exactly.run.gradient, before.gradient),
+        "bitwise_exact": same(exactly.run, before),
+        "bitwise": same(usual.run, before),
+        "restored": usual.restored,
+        "to_restore": len(report.inverted),
+        "restored_exact": exactly.restored,
         "bitwise_after_unpatch": same(undone, before),
         "notes": report.notes,
     }
-    inexact = [site for site in report.inverted if site.activation.partition("(")[0] not in EXACT]
+    inexact = [site for site in inverted if site.activation.partition("(")[0] not in EXACT]
     if inexact and found["gradient_error"] == 0:
         raise CannotRunError("nothing to compare: no gradient comes through what is inverted")
     if found["gradient_error"] > GRADIENTS_WITHIN:
@@ -262,7 +297,8 @@ def check_first_example(model: nn.Module, inputs) -> dict:
         return check(model, inputs, alone=False)
     if found.get("gradient_error", 0.0) > GRADIENTS_WITHIN:
         whole = check(model, inputs, alone=False)
-        found |= {key: whole[key] for key in ("gradient_error", "rounding_error", "output_error") if key in whole}
+        errors = ("gradient_error", "rounding_error", "output_error")
+        found |= {key: whole[key] for key in errors if key in whole}
         found["failures"] = failures(found)
     return found
 
@@ -293,18 +329,25 @@ def check_deterministic(one: Run, other: Run) -> None:
 def failures(found: dict) -> list[str]:
     """Which promises a patched model broke, each with its figure."""
     broken = []
-    for when in ("before", "after"):
+    for when in ("before", "after", "after_exact"):
         said, counted = found[f"bytes_{when}"], found[f"kept_{when}"]
         if abs(said - counted) > BYTES_WITHIN * max(counted, 1):
             broken.append(f"bytes {when}: {said} said, {counted} counted ({said / max(counted, 1) - 1:+.1%})")
-    if found["kept_after"] > found["kept_before"]:
-        broken.append(f"it costs {found['kept_after'] - found['kept_before']} bytes")
+        if counted > found["kept_before"]:
+            broken.append(f"{when}: it costs {counted - found['kept_before']} bytes")
+    if not found["bitwise_exact"]:
+        off = f"outputs are {found['exact_output_error']:.1e} and gradients {found['exact_gradient_error']:.1e} off"
+        broken.append(f"exact: {off}")
+    if not found["inverted"] and not found["bitwise"]:
+        broken.append("nothing is inverted, and outputs or gradients are not bit for bit the old ones")
     if not found["output_error"] <= OUTPUTS_WITHIN:
         broken.append(f"outputs are {found['output_error']:.1e} off")
     if not found["gradient_error"] <= max(GRADIENTS_WITHIN, 3 * found.get("rounding_error", 0.0)):
         broken.append(f"gradients are {found['gradient_error']:.1e} off")
-    if found["restored"] != found["inverted"]:
-        broken.append(f"{found['restored']} sites restored of {found['inverted']}")
+    if found["restored"] != found["to_restore"]:
+        broken.append(f"{found['restored']} sites restored of {found['to_restore']}")
+    if found["restored_exact"]:
+        broken.append(f"{found['restored_exact']} sites restored of none")
     if not found["bitwise_after_unpatch"]:
         broken.append("unpatch does not give back bitwise the same")
     return broken

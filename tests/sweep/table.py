@@ -11,62 +11,85 @@ PACKAGES = ("torch", "transformers", "timm", "open_clip_torch")
 LIBRARIES = ("transformers", "timm", "open_clip")
 
 
-def as_table(results: list[dict]) -> str:
-    """Totals, every class that ran, and what did not with the library's reason."""
+def as_table(results: list[dict], classes: Counter[str]) -> str:
+    """Totals, every class that ran, and what did not with the library's reason.
+
+    Args:
+        results: of the classes that were swept.
+        classes: how many each library has, by its name.
+    """
     return "\n".join(
         [
-            *_head(results),
+            *_head(results, classes),
             *(line for library in LIBRARIES for line in _checked(library, results)),
             *_not_checked(results),
         ]
     )
 
 
-def _head(results: list[dict]) -> list[str]:
+def _head(results: list[dict], classes: Counter[str]) -> list[str]:
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    rows = [_totals(library, [r for r in results if r["library"] == library]) for library in LIBRARIES]
+    by_library = {library: [result for result in results if result["library"] == library] for library in LIBRARIES}
+    rows = [_totals(library, found, classes[library]) for library, found in by_library.items()]
     return [
         "# Every model class we can build",
         "",
-        "A small configuration of each class is built with no network and no weights, patched, and held against the",
-        "stock model: bytes kept for backward as reported and as counted apart from invact on real tensors within 1%,",
-        "before and after; outputs within 1e-5; the gradients of all parameters together within 1e-4 in relative L2",
-        "(fp32, training mode, same seeds, so that dropout and layer drop agree); bitwise the old gradients after",
-        "`unpatch`; never more bytes than before. Linear layers are first rescaled to unit gain: activations then",
-        "come near their minimum, where inverting is hardest. Where gradients are further off than 1e-4, they are held",
-        "against float64: some models amplify every rounding, and stock fp32 is as far off (see the last column).",
+        "A small configuration of each class is built with no network and no weights, patched twice, as usual and",
+        "with `exact=True`, and held against the stock model: bytes kept for backward as reported and as counted",
+        "apart from invact on real tensors within 1%, before and after either; never more bytes than before; outputs",
+        "within 1e-5; the gradients of all parameters together within 1e-4 in relative L2 (fp32, training mode, same",
+        "seeds, so that dropout and layer drop agree), and both bit for bit the stock ones with `exact=True` and",
+        "wherever nothing is inverted; bitwise the old gradients after `unpatch`. Linear layers are first rescaled to",
+        "unit gain: activations then come near their minimum, where inverting is hardest. Where gradients are further",
+        "off than 1e-4, they are held against float64: some models amplify every rounding, and stock fp32 is as far",
+        "off (see the last column).",
         "",
         "Of transformers, the base model and one head of every architecture in the Auto mappings; of timm, the",
         "smallest member of every family of every model file; of OpenCLIP, one model of every kind of configuration,",
         "whatever the sizes. A class that does not run on inputs that we could make, or that takes too long, counts as",
         "built and not as passed.",
         "",
-        f"{datetime.date.today()}, {versions}, on one CPU core ({_hours(results)} hours). Made by",
+        f"{datetime.date.today()}, {versions}, on one CPU core ({_hours(results)} hours).",
+        f"{_swept(results, classes)} Made by",
         "",
         "```sh",
         "python tests/sweep --results sweep.jsonl --table docs/models.md",
         "```",
         "",
-        "| library | classes tried | built | run | passed | passed of built | something to invert |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| library | classes | swept | built | run | passed | passed of built | inverted | derived |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *rows,
-        _totals("all", results),
+        _totals("all", results, classes.total()),
         "",
         "*Built* counts the classes of which the library makes a model from its own default configuration, shrunk;",
         "*run*, those whose stock forward and backward work in training on inputs that we could make. Small models of",
-        "narrow layers save other shares than the real ones: the column *saved* is what this test saw. For yours, run",
-        "`invact patch --model NAME`.",
+        "narrow layers save other shares than the real ones: the columns are what this test saw. For yours, run",
+        "`invact patch NAME`. *Inverted* is how many of the places with a pointwise activation were inverted (above,",
+        "in how many classes any was); *derived*, the share of the bytes kept before that making tensors again saves;",
+        "*saved*, the share that both save, as counted apart; *exact*, that saved with `exact=True`; *floor*, what",
+        "would be saved if nothing were kept that operations without a matrix product can make again.",
         "",
     ]
 
 
-def _totals(name: str, results: list[dict]) -> str:
+def _swept(results: list[dict], classes: Counter[str]) -> str:
+    """How many classes were swept, and on which commits."""
+    commits = Counter(result["commit"] for result in results)
+    where = " and ".join(f"{number:,} at commit {commit}" for commit, number in commits.most_common())
+    rest = classes.total() - len(results)
+    return f"Of {classes.total():,} classes {where} were swept" + (f"; {rest:,} were not run." if rest else ".")
+
+
+def _totals(name: str, results: list[dict], classes: int) -> str:
     by_status = Counter(result["status"] for result in results)
     built = len(results) - by_status["not built"]
     run = built - by_status["not run"] - by_status["no inputs"]
-    passed = by_status["passed"]
-    inverted = sum(1 for result in results if result["status"] == "passed" and result["inverted"])
-    return f"| {name} | {len(results)} | {built} | {run} | {passed} | {_percent(passed, built)} | {inverted} |"
+    passed = [result for result in results if result["status"] == "passed"]
+    inverted = sum(1 for result in passed if result["inverted"])
+    derived = sum(1 for result in passed if result["derived"])
+    share = _percent(len(passed), built)
+    cells = [name, classes, len(results), built, run, len(passed), share, inverted, derived]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _hours(results: list[dict]) -> str:
@@ -82,16 +105,18 @@ def _checked(library: str, results: list[dict]) -> list[str]:
     lines = [
         f"## {library}",
         "",
-        "| class | sites | inverted | saved | gradient error | |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
+        "| class | sites | inverted | derived | saved | exact | floor | gradient error | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for result in sorted(ran, key=lambda result: result["name"].lower()):
-        saved = 1 - result["kept_after"] / result["kept_before"] if result["kept_before"] else 0.0
+        before = result["kept_before"] or 1
+        shares = [
+            result["bytes_derived"] / before,
+            *(1 - result[after] / before for after in ("kept_after", "kept_after_exact", "bytes_floor")),
+        ]
         error = f"{result['gradient_error']:.0e}" if result["inverted"] else "-"
-        remark = _remark(result)
-        lines.append(
-            f"| {result['name']} | {result['sites']} | {result['inverted']} | {saved:.1%} | {error} | {remark} |"
-        )
+        cells = [result["name"], result["sites"], result["inverted"], *(f"{share:.1%}" for share in shares), error]
+        lines.append(f"| {' | '.join(map(str, cells))} | {_remark(result)} |")
     return [*lines, ""]
 
 
