@@ -1,4 +1,4 @@
-"""invact: neural networks that train in less memory, by inverting their pointwise activations.
+"""invact: neural networks that train in less memory: what autograd keeps for backward, they keep once.
 
 import invact
 report = invact.patch(model)   # before training; in place

@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train in less memory: pointwise activations replaced in place by inverted ones.",
+    help="Train in less memory: what autograd keeps for backward, a patched model keeps once.",
 )
 for command in (patch, trial, bench):
     app.command()(command)

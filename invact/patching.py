@@ -23,11 +23,12 @@ def patch(
     exclude: str | Sequence[str] | None = None,
     exact: bool = False,
 ) -> Report:
-    """Inverts, in place, every activation of `model` whose inversion saves memory, and reports what was done.
+    """Inverts and derives, in place, whatever of `model` keeps fewer bytes then, and reports what was done.
 
-    Takes the arguments and raises the errors of `invact.plan`. Either every site that the report calls "invert"
-    is inverted, or, after an error, none. Every module stays the object that it is, with its attributes, parameters and
-    hooks; those inverted get a class of their own, a subclass of the one they had. Results without gradients stay.
+    Takes the arguments and raises the errors of `invact.plan`. Either all that the report tells is done or, after an
+    error, nothing. Every module stays the object that it is, with its attributes, parameters and hooks; those that are
+    inverted, or inside which tensors are derived, get a class of their own, a subclass of the one they had. Results
+    without gradients stay.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
@@ -39,7 +40,7 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives every module that `patch` changed its class back, and returns the number of sites restored.
+    """Gives every module that `patch` changed its class back, and returns the number of inverted sites restored.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))

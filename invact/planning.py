@@ -1,4 +1,4 @@
-"""Walk a model, probe it once, and decide for every activation whether inverting it pays."""
+"""Walk a model, probe it with hooks that derive, and decide for every activation whether inverting it pays."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def plan(
             and which inputs there are matter. Without it a Hugging Face, timm or OpenCLIP model gets inputs made
             from its configuration.
         autocast: the dtype of torch.autocast in training, or None: as it is where this is called, which is mostly off.
-        include: glob patterns over site paths; only these sites may be inverted.
-        exclude: glob patterns over site paths; these sites are kept.
+        include: glob patterns over paths; only these sites may be inverted, and only inside these modules is derived.
+        exclude: glob patterns over paths; these sites are kept, and inside these modules nothing is derived.
         exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
 
     Raises:
