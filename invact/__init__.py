@@ -7,6 +7,7 @@ print(report)
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +48,19 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name in ("functional", "nn"):
-        return import_module(f"invact.{name}")
+        return _loaded(f"invact.{name}")
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        return getattr(_loaded(_HOME[name]), name)
     raise AttributeError(f"module 'invact' has no attribute {name!r}")
+
+
+def _loaded(module: str) -> Any:
+    """The module; rich, with which reports are printed, draws a random number when it is loaded."""
+    state = random.getstate()
+    try:
+        return import_module(module)
+    finally:
+        random.setstate(state)
 
 
 def __dir__() -> list[str]:

@@ -108,7 +108,8 @@ def _above(level: list[_Step], ours: int) -> list[_Step]:
 
 def _is_ours(holder: Any) -> bool:
     """Whether this search holds it, or the probe: what an operation kept lives as long as the user's own result."""
-    return type(holder).__module__ in (__name__, "invact.ledger", "invact.probing")
+    module = type(holder).__module__
+    return module in (__name__, "invact.ledger", "invact.probing") or module.startswith("invact.deriving.")
 
 
 def _empty_caches(found: list[FakeTensor]) -> int:

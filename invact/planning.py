@@ -371,16 +371,16 @@ class _Choice:
 
     def _derived_alike(self, found: Found) -> str:
         """Why inverting would keep no less than deriving does; "" if it does."""
-        calls = [call for call in self.calls[found.path] if call.needs_grad]
-        outputs = sum({call.y_key: call.y_nbytes for call in calls}.values())
+        outputs = {self._output_key(call): call for call in self.calls[found.path] if call.needs_grad}
+        inverted = sum(call.y_nbytes for call in outputs.values())
+        # Outputs may be kept all the same: of few elements, or where include and exclude leave them.
         kept = self.kept_at[found.path]
-        if kept < outputs:
+        kept += sum(call.y_nbytes for key, call in outputs.items() if key in self.kept_then)
+        if kept < inverted:
             return "its input is not kept either"
-        # An expression is inverted by other source than the author's: only where that saves more, as it does where its
-        # output is kept: of few elements, left out by include or exclude, changed in place.
-        bits = sum(call.bit_nbytes for call in calls) * found.curve.has_side
-        derived = all(self._output_key(call) not in self.kept_then for call in calls)
-        if found.written is not None and derived and kept <= outputs + bits:
+        # An expression is inverted by other source than the author's: only where that saves more.
+        bits = sum(call.bit_nbytes for call in outputs.values()) * found.curve.has_side
+        if found.written is not None and kept <= inverted + bits:
             return "inverting an expression, it would keep no less"
         return ""
 
