@@ -278,8 +278,9 @@ class _Choice:
         assert observed.stock is not None
         # What each site keeps once all is derived that can be.
         self.kept_at: Counter[str] = Counter()
-        self.kept = {entry.key for entry in observed.entries}
+        self.kept: set[Key] = set()
         for entry in observed.entries:
+            self.kept.add(entry.key)
             self.kept_at[entry.path] += entry.nbytes
         for entry in observed.stock.entries:
             self.sizes[entry.key] = entry.nbytes
@@ -342,7 +343,8 @@ class _Choice:
         """How a chosen site is inverted."""
         assert found.settings is not None
         calls = self.calls[found.path]
-        derivable = not any(call.y_key in self.kept for call in calls if call.needs_grad)
+        derivable = self.kept_at[found.path] <= self._outputs(found) + self._bits(found)
+        derivable = derivable and not any(call.y_key in self.kept for call in calls if call.needs_grad)
         return Inversion(found.curve, found.settings, any(call.in_place for call in calls), derivable)
 
     def _keeps_only_outputs(self, path: str) -> bool:
@@ -365,21 +367,25 @@ class _Choice:
         freed = sum(self.sizes[key] for key in own)
         kept_anyway = {key for key in outputs if self.keepers.get(key, set()) - {path}}
         added = sum(call.y_nbytes for key, call in outputs.items() if key not in kept_anyway)
-        bits = sum(call.bit_nbytes for call in self.calls[path] if call.needs_grad and found.curve.has_side)
-        return freed - added - bits
+        return freed - added - self._bits(found)
 
     def _derived_alike(self, found: Found) -> str:
         """Why inverting would keep no less than deriving does; "" if it does."""
-        calls = [call for call in self.calls[found.path] if call.needs_grad]
-        outputs = sum({call.y_key: call.y_nbytes for call in calls}.values())
-        kept = self.kept_at[found.path]
+        kept, outputs = self.kept_at[found.path], self._outputs(found)
         if kept < outputs:
             return "its input is not kept either"
         # An expression is inverted by other source than the author's: only where that saves more.
-        bits = sum(call.bit_nbytes for call in calls) * found.curve.has_side
-        if found.written is not None and kept <= outputs + bits:
+        if found.written is not None and kept <= outputs + self._bits(found):
             return "inverting an expression, it would keep no less"
         return ""
+
+    def _outputs(self, found: Found) -> int:
+        """Bytes of what a site gives."""
+        return sum({call.y_key: call.y_nbytes for call in self.calls[found.path] if call.needs_grad}.values())
+
+    def _bits(self, found: Found) -> int:
+        """Bytes that it keeps beside that, inverted."""
+        return sum(call.bit_nbytes for call in self.calls[found.path] if call.needs_grad) * found.curve.has_side
 
     def _invert(self, path: str) -> None:
         """From here on this site keeps its outputs, and what it kept before only if others do."""

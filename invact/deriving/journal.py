@@ -157,7 +157,7 @@ class Journal:
     def _told(self, handle: Handle, notes: list[_Note], counted: set[Key], steps: set[Handle]) -> DerivedTensor:
         sizes = {key: size for note in notes for key, size in storage_sizes(note.tensor).items()}
         saved = sum(size for key, size in sizes.items() if key not in counted)
-        counted |= sizes.keys()
+        counted.update(sizes)
         keepers = list(dict.fromkeys(note.path for note in notes))
         if isinstance(handle, Bits):
             nbytes = handle.shape.numel()
