@@ -453,13 +453,13 @@ def check_patched(steps, images, channels_last, training, precision):
 
     try:
         stock = trained_once(copy.deepcopy(model), x, autocast)
+        exactly = trained_once(copy.deepcopy(model).float(), x.float(), nullcontext)
     except RuntimeError as error:  # stock PyTorch itself refuses some changes in place, and some mixtures of dtypes
         refused = ("inplace", "in-place", "single memory location", "dtype", "Float", "BFloat16")
         assume(not any(words in str(error) for words in refused))
         raise
     assume(stock is not None and all(torch.isfinite(t).all() for t in stock))
     assume(stock[1].norm() < 1e4)
-    exactly = trained_once(copy.deepcopy(model).float(), x.float(), nullcontext)
     before, left = kept_and_alive(copy.deepcopy(model), x, autocast)
 
     dtype = torch.bfloat16 if precision == "autocast" else None
