@@ -343,7 +343,8 @@ class _Choice:
         """How a chosen site is inverted."""
         assert found.settings is not None
         calls = self.calls[found.path]
-        derivable = not any(call.y_key in self.kept_then for call in calls if call.needs_grad)
+        derivable = self.kept_at[found.path] <= self._outputs(found) + self._bits(found)
+        derivable = derivable and not any(call.y_key in self.kept_then for call in calls if call.needs_grad)
         return Inversion(found.curve, found.settings, any(call.in_place for call in calls), derivable)
 
     def _keeps_only_outputs(self, path: str) -> bool:
@@ -366,8 +367,7 @@ class _Choice:
         freed = sum(self.sizes[key] for key in own)
         kept_anyway = {key for key in outputs if self.keepers.get(key, set()) - {path}}
         added = sum(call.y_nbytes for key, call in outputs.items() if key not in kept_anyway)
-        bits = sum(call.bit_nbytes for call in self.calls[path] if call.needs_grad and found.curve.has_side)
-        return freed - added - bits
+        return freed - added - self._bits(found)
 
     def _derived_alike(self, found: Found) -> str:
         """Why inverting would keep no less than deriving does; "" if it does."""
@@ -383,6 +383,14 @@ class _Choice:
         if found.written is not None and kept <= inverted + bits:
             return "inverting an expression, it would keep no less"
         return ""
+
+    def _outputs(self, found: Found) -> int:
+        """Bytes of what a site gives."""
+        return sum({call.y_key: call.y_nbytes for call in self.calls[found.path] if call.needs_grad}.values())
+
+    def _bits(self, found: Found) -> int:
+        """Bytes that it keeps beside that, inverted."""
+        return sum(call.bit_nbytes for call in self.calls[found.path] if call.needs_grad) * found.curve.has_side
 
     def _invert(self, path: str) -> None:
         """From here on this site keeps its outputs, and what it kept before only if others do."""

@@ -191,10 +191,9 @@ def _added(mask: Tensor, query: Tensor) -> Tensor:
 class AsRealKernels(TorchDispatchMode):
     """Makes fake tensors refuse the dtypes, and take the strides, that the kernels behind real ones do.
 
-    On fake tensors PyTorch lets matrix products of mixed dtypes pass, and its batch norm on the CPU lays its output
-    out as the input is: then a reshape after it copies in one case and not in the other. Norms with 32-bit weights keep
-    32-bit statistics of 16-bit inputs there. How much oneDNN's LSTM keeps
-    it does not know at all.
+    On fake tensors PyTorch lets matrix products of mixed dtypes pass, and its batch and group norm on the CPU lay their
+    output out otherwise: then a reshape after it copies in one case and not in the other. Norms with 32-bit weights
+    keep 32-bit statistics of 16-bit inputs there. How much oneDNN's LSTM keeps it does not know at all.
     """
 
     # And where what makes their statistics 32-bit ones stands among the arguments: the weight, running means as well.
@@ -224,7 +223,7 @@ class AsRealKernels(TorchDispatchMode):
         for norm, places in self._norms:
             if func.overloadpacket is norm and args[0].device.type == "cpu":
                 normed, *statistics = out
-                if norm is torch.ops.aten.native_batch_norm:
+                if norm is not torch.ops.aten.native_layer_norm:
                     normed = normed.contiguous(memory_format=suggest_memory_format(args[0]))
                 if any(args[place] is not None and args[place].dtype is torch.float32 for place in places):
                     statistics = [statistic.float() for statistic in statistics]

@@ -47,7 +47,7 @@ class Inversion:
         curve: what is computed there.
         settings: what its code reads besides its input. While it is anything else, the stock code runs.
         in_place: the output takes the memory of the input.
-        derivable: where tensors are derived, its output is made again if the stock code runs.
+        derivable: where tensors are derived, the stock code would keep no more, since its output is made again.
     """
 
     curve: Curve

@@ -453,13 +453,13 @@ def check_patched(steps, images, channels_last, training, precision):
 
     try:
         stock = trained_once(copy.deepcopy(model), x, autocast)
+        exactly = trained_once(copy.deepcopy(model).float(), x.float(), nullcontext)
     except RuntimeError as error:  # stock PyTorch itself refuses some changes in place, and some mixtures of dtypes
         refused = ("inplace", "in-place", "single memory location", "dtype", "Float", "BFloat16")
         assume(not any(words in str(error) for words in refused))
         raise
     assume(stock is not None and all(torch.isfinite(t).all() for t in stock))
     assume(stock[1].norm() < 1e4)
-    exactly = trained_once(copy.deepcopy(model).float(), x.float(), nullcontext)
     before, left = kept_and_alive(copy.deepcopy(model), x, autocast)
 
     dtype = torch.bfloat16 if precision == "autocast" else None
@@ -479,7 +479,7 @@ def check_patched(steps, images, channels_last, training, precision):
                 assert (value - of_stock).norm() <= 1e-4 * of_stock.norm()
             else:  # as near to what 32 bits give as stock is, give or take one rounding
                 off, stock_off = (value - in_fp32).norm(), (of_stock - in_fp32).norm()
-                assert off <= 1.5 * stock_off + 2**-8 * in_fp32.norm()
+                assert off <= 1.25 * stock_off + 2**-9 * in_fp32.norm()
         event(f"exact={exact}: {len(report.inverted)} sites inverted, {bool(report.derived)} derived")
         assert invact.unpatch(ours) == len(report.inverted)
         again = trained_once(ours, x, autocast)
@@ -503,7 +503,7 @@ def check_bytes(report, model, x, autocast, before, left):
 @pytest.fixture(scope="module", autouse=True)
 def little_garbage_to_look_for():
     """What was there before no collection goes over again: there are dozens of them per model."""
-    check([("linear", 0, 0, False)], False, False, True, "fp32", False)  # what PyTorch imports when first asked
+    invact.plan(nn.Linear(WIDTH, WIDTH), (torch.ones(1, WIDTH),))  # imports what PyTorch does when first asked
     gc.collect()
     gc.freeze()
     yield
@@ -513,7 +513,7 @@ def little_garbage_to_look_for():
 unhurried = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
 
-@settings(unhurried, max_examples=60, derandomize=True)
+@settings(unhurried, max_examples=40, derandomize=True)
 @given(graphs)
 def test_some_random_models_are_patched_without_a_change_in_what_they_learn(graph):
     check(*graph)

@@ -305,7 +305,10 @@ def laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The tensor with other strides: matrix products in backward round differently when they read it differently."""
     if tensor.stride() == stride:
         return tensor
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    once = tuple(slice(None) if step else slice(1) for step in stride)  # of what is expanded
+    made[once].copy_(tensor[once])
+    return made
 
 
 def remade(handle: Handle) -> Tensor:

@@ -66,6 +66,8 @@ class Journal:
         self._packers: weakref.WeakKeyDictionary[Handle, list[str]] = weakref.WeakKeyDictionary()
         self._made: weakref.WeakKeyDictionary[Handle, tuple[str, str | None, int]] = weakref.WeakKeyDictionary()
         self._kept_as: weakref.WeakKeyDictionary[Handle, _Note] = weakref.WeakKeyDictionary()
+        # What is kept in another's stead and takes no bytes that stock does not keep; see `derived`.
+        self._free: weakref.WeakSet[Handle] = weakref.WeakSet()
         # By storage and how often that was changed, the module whose output it is. While there is a weak reference, no
         # other storage gets the identity.
         self._outputs: dict[tuple[Key, int], str] = {}
@@ -132,15 +134,23 @@ class Journal:
         handles = [note.handle() for note in self._notes]
         copied = {handle.beside for handle in handles if isinstance(handle, Kept) and handle.beside is not None}
         wanted: dict[Handle, list[_Note]] = {}
+        asked: dict[Handle, set[Key]] = {}  # what stock keeps, by what is kept in its stead
         kept: set[Key] = set()
+        own: set[Key] = set()
         for note, handle in zip(self._notes, handles, strict=True):
             if handle is None:
                 continue
             base = _base(handle)
-            if isinstance(base, Kept) and base not in copied:
-                kept |= storage_sizes(note.tensor).keys()
-            else:
+            keys = storage_sizes(note.tensor).keys()
+            if not isinstance(base, Kept) or base in copied:
                 wanted.setdefault(base, []).append(note)
+                continue
+            kept |= keys
+            if base.stands_for_another:
+                asked.setdefault(base, set()).update(keys)
+            else:
+                own |= keys
+        self._free = weakref.WeakSet([*copied, *(base for base, keys in asked.items() if not keys <= own)])
         counted: set[Key] = set(kept)
         steps = set(wanted)  # a step counts to the first tensor that needs it, but to itself if it is one
         return [self._told(handle, notes, counted, steps) for handle, notes in wanted.items()]
@@ -157,7 +167,7 @@ class Journal:
     def _told(self, handle: Handle, notes: list[_Note], counted: set[Key], steps: set[Handle]) -> DerivedTensor:
         sizes = {key: size for note in notes for key, size in storage_sizes(note.tensor).items()}
         saved = sum(size for key, size in sizes.items() if key not in counted)
-        counted |= sizes.keys()
+        counted.update(sizes)
         keepers = list(dict.fromkeys(note.path for note in notes))
         if isinstance(handle, Bits):
             nbytes = handle.shape.numel()
@@ -168,7 +178,9 @@ class Journal:
         node, path = notes[0].node, None
         if isinstance(handle, Derived):
             node, path, _ = self._made[handle]
-            saved -= sum(self._nbytes(source) for source in _taken(handle) if source not in self._packers)
+            taken = {source for source in _taken(handle) if source not in self._free} - steps
+            saved -= sum(self._nbytes(source) for source in taken)
+            steps.update(taken)
         what = in_words(node, notes[0].tensor.dtype)
         output_of = self._output_of(notes[0])
         if output_of is not None:
@@ -189,7 +201,7 @@ class Journal:
 
     def _reason(self, handle: Derived) -> str:
         """What it is made again from, leaving out what is small beside the rest, such as statistics."""
-        if any(source not in self._packers for source in _taken(handle)):
+        if any(source not in self._free for source in _taken(handle)):
             return "kept smaller, as what it is made of"
         read = dict.fromkeys(self._read(handle))
         large = max((self._nbytes(leaf) for leaf in read if isinstance(leaf, Kept)), default=0) / 16
