@@ -192,6 +192,8 @@ class Deriving:
                 known.asked_once_more()
                 return known
             known = Derived(torch.clone, (known,), joins=False, moves=True)
+            if self.journal is not None:
+                self.journal.recipe(known, tensor.grad_fn, tensor.output_nr)
         if isinstance(known, Derived):
             known.stride = tensor.stride()  # a step on the way did not know it
         known.wanted_again()
