@@ -362,9 +362,11 @@ def _microseconds(device: torch.device, repeats: int, rounds: int) -> dict[str, 
 def exact(device: torch.device, tiny: bool, rounds: int | None) -> dict[str, Any]:
     """By model and precision: whether `exact=True` gives stock's gradients bit for bit, and how far the default is."""
     found: dict[str, Any] = {}
-    for name, make in {"bert": _bert, "llama": _llama, "gpt2": _gpt2, "t5 gated": _t5}.items():
+    makers: dict[str, Callable[[int], Model]] = {"bert": _bert, "llama": _llama, "gpt2": _gpt2, "t5 gated": _t5}
+    for name, make in makers.items():
         for precision, (dtype, autocast) in _PRECISIONS.items():
-            found[f"{name} {precision}"] = each = _compared(*_on(device, dtype, make), autocast)
+            model, inputs = _on(device, dtype, partial(make, 1 if tiny else 2))
+            found[f"{name} {precision}"] = each = _compared(model, inputs, autocast)
             own = "" if each["stock_repeats_itself"] else f"  (stock itself is {each['stock_off']:.1e} off)"
             bits = "bit for bit" if each["exact_bit_for_bit"] else f"{each['exact_off']:.1e} off"
             print(f"exact {name:9} {precision:9} exact {bits:12} invact {each['invact_off']:.1e} off{own}", flush=True)
@@ -477,17 +479,19 @@ def _llama(
     return LlamaModel(config), {"input_ids": _tokens(vocabulary, batch, tokens)}
 
 
-def _gpt2() -> Model:
+def _gpt2(layers: int) -> Model:
     from transformers import GPT2Config, GPT2Model
 
-    config = GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=256, use_cache=False)
+    config = GPT2Config(
+        n_embd=128, n_layer=layers, n_head=4, vocab_size=256, bos_token_id=0, eos_token_id=0, use_cache=False
+    )
     return GPT2Model(config), {"input_ids": _tokens(256, 2, 64)}
 
 
-def _t5() -> Model:
+def _t5(layers: int) -> Model:
     from transformers import T5Config, T5Model
 
-    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "vocab_size": 256}
+    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": layers, "num_heads": 4, "vocab_size": 256}
     model = T5Model(T5Config(**sizes, feed_forward_proj="gated-gelu", use_cache=False))
     return model, {"input_ids": _tokens(256, 2, 64), "decoder_input_ids": _tokens(256, 2, 48)}
 
