@@ -262,7 +262,7 @@ def host(device: torch.device, tiny: bool, rounds: int | None) -> dict[str, Any]
     torch.set_num_threads(1)
     try:
         found = {"bert": _host_bound(device, tiny, rounds or (3 if tiny else 60))}
-        found["microseconds"] = _microseconds(device, 10 if tiny else 100, rounds or (3 if tiny else 40))
+        found["microseconds"] = _microseconds(device, 20, rounds or (3 if tiny else 200))
     finally:
         torch.set_num_threads(threads)
     for way, times in found["bert"].items():
@@ -301,6 +301,8 @@ def _hooks_of_nothing() -> saved_tensors_hooks:
 
 def _microseconds(device: torch.device, repeats: int, rounds: int) -> dict[str, dict[str, float]]:
     """Per tensor, above what stock takes for keeping it: packed in forward, unpacked in backward.
+
+    The rows are short: on a busy machine one that takes longer than a time slice is seldom left alone.
 
     A row of products keeps two tensors for each; with an activation after each, a third, and one of the three is
     derived. What that takes is what the second row takes beyond the first, the operator that is run again included.
