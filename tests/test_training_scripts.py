@@ -56,7 +56,7 @@ SMALL_CLIP = {
     "text_cfg": {"context_length": 8, "width": 32, "heads": 2, "layers": 2},
 }
 SMALL_CLIP_FIRST = "import open_clip\nopen_clip.add_model_config('small.json')\n"
-COUNTED = "print('inverted:', sum(hasattr(m, '_invact_sites') for m in model.modules()))\n"
+COUNTED = "print('inverted:', sum(len(getattr(m, '_invact_sites', ())) for m in model.modules()))\n"
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def main() -> None:
             print(f"Loss: {loss.item():.5f}")
         scheduler.step(epoch + 1)
         saver.save_checkpoint(epoch, metric=loss.item())
-    print("inverted:", sum(hasattr(m, "_invact_sites") for m in model.modules()))
+    print("inverted:", sum(len(getattr(m, "_invact_sites", ())) for m in model.modules()))
     timm.create_model("test_vit", num_classes=10, img_size=32, checkpoint_path="model_best.pth.tar")
 
 
