@@ -218,14 +218,13 @@ class Derived(Handle):
 
     Attributes:
         stride: as the tensor was laid out, once somebody keeps it; None for a step on the way to another.
-        nbytes: of the tensor; 0 where nobody writes that down.
     """
 
-    __slots__ = ("joins", "make", "moves", "nbytes", "shared", "sources", "steps", "stride")
+    __slots__ = ("joins", "make", "moves", "shared", "sources", "steps", "stride")
 
     def __init__(self, make: Callable[..., Tensor], sources: tuple[Handle, ...], joins: bool, moves: bool) -> None:
         self.make, self.sources, self.moves = make, sources, moves
-        self.version, self.nbytes = 0, 0
+        self.version = 0
         self.shared = Shared()
         self.outside = sources[0].outside
         self.stride: tuple[int, ...] | None = None
