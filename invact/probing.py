@@ -292,6 +292,9 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device, moved: boo
         fake = users_call(mode.from_tensor, tensor)
     else:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    # A parameter among simulated tensors as well: what is made of parameters is not derived as other tensors are.
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, tensor.requires_grad)
     return fake.detach().requires_grad_(tensor.requires_grad)
 
 

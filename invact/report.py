@@ -60,18 +60,18 @@ class Report:
     """
 
     sites: list[Site]
-    derived: list[DerivedTensor] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
-    bytes_floor: int = 0
-    remains: dict[str, int] = field(default_factory=dict)
-    not_derived: dict[str, int] = field(default_factory=dict)
     weight_cast_bytes: int = 0
     kept_by_class: dict[str, int] = field(default_factory=dict)
     setting: str = ""
-    compiled: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     title: str = ""
+    derived: list[DerivedTensor] = field(default_factory=list)
+    bytes_floor: int = 0
+    remains: dict[str, int] = field(default_factory=dict)
+    not_derived: dict[str, int] = field(default_factory=dict)
+    compiled: dict[str, int] = field(default_factory=dict)
 
     @property
     def saving(self) -> float:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # it times three models in five ways
+
 COMMAND = Path(__file__).parents[1] / "benchmarks" / "deriving.py"
 
 

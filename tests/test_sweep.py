@@ -1,4 +1,4 @@
-"""The sweep over every model class: a dozen families in each run, all of them in the slow one."""
+"""The sweep over every model class: eight families in each run, all of them in the slow one."""
 
 import json
 import subprocess
@@ -10,14 +10,10 @@ import pytest
 SWEEP = Path(__file__).parent / "sweep"
 FAMILIES = [
     "bert/BertModel",
-    "gpt2/GPT2Model",
     "llama/LlamaForCausalLM",
-    "bart/BartForCausalLM",
     "qwen3_moe/Qwen3MoeModel",
     "clip/CLIPModel",
     "wav2vec2/Wav2Vec2Model",
-    "swin/SwinModel",
-    "vision_transformer/test_vit",
     "convnext/test_convnext",
     "mobilenetv3/mobilenetv4_conv_small",
     "ViT-B-16-quickgelu",
@@ -37,27 +33,27 @@ REFUSES_ITSELF = "gemma4_assistant/Gemma4AssistantForCausalLM"
 
 
 @pytest.fixture(scope="module")
-def dozen(tmp_path_factory):
+def eight(tmp_path_factory):
     results = tmp_path_factory.mktemp("sweep") / "results.jsonl"
     return swept(results, "--match", *FAMILIES, AMPLIFIES_ROUNDING, REFUSES_ITSELF)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_small_model_of_a_family_keeps_every_promise(dozen, name):
-    assert dozen[name]["status"] == "passed", dozen[name]
-    assert dozen[name]["sites"] > 0
-    assert dozen[name]["derived"] > 0
+def test_a_small_model_of_a_family_keeps_every_promise(eight, name):
+    assert eight[name]["status"] == "passed", eight[name]
+    assert eight[name]["sites"] > 0
+    assert eight[name]["derived"] > 0
 
 
-def test_a_model_that_amplifies_every_rounding_is_held_against_float64(dozen):
-    found = dozen[AMPLIFIES_ROUNDING]
+def test_a_model_that_amplifies_every_rounding_is_held_against_float64(eight):
+    found = eight[AMPLIFIES_ROUNDING]
     assert found["status"] == "passed", found
     assert 1e-4 < found["gradient_error"] < 3 * found["rounding_error"]
 
 
-def test_a_class_whose_default_configuration_the_library_refuses_is_not_built_and_ends_nothing(dozen):
-    assert dozen[REFUSES_ITSELF]["status"] == "not built"
-    assert "must be 0" in dozen[REFUSES_ITSELF]["why"]
+def test_a_class_whose_default_configuration_the_library_refuses_is_not_built_and_ends_nothing(eight):
+    assert eight[REFUSES_ITSELF]["status"] == "not built"
+    assert "must be 0" in eight[REFUSES_ITSELF]["why"]
 
 
 def test_results_are_resumed_and_written_as_a_table(tmp_path):
