@@ -119,7 +119,9 @@ def test_what_is_made_again_is_told_by_kind_with_its_cost_and_the_distance_from_
         DerivedTensor("Norm's output", f"{n}.up", f"{n}.norm", "made again from a sum", 2**20, 2**21, 3)
         for n in range(2)
     ]
-    report = Report([], derived, bytes_before=2**23, bytes_after=2**22, bytes_floor=2**21, remains={"attention": 2**22})
+    report = Report(
+        [], derived=derived, bytes_before=2**23, bytes_after=2**22, bytes_floor=2**21, remains={"attention": 2**22}
+    )
     report.not_derived = {"i0: <b>no recipe</b>": 2**20}
     html = " ".join(plan_page(report, [], "invact patch").html().split())
     assert "2 tensors made again" in html
