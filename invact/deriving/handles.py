@@ -27,6 +27,9 @@ from invact.pytorch_inside import (
     when_backward_ends,
 )
 
+MOST_STEPS = 12
+"""Operations of one recipe. The longest that pays, a dropped copy of a norm written out in steps, takes seven."""
+
 
 class Handle:
     """What stands for one value.
@@ -162,11 +165,13 @@ class Kept(Handle):
     def own(self) -> Tensor:
         """The value for somebody who may write into it: a copy where a recipe reads it, or may do so."""
         tensor = self.made()
-        if self.instead is not None or tensor.layout is not torch.strided:  # made for this, or no recipe reads it
-            return tensor.clone() if self.instead is not None else tensor
+        if self.instead is not None:
+            return tensor.clone()
+        if tensor.requires_grad or tensor.layout is not torch.strided:  # a parameter, or what no recipe reads
+            return tensor
         if self.outside is None and tensor.untyped_storage()._cdata not in _READ:
             return tensor
-        return tensor if tensor.requires_grad else tensor.clone()
+        return tensor.clone()
 
     def made(self) -> Tensor:
         if self.instead is not None:
@@ -254,7 +259,7 @@ class Derived(Handle):
         if tensor is not None:
             return tensor
         tensor = self.make(*[source.made() for source in self.sources])
-        if self.stride is not None and tensor.stride() != self.stride:
+        if self.stride is not None:
             tensor = laid_out(tensor, self.stride)
         if self.moves:
             self.shared.put(tensor)
@@ -281,7 +286,7 @@ class Awaited(Handle):
         kept = self.kept() if self.kept is not None and self.target is None else None
         if not fits or kept is None or kept.later is None or handle is kept:
             return
-        if handle.steps + kept.later.steps > MOST_LATER:
+        if handle.steps + kept.later.steps > MOST_STEPS:
             return
         self.target = handle
         if all(other.target is not None for other in kept.later.awaited()):
@@ -294,10 +299,6 @@ class Awaited(Handle):
     def made(self) -> Tensor:
         assert self.target is not None
         return self.target.made()
-
-
-MOST_LATER = 12
-"""Operations of a recipe with those of what it waited for."""
 
 
 def laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:

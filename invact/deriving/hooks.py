@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, kept_by, remade
+from invact.deriving.handles import MOST_STEPS, Awaited, Bits, Derived, Handle, Kept, kept_by, remade
 from invact.deriving.journal import journal_here
 from invact.deriving.parameters import copied, is_parameter, parameters_may_go
 from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, VIEWS
@@ -24,10 +24,6 @@ from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, out
 
 SMALLEST = 1024
 """Elements from which on a tensor is derived: one of fewer bytes than a handful of handles is not worth its recipe."""
-
-MOST_STEPS = 12
-"""Operations of one recipe. The longest that pays, a dropped copy of a norm written out in steps, takes seven."""
-
 
 _PLAIN = (Tensor, FakeTensor)
 

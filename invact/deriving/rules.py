@@ -100,11 +100,11 @@ def _with_numbers(make: Callable[..., Tensor], numbers: list[Tensor | None], *te
 # --- one tensor, element by element ---------------------------------------------------------------------
 
 
-def _pointwise(operator: Callable[..., Tensor], *names: str, read: str = "self") -> Rule:
+def _pointwise(operator: Callable[..., Tensor], *names: str) -> Rule:
     """An operator of one tensor; `names` are its settings, in order."""
 
     def rule(node: Node, number: int, find: Find) -> Derived | None:
-        x = operand(node, read, 0, find)
+        x = operand(node, "self", 0, find)
         if x is None:
             return None
         if not names:
@@ -284,10 +284,23 @@ def masked(node: Node, number: int, find: Find) -> Derived | None:
 # --- norms and softmax ----------------------------------------------------------------------------------
 
 
-def _told(node: Node, statistic: str) -> Any:
-    """What the norm's call said and its node does not know; see `hooks.norm_settings`."""
-    kept = kept_by(node, statistic)
-    return kept.setting if isinstance(kept, Kept) else None
+def norm(statistic: str, *names: str) -> Callable[[Rule], Rule]:
+    """Registers what makes a norm's first output.
+
+    In the stead of a number it is given what the norm's call said and its node does not know, `hooks.NormSettings`,
+    which is told with that statistic.
+    """
+
+    def register(function: Rule) -> Rule:
+        @rule(*names)
+        def with_settings(node: Node, number: int, find: Find) -> Derived | None:
+            kept = kept_by(node, statistic)
+            told = kept.setting if isinstance(kept, Kept) else None
+            return None if number or told is None else function(node, told, find)
+
+        return with_settings
+
+    return register
 
 
 def _affine(node: Node, name: str, edge: int, find: Find) -> tuple[bool, Handle | None]:
@@ -315,11 +328,8 @@ def _norm(
     return derived(with_what_there_is, x, *[handle for _, handle in affine if handle is not None])
 
 
-@rule("NativeLayerNormBackward0")
-def layer_norm(node: Node, number: int, find: Find) -> Derived | None:
-    told = _told(node, "result2")
-    if number or told is None:
-        return None
+@norm("result2", "NativeLayerNormBackward0")
+def layer_norm(node: Node, told: Any, find: Find) -> Derived | None:
     (shape,) = settings(node, "normalized_shape")
     weight, bias = _affine(node, "weight", 1, find), _affine(node, "bias", 2, find)
     eps = told.eps
@@ -328,11 +338,8 @@ def layer_norm(node: Node, number: int, find: Find) -> Derived | None:
     )
 
 
-@rule("FusedRmsNormBackward0")
-def rms_norm(node: Node, number: int, find: Find) -> Derived | None:
-    told = _told(node, "result1")
-    if number or told is None:
-        return None
+@norm("result1", "FusedRmsNormBackward0")
+def rms_norm(node: Node, told: Any, find: Find) -> Derived | None:
     (shape,) = settings(node, "normalized_shape")
     eps = told.eps
     return _norm(  # type: ignore[no-any-return]
@@ -342,11 +349,8 @@ def rms_norm(node: Node, number: int, find: Find) -> Derived | None:
     )
 
 
-@rule("NativeGroupNormBackward0")
-def group_norm(node: Node, number: int, find: Find) -> Derived | None:
-    told = _told(node, "result2")
-    if number or told is None:
-        return None
+@norm("result2", "NativeGroupNormBackward0")
+def group_norm(node: Node, told: Any, find: Find) -> Derived | None:
     (groups,) = settings(node, "group")
     eps = told.eps
     return _norm(  # type: ignore[no-any-return]
@@ -364,12 +368,9 @@ def _told_bias(told: Any) -> tuple[bool, Handle | None]:
     return told.bias.may_be_read, told.bias.apart or told.bias
 
 
-@rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
-def batch_norm(node: Node, number: int, find: Find) -> Derived | None:
+@norm("result2", "NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
+def batch_norm(node: Node, told: Any, find: Find) -> Derived | None:
     """From the statistics that are kept; the running ones are not touched."""
-    told = _told(node, "result2")
-    if number or told is None:
-        return None
     eps, training = told.eps, node._saved_training
     x, weight, bias = operand(node, "input", 0, find), _affine(node, "weight", 1, find), _told_bias(told)
     if not training:
