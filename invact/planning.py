@@ -33,7 +33,7 @@ from invact.report import DERIVE, INVERT, KEEP, Report, Site
 from invact.rewriting import Written
 from invact.simulation import Setting, autocast_here
 from invact.snapshot import as_it_was
-from invact.swapping import SMALLEST_INVERTED, Inversion, InvertedExpression, Swaps, inverted_in, swap_in
+from invact.swapping import Inversion, InvertedExpression, Swaps, inverted_in, smallest_inverted, swap_in
 from invact.walking import Found, walk
 
 
@@ -195,7 +195,7 @@ def _decide(
                 after = observe(model, inputs, setting, computed=True)
     # Expressions are told apart in the first pass only.
     report.sites = [_derived_site(site, [*decisive.derived, *report.derived]) for site in report.sites]
-    _count_small_sites(report)
+    _count_sites_made_again(report, setting.device)
     report.bytes_before, report.bytes_after = before.memory.total_bytes, after.memory.total_bytes
     assert before.computed is not None
     assert after.computed is not None
@@ -236,15 +236,16 @@ def _derived_site(site: Site, derived: Sequence[DerivedTensor]) -> Site:
     return site
 
 
-def _count_small_sites(report: Report) -> None:
-    """What few elements an inverted site was given is made again as long as it is, and counts as the site's."""
+def _count_sites_made_again(report: Report, device: torch.device) -> None:
+    """What an inverted site makes again, on this device or from so few elements, counts as the site's."""
     inverted = {site.path for site in report.inverted}
     saved: Counter[str] = Counter()
     for tensor in report.derived:
         if tensor.path in inverted:
             saved[tensor.path] += tensor.bytes_saved
     report.derived = [tensor for tensor in report.derived if tensor.path not in saved]
-    words = f"; fewer than {SMALLEST_INVERTED:,} elements, as here, are made again instead"
+    where = "on a CPU" if device.type == "cpu" else f"of fewer than {smallest_inverted(device):,} elements"
+    words = f"; {where}, as here, its output is made again instead"
     report.sites = [
         replace(site, reason=site.reason + words, bytes_saved=saved[site.path]) if site.path in saved else site
         for site in report.sites

@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import copy
 import functools
+import sys
 import threading
 import types
 import weakref
@@ -30,12 +31,13 @@ from invact.pytorch_inside import hooks_on_all_modules, transforms_active
 from invact.rewriting import Runner, Written, calling, methods_of
 from invact.settings import Settings
 
-SMALLEST_INVERTED = 16384
-"""Elements from which on an activation is inverted where its output could be derived as well.
+SMALLEST_INVERTED = {"cuda": 16384, "cpu": sys.maxsize}
+"""Elements from which on an activation is inverted where its output could be derived as well, by type of device.
 
-Both keep one tensor, and inverting computes nothing twice; but it takes many operators of a CPU, and a kernel's start
-of a GPU's host: for fewer elements than these more time than the stock operator run again. Below `SMALLEST` nothing
-is derived, and inverting is all there is, as it is of an expression that is inverted: there it keeps less.
+Both keep one tensor. Inverting computes nothing twice, but it takes a kernel's start of a GPU's host: for fewer
+elements than these more time than the stock operator run again. On a CPU, where it takes many operators, that is so of
+any number; other devices are taken to be like the first. Below `SMALLEST` nothing is derived, and inverting is all
+there is, as it is of an expression that is inverted: there it keeps less.
 """
 
 
@@ -224,18 +226,28 @@ def _inverted_forward(stock: type[nn.Module], inversion: Inversion) -> Callable[
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Who holds on to this method may call it when the module has its own class again.
         alone = len(args) == 1 and not kwargs and _is_patched(self)
-        if alone and inversion.applies(self, args[0]) and not (inversion.derivable and _better_derived(args[0])):
+        if alone and not (inversion.derivable and _better_derived(args[0])) and inversion.applies(self, args[0]):
             return inversion(args[0])
         return stock.forward(self, *args, **kwargs)
 
     return forward
 
 
-def _better_derived(x: Tensor) -> bool:
-    """Whether the output is to be made again from few elements."""
-    if torch.compiler.is_compiling():
+def _better_derived(x: Any) -> bool:
+    """Whether to run the stock operator, and once more in backward, takes less time than to invert."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False  # before asking for a size, which a graph would be bound to
-    return SMALLEST <= x.numel() < SMALLEST_INVERTED and is_deriving(True)
+    return SMALLEST <= x.numel() < smallest_inverted(x.device) and is_deriving(True)
+
+
+def smallest_inverted(device: torch.device) -> int:
+    """`SMALLEST_INVERTED` on this device.
+
+    Example:
+        >>> smallest_inverted(torch.device("cuda", 1))
+        16384
+    """
+    return SMALLEST_INVERTED.get(device.type, SMALLEST_INVERTED["cuda"])
 
 
 def _rewritten_class(stock: type[nn.Module], runners: Mapping[Written, Runner]) -> type:
@@ -292,7 +304,8 @@ def _deriving_class(below: type[nn.Module], allowed: bool, by_call: bool) -> typ
 def _deriving_method(below: type[nn.Module], name: str, allowed: bool) -> Callable[..., Any]:
     @functools.wraps(getattr(below, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not may_derive() or is_deriving(allowed) or not _is_patched(self):
+        traced = torch.compiler.is_compiling()
+        if traced or is_deriving(allowed) or not may_derive() or not _is_patched(self):
             return users_call(getattr(below, name), self, *args, **kwargs)
         with Deriving(allowed):
             return users_call(getattr(below, name), self, *args, **kwargs)

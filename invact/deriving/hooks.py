@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from invact.deriving.handles import MOST_STEPS, Awaited, Bits, Derived, Handle, Kept, kept_by, remade
 from invact.deriving.journal import journal_here
 from invact.deriving.parameters import copied, is_parameter, parameters_may_go
-from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, VIEWS
+from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, SUMS, VIEWS
 from invact.deriving.stead import stead_of
 from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
 
@@ -108,7 +108,7 @@ class Deriving:
         """What is kept in the stead of a tensor."""
         node = tensor.grad_fn
         if node is None:
-            handle = self._without_history(tensor, sys._getframe(1))
+            handle = self._kept(tensor) if tensor.requires_grad else self._constant(tensor, sys._getframe(1))
         elif tensor.numel() < SMALLEST or type(tensor) not in _PLAIN or (name := node.name()) == "TBackward0":
             # The last are the weights of linear layers.
             handle = Kept(tensor.detach(), tensor._version, self.outer)
@@ -139,9 +139,8 @@ class Deriving:
             kept.apart = None if copy is None else Kept(copy, copy._version, self.outer)
         return kept
 
-    def _without_history(self, tensor: Tensor, frame: Any) -> Handle:
-        if tensor.requires_grad:
-            return self._kept(tensor)
+    def _constant(self, tensor: Tensor, frame: Any) -> Handle:
+        """Of what has neither history nor gradient, such as masks and the statistics of norms."""
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
             return bits
         handle = Kept(tensor, tensor._version, self.outer)
@@ -269,6 +268,8 @@ class Deriving:
 
     def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
         """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does, the sigmoid first."""
+        if node.name() in SUMS:  # most are residual sums, of which nothing would come
+            return None
         recipe = RULES[node.name()](node, number, self._find_or_await)
         if recipe is None or recipe.joins or not 0 < recipe.steps <= MOST_STEPS or not self._from_here(recipe):
             return None
@@ -286,8 +287,9 @@ class Deriving:
         found = self._find(node, number)
         if found is not None:
             return found
-        rule = RULES.get(node.name())
-        if rule is not None:
+        name = node.name()
+        rule = RULES.get(name)
+        if rule is not None and name not in SUMS:
             handle = rule(node, number, self._find_or_await)
             if handle is None or handle.steps or not handle.awaited():  # else a view, which may itself be kept
                 if handle is not None and self.journal is not None:
@@ -315,7 +317,7 @@ class Deriving:
             return f"its recipe would take more than {MOST_STEPS} steps" if recipe.steps > MOST_STEPS else ""
         if node.name() in _TOLD_IN_THEIR_CALL:
             return "it takes numbers that autograd does not record"
-        if node.name() in ("AddBackward0", "SubBackward0", "AddcmulBackward0"):
+        if node.name() in SUMS:
             return "it would be added up from another sum that is not kept, and so on"
         return "what it would be made again from is not kept either"
 

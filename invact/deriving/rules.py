@@ -259,16 +259,15 @@ def _sum(operator: Callable[..., Tensor], *names: str, summands: int, **settings
     return rule
 
 
-RULES.update(
-    {
-        "AddBackward0": _sum(torch.add, "self", "other", summands=2, alpha="alpha"),
-        "SubBackward0": _sum(torch.sub, "self", "other", summands=2, alpha="alpha"),
-        "AddcdivBackward0": _sum(torch.addcdiv, "self", "tensor1", "tensor2", summands=1, value="value"),
-        "AddcmulBackward0": _sum(torch.addcmul, "self", "tensor1", "tensor2", summands=1, value="value"),
-        "LerpBackward0": _sum(torch.lerp, "self", "end", summands=2, weight="weight"),
-        "LerpBackward1": _sum(torch.lerp, "self", "end", "weight", summands=2),
-    }
-)
+SUMS: dict[str, Rule] = {
+    "AddBackward0": _sum(torch.add, "self", "other", summands=2, alpha="alpha"),
+    "SubBackward0": _sum(torch.sub, "self", "other", summands=2, alpha="alpha"),
+    "AddcdivBackward0": _sum(torch.addcdiv, "self", "tensor1", "tensor2", summands=1, value="value"),
+    "AddcmulBackward0": _sum(torch.addcmul, "self", "tensor1", "tensor2", summands=1, value="value"),
+    "LerpBackward0": _sum(torch.lerp, "self", "end", summands=2, weight="weight"),
+    "LerpBackward1": _sum(torch.lerp, "self", "end", "weight", summands=2),
+}
+RULES.update(SUMS)
 
 
 @rule("WhereBackward0")
