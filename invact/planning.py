@@ -33,7 +33,7 @@ from invact.report import DERIVE, INVERT, KEEP, Report, Site
 from invact.rewriting import Written
 from invact.simulation import Setting, autocast_here
 from invact.snapshot import as_it_was
-from invact.swapping import Inversion, InvertedExpression, Swaps, inverted_in, smallest_inverted, swap_in
+from invact.swapping import SMALLEST_INVERTED, Inversion, InvertedExpression, Swaps, inverted_in, swap_in
 from invact.walking import Found, walk
 
 
@@ -244,7 +244,7 @@ def _count_sites_made_again(report: Report, device: torch.device) -> None:
         if tensor.path in inverted:
             saved[tensor.path] += tensor.bytes_saved
     report.derived = [tensor for tensor in report.derived if tensor.path not in saved]
-    where = "on a CPU" if device.type == "cpu" else f"of fewer than {smallest_inverted(device):,} elements"
+    where = "on a CPU" if device.type == "cpu" else f"of fewer than {SMALLEST_INVERTED['cuda']:,} elements"
     words = f"; {where}, as here, its output is made again instead"
     report.sites = [
         replace(site, reason=site.reason + words, bytes_saved=saved[site.path]) if site.path in saved else site

@@ -237,17 +237,8 @@ def _better_derived(x: Any) -> bool:
     """Whether to run the stock operator, and once more in backward, takes less time than to invert."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False  # before asking for a size, which a graph would be bound to
-    return SMALLEST <= x.numel() < smallest_inverted(x.device) and is_deriving(True)
-
-
-def smallest_inverted(device: torch.device) -> int:
-    """`SMALLEST_INVERTED` on this device.
-
-    Example:
-        >>> smallest_inverted(torch.device("cuda", 1))
-        16384
-    """
-    return SMALLEST_INVERTED.get(device.type, SMALLEST_INVERTED["cuda"])
+    smallest = SMALLEST_INVERTED["cpu" if x.is_cpu else "cuda"]
+    return SMALLEST <= x.numel() < smallest and is_deriving(True)
 
 
 def _rewritten_class(stock: type[nn.Module], runners: Mapping[Written, Runner]) -> type:

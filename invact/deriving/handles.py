@@ -31,6 +31,9 @@ MOST_STEPS = 12
 """Operations of one recipe. The longest that pays, a dropped copy of a norm written out in steps, takes seven."""
 
 
+NOWHERE = object()
+
+
 class Handle:
     """What stands for one value.
 
@@ -43,7 +46,7 @@ class Handle:
         made_in_place: the version of the output, if the operator that keeps this value went on to work in place.
         outside: how somebody else's hooks outside of ours give back what is kept, or None. Handles are shared where
             this is the same: a checkpointed region that is run anew has to keep what it kept at first, whoever has kept
-            the same value elsewhere.
+            the same value elsewhere. `NOWHERE` for a recipe that reads from inside several.
     """
 
     __slots__ = ("__dict__", "__weakref__", "outside", "version")  # what few handles have is in the dictionary
@@ -76,8 +79,8 @@ class Shared:
 
     __slots__ = ("__weakref__", "backward", "left", "stream", "tensor", "users")
 
-    def __init__(self) -> None:
-        self.users, self.left, self.stream, self.backward = 0, 0, 0, -1
+    def __init__(self, users: int) -> None:
+        self.users, self.left, self.stream, self.backward = users, 0, 0, -1
         self.tensor: Tensor | None = None
 
     def taken(self) -> Tensor | None:
@@ -129,8 +132,7 @@ class Kept(Handle):
             self.data, self.outside = hooks[0](tensor), hooks[1]
             if tensor.layout is torch.strided:
                 self.stride = tensor.stride()
-            self.shared = Shared()
-            self.shared.users = 1  # the node that keeps it
+            self.shared = Shared(users=1)  # the node that keeps it
 
     def lies_like(self, tensor: Tensor) -> bool:
         """Whether who keeps `tensor`, which has this value, may get this."""
@@ -223,20 +225,25 @@ class Derived(Handle):
 
     Attributes:
         stride: as the tensor was laid out, once somebody keeps it; None for a step on the way to another.
+        wanted: whether somebody asks for it.
+        shared: where more than one do.
     """
 
-    __slots__ = ("joins", "make", "moves", "shared", "sources", "steps", "stride")
+    __slots__ = ("joins", "make", "moves", "shared", "sources", "steps", "stride", "wanted")
 
     def __init__(self, make: Callable[..., Tensor], sources: tuple[Handle, ...], joins: bool, moves: bool) -> None:
         self.make, self.sources, self.moves = make, sources, moves
         self.version = 0
-        self.shared = Shared()
-        self.outside = sources[0].outside
+        self.wanted = False
+        self.shared: Shared | None = None
         self.stride: tuple[int, ...] | None = None
-        self.joins, self.steps = joins, int(moves)
+        outside, steps = sources[0].outside, int(moves)
         for source in sources:
-            self.joins = self.joins or source.joins
-            self.steps += source.steps
+            joins = joins or source.joins
+            steps += source.steps
+            if source.outside is not outside:
+                outside = NOWHERE
+        self.joins, self.steps, self.outside = joins, steps, outside
 
     def awaited(self) -> list[Awaited]:
         """What is not there yet of all that it reads."""
@@ -249,19 +256,22 @@ class Derived(Handle):
         return found
 
     def wanted_again(self) -> None:
-        self.shared.users += 1
-        if self.shared.users == 1 or not self.moves:
-            for source in self.sources:
-                source.wanted_again()
+        first, self.wanted = not self.wanted, True
+        if self.moves and not first:
+            if self.shared is None:
+                self.shared = Shared(users=1)
+            self.shared.users += 1
+            return
+        for source in self.sources:
+            source.wanted_again()
 
     def made(self) -> Tensor:
-        tensor = self.shared.taken()
-        if tensor is not None:
+        if self.shared is not None and (tensor := self.shared.taken()) is not None:
             return tensor
         tensor = self.make(*[source.made() for source in self.sources])
         if self.stride is not None:
             tensor = laid_out(tensor, self.stride)
-        if self.moves:
+        if self.shared is not None:
             self.shared.put(tensor)
         return tensor
 
@@ -317,12 +327,18 @@ def remade(handle: Handle) -> Tensor:
     A function written in Python may write into what it has kept, by kernels that autograd knows nothing of, as those of
     Unsloth and Liger do; it gets a tensor of its own.
     """
-    caller = sys._getframe().f_back  # none where the engine runs in a thread of its own
+    try:
+        caller = sys._getframe(1)
+    except ValueError:  # the engine runs in a thread of its own
+        caller = None
     if not shows_what_is_kept and caller is not None and caller.f_code is asked.__code__:
         caller.f_locals["given"].append(handle)
         return _ANYTHING
     to_read = caller is None or caller.f_code is _ENGINE or caller.f_globals is _OURS
     if type(handle) is Kept and handle.instead is None:
+        if to_read and handle.outside is None and handle.data._version == handle.version:
+            tensor: Tensor = handle.data  # as `made` gives it; most are these, and a call counts
+            return tensor
         return handle.made() if to_read else handle.own()
     if torch.is_grad_enabled() or autocast_anywhere():
         with _as_recorded():

@@ -64,12 +64,18 @@ _TOLD_IN_THEIR_CALL = {
     "MiopenBatchNormBackward0",
 }
 
-# Where the handle of a node's output number i is noted, in the dictionary that autograd has for such notes.
+# Where the handle of a node's output number i is noted, in the dictionary that autograd has for such notes, and what
+# waits for it.
 _KEYS = tuple(("invact", number) for number in range(8))
+_AWAITED = tuple(("invact awaited", number) for number in range(8))
 
 
 def _key(number: int) -> tuple[str, int]:
     return _KEYS[number] if number < 8 else ("invact", number)
+
+
+def _awaited_key(number: int) -> tuple[str, int]:
+    return _AWAITED[number] if number < 8 else ("invact awaited", number)
 
 
 class Deriving:
@@ -144,21 +150,23 @@ class Deriving:
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
             return bits
         handle = Kept(tensor, tensor._version, self.outer)
-        if frame.f_code in _NORMS:
-            handle.setting = self._norm_settings(frame)
+        told = _NORMS.get(frame.f_code)
+        if told is not None:
+            handle.setting = self._norm_settings(frame, told)
         return handle
 
-    def _norm_settings(self, frame: Any) -> NormSettings:
+    def _norm_settings(self, frame: Any, told: str) -> NormSettings:
         local = frame.f_locals
-        bias = local["bias"] if _NORMS[frame.f_code] == "eps and bias" else None
+        bias = local["bias"] if told == "eps and bias" else None
         if bias is not None and frame.f_code is F.instance_norm.__code__:
             bias = bias.repeat(local["input"].shape[0])  # a batch norm, with channels of each of the batch side by side
         return NormSettings(local["eps"], None if bias is None else self._kept(bias))
 
     def _tell_of_norm(self, handle: Handle, node: Any, frame: Any) -> None:
         """Its statistics have a history, as those of the fused RMS norm have, and no other norm's."""
-        if isinstance(handle, Kept) and frame.f_code in _NORMS and node.name() in _STATISTICS_WITH_HISTORY:
-            handle.setting = self._norm_settings(frame)
+        told = _NORMS.get(frame.f_code)
+        if told is not None and isinstance(handle, Kept) and node.name() in _STATISTICS_WITH_HISTORY:
+            handle.setting = self._norm_settings(frame, told)
 
     def _with_history(self, tensor: Tensor, node: Any, name: str, frame: Any) -> Handle:
         number, version = tensor.output_nr, tensor._version
@@ -196,7 +204,7 @@ class Deriving:
 
     def _note(self, metadata: dict[Any, Any], number: int, handle: Handle) -> None:
         metadata[_key(number)] = weakref.ref(handle)
-        for waiting in metadata.pop(("invact awaited", number), ()):
+        for waiting in metadata.pop(_awaited_key(number), ()):
             awaited = waiting()
             if awaited is not None:
                 awaited.filled(handle)
@@ -224,7 +232,7 @@ class Deriving:
                 return same
         if handle is None:
             return self._later(tensor, node, number)
-        if handle.steps > MOST_STEPS or not self._from_here(handle):
+        if handle.steps > MOST_STEPS or handle.outside is not self.outside:
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
@@ -243,7 +251,7 @@ class Deriving:
             return self._parameter(node.variable)
         rule = RULES.get(name)
         handle = rule(node, number, self._find) if rule is not None else None
-        if handle is None or handle.steps > MOST_STEPS or not self._from_here(handle):
+        if handle is None or handle.steps > MOST_STEPS or handle.outside is not self.outside:
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
@@ -262,16 +270,12 @@ class Deriving:
         known: Handle | None = None if reference is None else reference()
         return known if known is not None and known.outside is self.outside else None
 
-    def _from_here(self, handle: Derived) -> bool:
-        """Whether all that a recipe reads is kept inside the same hooks of others as this here."""
-        return all(source.outside is self.outside for source in handle.sources)
-
     def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
         """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does, the sigmoid first."""
         if node.name() in SUMS:  # most are residual sums, of which nothing would come
             return None
         recipe = RULES[node.name()](node, number, self._find_or_await)
-        if recipe is None or recipe.joins or not 0 < recipe.steps <= MOST_STEPS or not self._from_here(recipe):
+        if recipe is None or recipe.joins or not 0 < recipe.steps <= MOST_STEPS or recipe.outside is not self.outside:
             return None
         kept = self._kept(tensor)
         recipe.stride = tensor.stride()
@@ -296,7 +300,7 @@ class Deriving:
                     self.journal.recipe(handle, node, number)
                 return handle
         awaited = Awaited(self.outside)
-        node.metadata.setdefault(("invact awaited", number), []).append(weakref.ref(awaited))
+        node.metadata.setdefault(_awaited_key(number), []).append(weakref.ref(awaited))
         return awaited
 
     def _why_kept(self, tensor: Tensor) -> str:
