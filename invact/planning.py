@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -33,7 +33,16 @@ from invact.report import DERIVE, INVERT, KEEP, Report, Site
 from invact.rewriting import Written
 from invact.simulation import Setting, autocast_here
 from invact.snapshot import as_it_was
-from invact.swapping import SMALLEST_INVERTED, Inversion, InvertedExpression, Swaps, inverted_in, swap_in
+from invact.swapping import (
+    LARGEST_INVERTED_ON_CPU,
+    SMALLEST_INVERTED,
+    Inversion,
+    InvertedExpression,
+    Swaps,
+    as_on,
+    inverted_in,
+    swap_in,
+)
 from invact.walking import Found, walk
 
 
@@ -184,7 +193,7 @@ def _decide(
         decisive, entries=decisive.stock.entries, memory=decisive.stock.memory, derived=[]
     )  # fmt: skip
     if chosen or decided.derives:
-        with decided.applied(model):
+        with decided.applied(model), as_on(setting.device):
             after = observe(model, inputs, setting, computed=True, derived=True)
     report = decided.report
     report.derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
@@ -195,7 +204,9 @@ def _decide(
                 after = observe(model, inputs, setting, computed=True)
     # Expressions are told apart in the first pass only.
     report.sites = [_derived_site(site, [*decisive.derived, *report.derived]) for site in report.sites]
-    _count_sites_made_again(report, setting.device)
+    _count_sites_made_again(
+        report, {path: max(8 * call.bit_nbytes for call in calls) for path, calls in choice.calls.items()}
+    )
     report.bytes_before, report.bytes_after = before.memory.total_bytes, after.memory.total_bytes
     assert before.computed is not None
     assert after.computed is not None
@@ -236,18 +247,28 @@ def _derived_site(site: Site, derived: Sequence[DerivedTensor]) -> Site:
     return site
 
 
-def _count_sites_made_again(report: Report, device: torch.device) -> None:
-    """What an inverted site makes again, on this device or from so few elements, counts as the site's."""
+def _count_sites_made_again(report: Report, elements: Mapping[str, int]) -> None:
+    """What an inverted site makes again, as long as it is given few elements or many on a CPU, counts as the site's.
+
+    Args:
+        elements: the most that each site was given.
+    """
     inverted = {site.path for site in report.inverted}
     saved: Counter[str] = Counter()
     for tensor in report.derived:
         if tensor.path in inverted:
             saved[tensor.path] += tensor.bytes_saved
     report.derived = [tensor for tensor in report.derived if tensor.path not in saved]
-    where = "on a CPU" if device.type == "cpu" else f"of fewer than {SMALLEST_INVERTED['cuda']:,} elements"
-    words = f"; {where}, as here, its output is made again instead"
+    few = f"; fewer than {SMALLEST_INVERTED:,} elements, as here, are made again instead"
+    many = f"; more than {LARGEST_INVERTED_ON_CPU:,} elements, as here, are made again on a CPU instead"
     report.sites = [
-        replace(site, reason=site.reason + words, bytes_saved=saved[site.path]) if site.path in saved else site
+        replace(
+            site,
+            reason=site.reason + (few if elements[site.path] < SMALLEST_INVERTED else many),
+            bytes_saved=saved[site.path],
+        )
+        if site.path in saved
+        else site
         for site in report.sites
     ]
 

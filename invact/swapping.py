@@ -31,14 +31,17 @@ from invact.pytorch_inside import hooks_on_all_modules, transforms_active
 from invact.rewriting import Runner, Written, calling, methods_of
 from invact.settings import Settings
 
-SMALLEST_INVERTED = {"cuda": 16384, "cpu": sys.maxsize}
-"""Elements from which on an activation is inverted where its output could be derived as well, by type of device.
+SMALLEST_INVERTED = 16384
+"""Elements from which on an activation is inverted where its output could be derived as well.
 
-Both keep one tensor. Inverting computes nothing twice, but it takes a kernel's start of a GPU's host: for fewer
-elements than these more time than the stock operator run again. On a CPU, where it takes many operators, that is so of
-any number; other devices are taken to be like the first. Below `SMALLEST` nothing is derived, and inverting is all
-there is, as it is of an expression that is inverted: there it keeps less.
+Both keep one tensor, and inverting computes nothing twice; but it takes many operators of a CPU, and a kernel's start
+of a GPU's host: for fewer elements than these more time than the stock operator run again. Below `SMALLEST` nothing
+is derived, and inverting is all there is, as it is of an expression that is inverted: there it keeps less.
 """
+
+LARGEST_INVERTED_ON_CPU = 262144
+"""Elements up to which it is inverted on a CPU, where its operators are passes over memory: of more it takes
+milliseconds longer than the stock operator run again."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ class Patched:
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script asks for this first; further on it would mix our method up with its stock source."""
         raise NotImplementedError(
-            f"torch.jit.script can not compile an inverted {self._invact_stock.__name__}, since TorchScript has no "
-            "autograd functions. Call invact.unpatch(model) first."
+            f"torch.jit.script can not compile a {self._invact_stock.__name__} that invact has patched, since "
+            "TorchScript has no autograd functions and no hooks on what autograd keeps. Call invact.unpatch(model) first."
         )
 
     def __copy__(self) -> Any:
@@ -237,8 +240,21 @@ def _better_derived(x: Any) -> bool:
     """Whether to run the stock operator, and once more in backward, takes less time than to invert."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False  # before asking for a size, which a graph would be bound to
-    smallest = SMALLEST_INVERTED["cpu" if x.is_cpu else "cuda"]
-    return SMALLEST <= x.numel() < smallest and is_deriving(True)
+    count = x.numel()
+    if SMALLEST_INVERTED <= count <= LARGEST_INVERTED_ON_CPU or count < SMALLEST:
+        return False
+    device = getattr(_THREAD, "device", None) or x.device
+    return (count < SMALLEST_INVERTED or device.type == "cpu") and is_deriving(True)
+
+
+@contextmanager
+def as_on(device: torch.device) -> Iterator[None]:
+    """What is inverted inside is what would be on this device, whatever tensors stand in for those on it."""
+    _THREAD.device = device
+    try:
+        yield
+    finally:
+        _THREAD.device = None
 
 
 def _rewritten_class(stock: type[nn.Module], runners: Mapping[Written, Runner]) -> type:
@@ -327,9 +343,10 @@ def _class_over(
 
 def _let_it_be_checkpointed(kind: type) -> None:
     """A layer of transformers is checkpointed only if `forward` is what `__init_subclass__` of theirs has put there."""
-    for base in kind.__mro__:
-        if base.__name__ == "GradientCheckpointingLayer" and "__init_subclass__" in vars(base):
-            vars(base)["__init_subclass__"].__func__(kind)
+    layer = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", None)
+    put_there = vars(layer).get("__init_subclass__") if layer in kind.__mro__ else None
+    if put_there is not None:
+        put_there.__func__(kind)
 
 
 def _set_class(module: nn.Module, kind: type) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from fnmatch import fnmatchcase
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import invact
+from invact.planning import decide_for_device
 from invact.report import Report, Site
 
 TOKENS, WIDTH, WIDE = 64, 32, 64
@@ -265,3 +267,32 @@ def test_a_plan_at_the_floor_says_so():
     report = Report([site], bytes_before=200, bytes_after=100, bytes_floor=100, remains={"matrix products": 100})
     assert "this plan is there" in str(report)
     assert "Kept though" not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "bits"),
+    [
+        (8, "; fewer than 16,384 elements, as here, are made again instead", 0),
+        (128, "", 128 * 256 // 8),
+        (2048, "; more than 262,144 elements, as here, are made again on a CPU instead", 0),
+    ],
+)
+def test_a_site_of_few_elements_or_of_many_on_a_cpu_is_made_again_and_says_so(rows, words, bits, count_kept):
+    stock, x = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), torch.randn(rows, 64)
+    ours = copy.deepcopy(stock)
+    before = count_kept(stock, (x,))
+    report = invact.patch(ours, (x,))
+    (site,) = report.sites
+    assert (site.action, site.reason) == ("invert", "Linear keeps its output anyway, so its input can go" + words)
+    assert site.bytes_saved == before - count_kept(ours, (x,)) == rows * 256 * 4 - bits
+    for model in (stock, ours):
+        model(x).square().sum().backward()
+    alike = [torch.equal(a.grad, b.grad) for a, b in zip(stock.parameters(), ours.parameters(), strict=True)]
+    assert all(alike) == (not bits)
+
+
+def test_a_plan_for_a_gpu_inverts_however_many_elements_there_are():
+    model, x = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), torch.randn(2048, 64)
+    (site,) = decide_for_device(model, (x,)).report.sites
+    assert site.reason == "Linear keeps its output anyway, so its input can go"
+    assert site.bytes_saved == 2048 * 256 * 4 - 2048 * 256 // 8
