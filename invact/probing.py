@@ -29,7 +29,7 @@ from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
 from invact.leftovers import check_no_leftovers, references_to
 from invact.own_errors import raised_by_invact, users_call
 from invact.patchers import as_on_real_tensors
-from invact.pytorch_inside import FakeTensorMode, changes_in_place, tree_map_only
+from invact.pytorch_inside import FakeTensorMode, changes_in_place, transforms_active, tree_map_only
 from invact.rewriting import Runner, Written
 from invact.simulation import (
     AsOnGpu,
@@ -415,7 +415,7 @@ class _Recorder:
 
 def _opened(path: str, args: tuple[Any, ...], output: Any, ledger: Ledger) -> _OpenCall:
     elsewhere = not ledger.is_here()
-    if not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
+    if transforms_active() or not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
         return _OpenCall(path, simple=False, elsewhere=elsewhere)
     x, y = args[0], output
     return _OpenCall(

@@ -112,8 +112,12 @@ _pop_hooks: Callable[[], None] = _found(torch._C._autograd, "_pop_saved_tensors_
 torch_graph: Any = torch.autograd.graph
 _found(torch_graph, "disable_saved_tensors_hooks")
 
-# Whether a node shows what hooks gave for a tensor that it keeps; 2.8 gives it to the unpacking hook alone.
+# Whether a node shows what hooks gave for a tensor that it keeps; 2.8 and 2.9 give it to the unpacking hook alone.
 shows_what_is_kept: bool = hasattr(_found(torch._C._autograd, "SavedTensor"), "data")
+
+# How many nodes the graphs of this thread have had so far, by which these PyTorches' nodes are told that kept something
+# with our hooks: with somebody else's, asking would run a checkpointed region anew.
+nodes_made: Callable[[], int] = _found(torch._C._autograd, "_get_sequence_nr")
 
 # Whether such hooks may be set here: entering them where torch.func forbids it raises.
 hooks_allowed: Callable[[], bool] = _found(torch._C._autograd, "_saved_tensors_hooks_is_enabled")
@@ -271,6 +275,7 @@ __all__ = [
     "math_attention",
     "modes_off",
     "names_missing",
+    "nodes_made",
     "outer_hooks",
     "plain_parts",
     "schema_of",

@@ -142,7 +142,8 @@ class Patched:
         """torch.jit.script asks for this first; further on it would mix our method up with its stock source."""
         raise NotImplementedError(
             f"torch.jit.script can not compile a {self._invact_stock.__name__} that invact has patched, since "
-            "TorchScript has no autograd functions and no hooks on what autograd keeps. Call invact.unpatch(model) first."
+            "TorchScript has no autograd functions and no hooks on what autograd keeps. Call invact.unpatch(model) "
+            "first."
         )
 
     def __copy__(self) -> Any:
@@ -314,7 +315,7 @@ def _deriving_method(below: type[nn.Module], name: str, allowed: bool) -> Callab
         traced = torch.compiler.is_compiling()
         if traced or is_deriving(allowed) or not may_derive() or not _is_patched(self):
             return users_call(getattr(below, name), self, *args, **kwargs)
-        with Deriving(allowed):
+        with Deriving(allowed, self):
             return users_call(getattr(below, name), self, *args, **kwargs)
 
     return method

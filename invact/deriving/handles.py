@@ -23,6 +23,7 @@ from invact.pytorch_inside import (
     current_backward,
     current_stream,
     engine_call,
+    nodes_made,
     shows_what_is_kept,
     when_backward_ends,
 )
@@ -31,7 +32,11 @@ MOST_STEPS = 12
 """Operations of one recipe. The longest that pays, a dropped copy of a norm written out in steps, takes seven."""
 
 
+DEEPEST = 48
+"""Recipes within recipes, views included: each is a call within a call in backward."""
+
 NOWHERE = object()
+"""Where what a recipe reads is not kept inside the same hooks of others."""
 
 
 class Handle:
@@ -39,7 +44,8 @@ class Handle:
 
     Attributes:
         version: how often the tensor had been changed in place when it was kept; with another one it is another value.
-        steps: operations that make it from what is really kept; 0 if it is kept itself.
+        steps: operations that make it from what is really kept, views not counted; 0 if it is kept itself.
+        depth: the same, views counted, along the longest way.
         joins: whether a sum of two kept tensors is among the steps.
         may_be_read: whether recipes may read it.
         apart: a copy that recipes read in its stead: of a parameter that may not be there, or be another, by then.
@@ -52,8 +58,8 @@ class Handle:
     __slots__ = ("__dict__", "__weakref__", "outside", "version")  # what few handles have is in the dictionary
     outside: Any
     version: int
-    steps = 0
-    joins = False
+    steps = depth = 0
+    joins = unsure = False
     apart: Handle | None = None
     may_be_read = True
     made_in_place = -1
@@ -130,7 +136,7 @@ class Kept(Handle):
             self.outside = None
         else:  # somebody else's hooks outside of ours
             self.data, self.outside = hooks[0](tensor), hooks[1]
-            if tensor.layout is torch.strided:
+            if has_strides(tensor):
                 self.stride = tensor.stride()
             self.shared = Shared(users=1)  # the node that keeps it
 
@@ -139,6 +145,10 @@ class Kept(Handle):
         if self.instead is not None or not self.stands_for_another:
             return True
         return tensor.stride() == (self.data.stride() if self.outside is None else self.stride)
+
+    def was_changed(self) -> bool:
+        """Whether what stands for another has been changed in place since."""
+        return self.stands_for_another and isinstance(self.data, Tensor) and self.data._version != self.version
 
     def asked_once_more(self) -> None:
         """One more node keeps it."""
@@ -161,7 +171,7 @@ class Kept(Handle):
             self.instead.wanted_again()
         elif self.shared is not None:
             self.shared.users += 1
-        elif self.data.layout is torch.strided:
+        elif has_strides(self.data):
             _READ[self.data.untyped_storage()._cdata] = self
 
     def own(self) -> Tensor:
@@ -169,7 +179,7 @@ class Kept(Handle):
         tensor = self.made()
         if self.instead is not None:
             return tensor.clone()
-        if tensor.requires_grad or tensor.layout is not torch.strided:  # a parameter, or what no recipe reads
+        if tensor.requires_grad or not has_strides(tensor):  # a parameter, or what no recipe reads
             return tensor
         if self.outside is None and tensor.untyped_storage()._cdata not in _READ:
             return tensor
@@ -225,11 +235,12 @@ class Derived(Handle):
 
     Attributes:
         stride: as the tensor was laid out, once somebody keeps it; None for a step on the way to another.
+        unsure: whether a copy on the way may have been laid out otherwise than it will be.
         wanted: whether somebody asks for it.
         shared: where more than one do.
     """
 
-    __slots__ = ("joins", "make", "moves", "shared", "sources", "steps", "stride", "wanted")
+    __slots__ = ("depth", "joins", "make", "moves", "shared", "sources", "steps", "stride", "unsure", "wanted")
 
     def __init__(self, make: Callable[..., Tensor], sources: tuple[Handle, ...], joins: bool, moves: bool) -> None:
         self.make, self.sources, self.moves = make, sources, moves
@@ -237,13 +248,15 @@ class Derived(Handle):
         self.wanted = False
         self.shared: Shared | None = None
         self.stride: tuple[int, ...] | None = None
-        outside, steps = sources[0].outside, int(moves)
+        outside, steps, depth, unsure = sources[0].outside, int(moves), 0, False
         for source in sources:
             joins = joins or source.joins
+            unsure = unsure or source.unsure
             steps += source.steps
+            depth = max(depth, source.depth)
             if source.outside is not outside:
                 outside = NOWHERE
-        self.joins, self.steps, self.outside = joins, steps, outside
+        self.joins, self.steps, self.depth, self.unsure, self.outside = joins, steps, depth + 1, unsure, outside
 
     def awaited(self) -> list[Awaited]:
         """What is not there yet of all that it reads."""
@@ -311,6 +324,11 @@ class Awaited(Handle):
         return self.target.made()
 
 
+def has_strides(tensor: Tensor) -> bool:
+    """Whether it is one block of memory: neither sparse nor nested."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The tensor with other strides: matrix products in backward round differently when they read it differently."""
     if tensor.stride() == stride:
@@ -366,7 +384,12 @@ def kept_by(node: Any, name: str) -> Any:
 
 
 def asked(node: Any, name: str) -> Any:
-    """The same by way of our unpacking hook, which finds `given` in its caller's frame."""
+    """The same by way of our unpacking hook, which finds `given` in its caller's frame.
+
+    Asked of nodes that kept something with our hooks alone: those of a checkpointed region would run it anew.
+    """
+    if node._sequence_nr() not in _KEPT_SOMETHING:
+        return NOT_KNOWN
     given: list[Handle] = []
     try:
         tensor = getattr(node, "_saved_" + name, NOT_KNOWN)
@@ -375,6 +398,14 @@ def asked(node: Any, name: str) -> Any:
     return given[0] if given else tensor
 
 
+def kept_something() -> None:
+    """Notes, in the midst of a hook, which node is keeping a tensor: the last one that was made in this thread."""
+    if len(_KEPT_SOMETHING) > 100_000:
+        _KEPT_SOMETHING.clear()
+    _KEPT_SOMETHING.add(nodes_made() - 1)
+
+
+_KEPT_SOMETHING: set[int] = set()
 _OURS = functional.__dict__
 
 

@@ -12,30 +12,57 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from invact.deriving.handles import MOST_STEPS, Awaited, Bits, Derived, Handle, Kept, kept_by, remade
+from invact.deriving.handles import (
+    DEEPEST,
+    MOST_STEPS,
+    Awaited,
+    Bits,
+    Derived,
+    Handle,
+    Kept,
+    has_strides,
+    kept_by,
+    kept_something,
+    remade,
+)
 from invact.deriving.journal import journal_here
 from invact.deriving.parameters import copied, is_parameter, parameters_may_go
 from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, SUMS, VIEWS
 from invact.deriving.stead import stead_of
-from invact.pytorch_inside import FakeTensor, StorageWeakRef, hooks_allowed, outer_hooks, transforms_active
+from invact.pytorch_inside import (
+    FakeTensor,
+    StorageWeakRef,
+    hooks_allowed,
+    outer_hooks,
+    shows_what_is_kept,
+    transforms_active,
+)
 
 SMALLEST = 1024
 """Elements from which on a tensor is derived: one of fewer bytes than a handful of handles is not worth its recipe."""
+
+MOST_SEARCHED = 64
+"""Operators that are looked at for one tensor: the longest recipe that pays has a quarter of them, views included."""
 
 _PLAIN = (Tensor, FakeTensor)
 
 
 class NormSettings(NamedTuple):
-    """What a norm was told and its node does not know."""
+    """What a norm was told and its node does not know, or not as it was: nobody counts the changes of what runs along.
+
+    Attributes:
+        running: mean and variance, where these were taken and not the batch's.
+    """
 
     eps: float | None
     bias: Kept | None
+    running: tuple[Tensor, Tensor] | None
 
 
-# What their nodes do not know: autograd keeps the bias of the first two.
+# What their nodes do not know. A layer norm's keeps the bias, an RMS norm has none.
 _NORMS = {
     F.layer_norm.__code__: "eps",
     F.rms_norm.__code__: "eps",
@@ -43,6 +70,7 @@ _NORMS = {
     F.batch_norm.__code__: "eps and bias",
     F.instance_norm.__code__: "eps and bias",
 }
+_DROPOUT = F.dropout.__code__
 _STATISTICS_WITH_HISTORY = ("NativeGroupNormBackward0", "FusedRmsNormBackward0")
 # Functions that may work in place, and then keep a copy of what they were given.
 _IN_PLACE = {
@@ -64,18 +92,18 @@ _TOLD_IN_THEIR_CALL = {
     "MiopenBatchNormBackward0",
 }
 
-# Where the handle of a node's output number i is noted, in the dictionary that autograd has for such notes, and what
-# waits for it.
-_KEYS = tuple(("invact", number) for number in range(8))
-_AWAITED = tuple(("invact awaited", number) for number in range(8))
+# Under these stands what is known of a node's output, in the dictionary that autograd has for such notes: its handle;
+# what waits for it; that no recipe was found, and by which hooks.
+_FOUND, _AWAITED, _NOT_FOUND = (
+    tuple((f"invact {what}", number) for number in range(8)) for what in ("found", "awaited", "not found")
+)
 
 
-def _key(number: int) -> tuple[str, int]:
-    return _KEYS[number] if number < 8 else ("invact", number)
+_LEAF = "torch::autograd::AccumulateGrad"
 
 
-def _awaited_key(number: int) -> tuple[str, int]:
-    return _AWAITED[number] if number < 8 else ("invact awaited", number)
+def _key(of: tuple[tuple[str, int], ...], number: int) -> tuple[str, int]:
+    return of[number] if number < len(of) else (of[0][0], number)
 
 
 class Deriving:
@@ -83,6 +111,7 @@ class Deriving:
 
     Args:
         allowed: False keeps everything as it is, in the midst of a part where this is derived.
+        module: runs inside; what lies in its buffers is there anyway.
 
     Example:
         >>> norm, linear = torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)
@@ -93,11 +122,15 @@ class Deriving:
         'Derived'
     """
 
-    def __init__(self, allowed: bool = True) -> None:
+    def __init__(self, allowed: bool = True, module: nn.Module | None = None) -> None:
         self.allowed, self.journal = allowed, journal_here()
+        self._module = None if module is None else weakref.ref(module)  # which may hold a graph, as the graph does us
+        self._buffers: set[int] | None = None
         self.outer = outer_hooks()
         self.outside = None if self.outer is None else self.outer[1]
         self.parameters_may_go = parameters_may_go()
+        self._token = object()  # for notes with nodes, which must hold nothing
+        self._left = 0  # of the operators that may still be looked at for a tensor
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
     def __enter__(self) -> Deriving:
@@ -112,10 +145,12 @@ class Deriving:
 
     def pack(self, tensor: Tensor) -> Handle:
         """What is kept in the stead of a tensor."""
+        if not shows_what_is_kept:
+            kept_something()
         node = tensor.grad_fn
         if node is None:
             handle = self._kept(tensor) if tensor.requires_grad else self._constant(tensor, sys._getframe(1))
-        elif tensor.numel() < SMALLEST or type(tensor) not in _PLAIN or (name := node.name()) == "TBackward0":
+        elif tensor.numel() < SMALLEST or not _is_plain(tensor) or (name := node.name()) == "TBackward0":
             # The last are the weights of linear layers.
             handle = Kept(tensor.detach(), tensor._version, self.outer)
             if tensor.output_nr:
@@ -137,7 +172,7 @@ class Deriving:
     # --- which handle it is ---
 
     def _kept(self, tensor: Tensor) -> Kept:
-        """An output without its history; what has none is kept itself, and may have attributes of the user's."""
+        """An output without its history; what has none is kept itself: without a gradient it comes back as it is."""
         kept = Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version, self.outer)
         if self.parameters_may_go and is_parameter(tensor):
             copy = copied(tensor)
@@ -147,20 +182,27 @@ class Deriving:
 
     def _constant(self, tensor: Tensor, frame: Any) -> Handle:
         """Of what has neither history nor gradient, such as masks and the statistics of norms."""
-        if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and (bits := self._bits(tensor)) is not None:
-            return bits
+        if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and _is_plain(tensor):
+            bits = None if frame.f_code is not _DROPOUT and self._is_buffer(tensor) else self._bits(tensor)
+            if bits is not None:
+                return bits
         handle = Kept(tensor, tensor._version, self.outer)
         told = _NORMS.get(frame.f_code)
         if told is not None:
-            handle.setting = self._norm_settings(frame, told)
+            handle.setting = self._norm_settings(frame, told, not tensor.numel())
         return handle
 
-    def _norm_settings(self, frame: Any, told: str) -> NormSettings:
+    def _norm_settings(self, frame: Any, told: str, ran_along: bool = False) -> NormSettings:
+        """Of the call in `frame`; with `ran_along` its node keeps empty statistics, having used the running ones."""
         local = frame.f_locals
         bias = local["bias"] if told == "eps and bias" else None
-        if bias is not None and frame.f_code is F.instance_norm.__code__:
-            bias = bias.repeat(local["input"].shape[0])  # a batch norm, with channels of each of the batch side by side
-        return NormSettings(local["eps"], None if bias is None else self._kept(bias))
+        running = (local.get("running_mean"), local.get("running_var")) if ran_along else (None, None)
+        once_per_image = local["input"].shape[0] if frame.f_code is F.instance_norm.__code__ else 1
+        # An instance norm is a batch norm, with channels of each of the batch side by side.
+        bias = bias if bias is None or once_per_image == 1 else bias.repeat(once_per_image)
+        copies = tuple(each.repeat(once_per_image) for each in running if each is not None)
+        kept = None if bias is None else self._kept(bias)
+        return NormSettings(local["eps"], kept, copies if len(copies) == 2 else None)
 
     def _tell_of_norm(self, handle: Handle, node: Any, frame: Any) -> None:
         """Its statistics have a history, as those of the fused RMS norm have, and no other norm's."""
@@ -171,7 +213,7 @@ class Deriving:
     def _with_history(self, tensor: Tensor, node: Any, name: str, frame: Any) -> Handle:
         number, version = tensor.output_nr, tensor._version
         metadata = node.metadata
-        known = self._noted(metadata, _key(number))
+        known = self._noted(metadata, _key(_FOUND, number))
         if known is not None:
             return self._known(known, tensor, version)
         handle: Handle | None = None
@@ -191,6 +233,8 @@ class Deriving:
         if known.version != version or not known.may_be_read:
             return self._kept(tensor)  # changed since, or not to be shared
         if isinstance(known, Kept):
+            if known.was_changed():
+                return self._kept(tensor)
             if known.lies_like(tensor):
                 known.asked_once_more()
                 return known
@@ -203,8 +247,8 @@ class Deriving:
         return known
 
     def _note(self, metadata: dict[Any, Any], number: int, handle: Handle) -> None:
-        metadata[_key(number)] = weakref.ref(handle)
-        for waiting in metadata.pop(_awaited_key(number), ()):
+        metadata[_key(_FOUND, number)] = weakref.ref(handle)
+        for waiting in metadata.pop(_key(_AWAITED, number), ()):
             awaited = waiting()
             if awaited is not None:
                 awaited.filled(handle)
@@ -218,12 +262,13 @@ class Deriving:
 
     def _derived(self, tensor: Tensor, node: Any, number: int, version: int, frame: Any) -> Handle | None:
         name = node.name()
-        rule = RULES[name]
+        rule, self._left = RULES[name], MOST_SEARCHED
         handle = FILLED[name](tensor, node, self._find) if name in FILLED else rule(node, number, self._find)
         if handle is None and (stead := stead_of(tensor, node, frame)) is not None:
             kept = Kept(stead.tensor, stead.tensor._version, self.outer)
             kept.stands_for_another = True
             self._note(stead.producer.metadata, stead.number, kept)
+            self._token = object()  # what was not found before may be now
             if stead.smaller:
                 handle = rule(node, number, self._find)
             else:
@@ -232,7 +277,7 @@ class Deriving:
                 return same
         if handle is None:
             return self._later(tensor, node, number)
-        if handle.steps > MOST_STEPS or handle.outside is not self.outside:
+        if not self._can_be_run(handle) or (handle.unsure and not self._laid_out_alike(handle, tensor, name)):
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
@@ -240,30 +285,55 @@ class Deriving:
         handle.wanted_again()
         return handle
 
+    @staticmethod
+    def _laid_out_alike(handle: Handle, tensor: Tensor, name: str) -> bool:
+        """Whether copies on the way to a tensor are made again as they were laid out, as far as the tensor shows it.
+
+        Of a view of a copy it shows the copy. What was made element by element of one that was not contiguous is not
+        contiguous either. `name` is that of the node that gave it.
+        """
+        base = tensor if tensor._base is None else tensor._base
+        if base is not tensor and base.grad_fn is not None and base.grad_fn.name() == "CloneBackward0":
+            while isinstance(handle, Derived) and not handle.moves:
+                handle = handle.sources[0]
+            if isinstance(handle, Derived):
+                handle.stride = base.stride()
+            return True
+        return name == "CloneBackward0" or base.is_contiguous()
+
     def _find(self, node: Any, number: int) -> Handle | None:
-        """The handle of an output: noted, a parameter, or by a recipe of its own."""
-        metadata, key = node.metadata, _key(number)
-        known = self._noted(metadata, key)
+        """The handle of an output: noted, a leaf, or by a recipe of its own."""
+        metadata = node.metadata
+        known = self._noted(metadata, _key(_FOUND, number))
         if known is not None:
             return (known.apart or known) if known.may_be_read else None
         name = node.name()
-        if name == "torch::autograd::AccumulateGrad":
-            return self._parameter(node.variable)
+        if name == _LEAF:
+            return self._leaf(node.variable)
         rule = RULES.get(name)
-        handle = rule(node, number, self._find) if rule is not None else None
-        if handle is None or handle.steps > MOST_STEPS or handle.outside is not self.outside:
+        if rule is None or not self._left or metadata.get(_key(_NOT_FOUND, number)) is self._token:
+            return None
+        self._left -= 1
+        handle = rule(node, number, self._find)
+        if handle is None or not self._can_be_run(handle):
+            if self._left:  # else there may be one, had it been looked for further
+                metadata[_key(_NOT_FOUND, number)] = self._token
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
-        metadata[key] = weakref.ref(handle)
+        metadata[_key(_FOUND, number)] = weakref.ref(handle)
         return handle
 
-    def _parameter(self, leaf: Tensor) -> Kept | None:
-        """A leaf that stock does not keep: a parameter may be stepped before backward, and is copied."""
-        if not is_parameter(leaf):
-            return self._kept(leaf)
-        copy = None if self.parameters_may_go else copied(leaf)
-        return None if copy is None else Kept(copy, copy._version, self.outer)
+    def _leaf(self, leaf: Tensor) -> Kept | None:
+        """What its operator has not kept: nothing tells what it held then, unless it never held anything else.
+
+        Parameters are stepped between one forward pass and the next, and are not read.
+        """
+        return None if leaf._version or is_parameter(leaf) else self._kept(leaf)
+
+    def _can_be_run(self, recipe: Derived) -> bool:
+        """Whether it is short enough, and all that it reads is kept inside the same hooks of others as this here."""
+        return recipe.steps <= MOST_STEPS and recipe.depth <= DEEPEST and recipe.outside is self.outside
 
     def _noted(self, metadata: dict[Any, Any], key: tuple[str, int]) -> Handle | None:
         reference = metadata.get(key)
@@ -274,8 +344,9 @@ class Deriving:
         """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does, the sigmoid first."""
         if node.name() in SUMS:  # most are residual sums, of which nothing would come
             return None
+        self._left = MOST_SEARCHED
         recipe = RULES[node.name()](node, number, self._find_or_await)
-        if recipe is None or recipe.joins or not 0 < recipe.steps <= MOST_STEPS or recipe.outside is not self.outside:
+        if recipe is None or recipe.joins or not recipe.steps or not self._can_be_run(recipe):
             return None
         kept = self._kept(tensor)
         recipe.stride = tensor.stride()
@@ -293,14 +364,17 @@ class Deriving:
             return found
         name = node.name()
         rule = RULES.get(name)
-        if rule is not None and name not in SUMS:
+        if name == _LEAF:
+            return None  # what is noted with a leaf would stay
+        if rule is not None and name not in SUMS and self._left:
+            self._left -= 1
             handle = rule(node, number, self._find_or_await)
             if handle is None or handle.steps or not handle.awaited():  # else a view, which may itself be kept
                 if handle is not None and self.journal is not None:
                     self.journal.recipe(handle, node, number)
                 return handle
         awaited = Awaited(self.outside)
-        node.metadata.setdefault(_awaited_key(number), []).append(weakref.ref(awaited))
+        node.metadata.setdefault(_key(_AWAITED, number), []).append(weakref.ref(awaited))
         return awaited
 
     def _why_kept(self, tensor: Tensor) -> str:
@@ -310,12 +384,14 @@ class Deriving:
             return f"of fewer than {SMALLEST} elements"
         if node is None:
             return "without a gradient there is no graph that tells how it was made"
-        if type(tensor) not in _PLAIN:
-            return f"a {type(tensor).__name__}, which has rules of its own"
+        if not _is_plain(tensor):
+            kind = f"a {type(tensor).__name__}" if type(tensor) not in _PLAIN else "sparse or nested"
+            return f"{kind}, which has rules of its own"
         if node.name() not in RULES:
             return "there is no recipe for that operator"
         if tensor._version and not self._worked_in_place(node, node.name(), tensor._version):
             return "changed in place"
+        self._left = MOST_SEARCHED
         recipe = RULES[node.name()](node, tensor.output_nr, self._find)
         if recipe is not None:
             return f"its recipe would take more than {MOST_STEPS} steps" if recipe.steps > MOST_STEPS else ""
@@ -327,28 +403,41 @@ class Deriving:
 
     def _bits(self, mask: Tensor) -> Handle | None:
         dense = mask.is_contiguous() or mask.is_contiguous(memory_format=torch.channels_last)
-        if not dense or mask.untyped_storage().nbytes() != mask.numel() or type(mask) not in _PLAIN:
+        if not dense or mask.untyped_storage().nbytes() != mask.numel():
             return None
-        known = _MASKS.get(mask.untyped_storage()._cdata)
+        storage = StorageWeakRef(mask.untyped_storage())
+        key = storage.cdata
+        known = _MASKS.get(key)
         if known is not None:
-            storage, reference = known
-            handle = reference()
-            same = handle is not None and not storage.expired() and handle.outside is self.outside
+            handle = known[1]()
+            same = handle is not None and not known[0].expired() and handle.outside is self.outside
             if handle is not None and same and handle.version == mask._version and handle.fits(mask):
                 handle.bits.asked_once_more()
                 return handle
         handle = Bits(mask, mask._version, self.outer)
-        key = mask.untyped_storage()._cdata
 
         def forget(_: Any) -> None:
             _MASKS.pop(key, None)
 
-        _MASKS[key] = StorageWeakRef(mask.untyped_storage()), weakref.ref(handle, forget)
+        _MASKS[key] = storage, weakref.ref(handle, forget)
         return handle
+
+    def _is_buffer(self, mask: Tensor) -> bool:
+        """Whether it lies in a buffer, which is there anyway."""
+        if self._buffers is None:
+            module = None if self._module is None else self._module()
+            buffers = [] if module is None else module.buffers()
+            masks = [each for each in buffers if each.dtype is torch.bool and _is_plain(each)]
+            self._buffers = {each.untyped_storage()._cdata for each in masks}
+        return mask.untyped_storage()._cdata in self._buffers
 
 
 # By the identity of its storage, the bits of a mask that several keep; it has no node on which to note them.
 _MASKS: dict[int, tuple[StorageWeakRef, weakref.ref[Bits]]] = {}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and has_strides(tensor)
 
 
 def _made_by_a_rule(node: Any, name: str) -> bool:

@@ -97,6 +97,31 @@ def _with_numbers(make: Callable[..., Tensor], numbers: list[Tensor | None], *te
     return make(*[next(rest) if number is None else number for number in numbers])
 
 
+def _optional(node: Node, name: str, edge: int, find: Find) -> tuple[bool, Handle | None]:
+    """Whether a weight or bias can be had, and its handle; a norm may have none."""
+    if kept_by(node, name) is None:
+        return True, None
+    found = operand(node, name, edge, find)
+    return found is not None, found if isinstance(found, Handle) else None
+
+
+def _with_optional(
+    operator: Callable[..., Tensor], x: Handle | Tensor | None, *optional: tuple[bool, Handle | Tensor | None]
+) -> Derived | None:
+    """A recipe whose `operator` takes, after x, what may be missing, as the weight and bias of a norm."""
+    if not all(had for had, _ in optional):
+        return None
+    there = [handle is not None for _, handle in optional]
+    if all(there):
+        return derived(operator, x, *[handle for _, handle in optional])
+
+    def with_what_there_is(x: Tensor, *weights: Tensor) -> Tensor:
+        rest = iter(weights)
+        return operator(x, *[next(rest) if is_there else None for is_there in there])
+
+    return derived(with_what_there_is, x, *[handle for _, handle in optional if handle is not None])
+
+
 # --- one tensor, element by element ---------------------------------------------------------------------
 
 
@@ -241,8 +266,8 @@ def between(node: Node, number: int, find: Find) -> Derived | None:
     """Between tensors, of which one may be missing; a node that has been run keeps neither."""
     if saved(node, "self") is None:
         return None
-    low, high = _affine(node, "min", 1, find), _affine(node, "max", 2, find)
-    return _norm(torch.clamp, operand(node, "self", 0, find), low, high)  # type: ignore[no-any-return]
+    low, high = _optional(node, "min", 1, find), _optional(node, "max", 2, find)
+    return _with_optional(torch.clamp, operand(node, "self", 0, find), low, high)
 
 
 def _sum(operator: Callable[..., Tensor], *names: str, summands: int, **settings_of: str) -> Rule:
@@ -271,12 +296,12 @@ RULES.update(SUMS)
 
 
 @rule("WhereBackward0")
-def chosen(node: Node, number: int, find: Find) -> Derived | None:
+def where(node: Node, number: int, find: Find) -> Derived | None:
     return derived(torch.where, saved(node, "condition"), produced(node, 0, find), produced(node, 1, find))
 
 
 @rule("MaskedFillBackward1")
-def masked(node: Node, number: int, find: Find) -> Derived | None:
+def masked_fill(node: Node, number: int, find: Find) -> Derived | None:
     return derived(torch.masked_fill, produced(node, 0, find), saved(node, "mask"), produced(node, 1, find))
 
 
@@ -302,37 +327,12 @@ def norm(statistic: str, *names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _affine(node: Node, name: str, edge: int, find: Find) -> tuple[bool, Handle | None]:
-    """Whether a weight or bias can be had, and its handle; a norm may have none."""
-    if kept_by(node, name) is None:
-        return True, None
-    found = operand(node, name, edge, find)
-    return found is not None, found if isinstance(found, Handle) else None
-
-
-def _norm(
-    operator: Callable[..., Tensor], x: Handle | Tensor | None, *affine: tuple[bool, Handle | Tensor | None]
-) -> Any:
-    """A norm's recipe; `operator` takes x, weight and bias, of which some may be missing."""
-    if not all(had for had, _ in affine):
-        return None
-    there = [handle is not None for _, handle in affine]
-    if all(there):
-        return derived(operator, x, *[handle for _, handle in affine])
-
-    def with_what_there_is(x: Tensor, *weights: Tensor) -> Tensor:
-        rest = iter(weights)
-        return operator(x, *[next(rest) if is_there else None for is_there in there])
-
-    return derived(with_what_there_is, x, *[handle for _, handle in affine if handle is not None])
-
-
 @norm("result2", "NativeLayerNormBackward0")
 def layer_norm(node: Node, told: Any, find: Find) -> Derived | None:
     (shape,) = settings(node, "normalized_shape")
-    weight, bias = _affine(node, "weight", 1, find), _affine(node, "bias", 2, find)
+    weight, bias = _optional(node, "weight", 1, find), _optional(node, "bias", 2, find)
     eps = told.eps
-    return _norm(  # type: ignore[no-any-return]
+    return _with_optional(
         lambda x, w, b: torch.layer_norm(x, shape, w, b, eps), operand(node, "input", 0, find), weight, bias
     )
 
@@ -341,10 +341,10 @@ def layer_norm(node: Node, told: Any, find: Find) -> Derived | None:
 def rms_norm(node: Node, told: Any, find: Find) -> Derived | None:
     (shape,) = settings(node, "normalized_shape")
     eps = told.eps
-    return _norm(  # type: ignore[no-any-return]
+    return _with_optional(
         lambda x, w: torch.rms_norm(x, shape, w, eps),
         operand(node, "input", 0, find),
-        _affine(node, "weight", 1, find),
+        _optional(node, "weight", 1, find),
     )
 
 
@@ -352,10 +352,10 @@ def rms_norm(node: Node, told: Any, find: Find) -> Derived | None:
 def group_norm(node: Node, told: Any, find: Find) -> Derived | None:
     (groups,) = settings(node, "group")
     eps = told.eps
-    return _norm(  # type: ignore[no-any-return]
+    return _with_optional(
         lambda x, w, b: torch.group_norm(x, groups, w, b, eps),
         operand(node, "input", 0, find),
-        _affine(node, "weight", 1, find),
+        _optional(node, "weight", 1, find),
         _told_bias(told),
     )
 
@@ -371,17 +371,16 @@ def _told_bias(told: Any) -> tuple[bool, Handle | None]:
 def batch_norm(node: Node, told: Any, find: Find) -> Derived | None:
     """From the statistics that are kept; the running ones are not touched."""
     eps, training = told.eps, node._saved_training
-    x, weight, bias = operand(node, "input", 0, find), _affine(node, "weight", 1, find), _told_bias(told)
+    x, weight, bias = operand(node, "input", 0, find), _optional(node, "weight", 1, find), _told_bias(told)
     if not training:
-        mean, var = saved(node, "running_mean"), saved(node, "running_var")
-        return _norm(  # type: ignore[no-any-return]
-            lambda x, w, b, mean, var: F.batch_norm(x, mean, var, w, b, eps=eps),
-            x, weight, bias, (mean is not None, mean), (var is not None, var),
-        )  # fmt: skip
+        if told.running is None:
+            return None
+        mean, var = told.running
+        return _with_optional(lambda x, w, b: F.batch_norm(x, mean, var, w, b, eps=eps), x, weight, bias)
     if node.name() != "NativeBatchNormBackward0":  # only they themselves know how they round
-        return _norm(lambda x, w, b: F.batch_norm(x, None, None, w, b, True, eps=eps), x, weight, bias)  # type: ignore[no-any-return]
+        return _with_optional(lambda x, w, b: F.batch_norm(x, None, None, w, b, True, eps=eps), x, weight, bias)
     mean, invstd = saved(node, "result1"), saved(node, "result2")
-    return _norm(  # type: ignore[no-any-return]
+    return _with_optional(
         lambda x, w, b, mean, invstd: _batch_normed(x, w, b, mean, invstd, eps),
         x, weight, bias, (mean is not None, mean), (invstd is not None, invstd),
     )  # fmt: skip
@@ -426,7 +425,7 @@ ON_THE_WAY = {"MeanBackward1", "SumBackward1", "VarBackward0"}
 def along_a_row(node: Node, number: int, find: Find) -> Derived | None:
     """A mean, say, that a norm written out in steps takes off."""
     dim, keepdim = settings(node, "dim", "keepdim")
-    if len(dim) != 1 or not keepdim:
+    if dim is None or len(dim) != 1 or not keepdim:
         return None
     operator = torch.mean if node.name() == "MeanBackward1" else torch.sum
     dtype = node._input_metadata[0].dtype
@@ -458,12 +457,10 @@ def cast(node: Node, number: int, find: Find) -> Derived | None:
 
 @rule("NativeDropoutBackward0")
 def dropout(node: Node, number: int, find: Find) -> Derived | None:
+    if number:
+        return None
     left = 1 - node._saved_p
-    return (
-        None
-        if number
-        else derived(lambda x, mask: _dropped(x, mask, left), produced(node, 0, find), saved(node, "result1"))
-    )
+    return derived(lambda x, mask: _dropped(x, mask, left), produced(node, 0, find), saved(node, "result1"))
 
 
 def _dropped(x: Tensor, mask: Tensor, left: float) -> Tensor:
@@ -490,19 +487,22 @@ def softmax(node: Node, number: int, find: Find) -> Derived | None:
 
 
 @rule("CloneBackward0")
-def copy(node: Node, number: int, find: Find) -> Derived | None:
-    """The tensor itself, laid out as the copy was: contiguous, unless somebody keeps it and `stride` tells otherwise.
+def clone(node: Node, number: int, find: Find) -> Derived | None:
+    """The tensor itself, laid out as the copy was, which autograd does not record: `contiguous()` makes the same node
+    as `clone()`, which keeps the order of the dimensions.
 
-    On the way to another tensor the layout counts too: kernels round differently where they cannot read whole vectors.
+    Where somebody keeps the copy or a view of it, `stride` tells. On the way to another tensor the layout counts too,
+    since kernels round differently where they can not read whole vectors: there it is taken to be contiguous.
     """
-    handle = derived(lambda x: x, produced(node, 0, find))
+    handle = derived(lambda x: x.resolve_conj().resolve_neg(), produced(node, 0, find))
     if handle is not None:
         handle.stride = make_contiguous_strides_for(node._input_metadata[0].shape)
+        handle.unsure = node.next_functions[0][0].name() in ("PermuteBackward0", "TransposeBackward0", "TBackward0")
     return handle
 
 
 @rule("CatBackward0", "StackBackward0")
-def joined(node: Node, number: int, find: Find) -> Derived | None:
+def cat_or_stack(node: Node, number: int, find: Find) -> Derived | None:
     (dim,) = settings(node, "dim")
     operator = torch.cat if node.name() == "CatBackward0" else torch.stack
     parts = [produced(node, edge, find) for edge in range(len(node.next_functions))]
@@ -521,34 +521,30 @@ def flipped(node: Node, number: int, find: Find) -> Derived | None:
     return derived(lambda x: torch.flip(x, dims), produced(node, 0, find))
 
 
-def _moving(operator: Callable[..., Tensor], *names: str) -> Rule:
-    """An operator that only moves what is there, or takes each number from a few that lie together; by its settings."""
-    return _pointwise(operator, *names)
-
-
+# Those that only move what is there, or take each number from a few that lie together.
 RULES.update(
     {
-        "AvgPool2DBackward0": _moving(
+        "AvgPool2DBackward0": _pointwise(
             aten.avg_pool2d, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
         ),
-        "ChannelShuffleBackward0": _moving(aten.channel_shuffle, "groups"),
-        "Im2ColBackward0": _moving(aten.im2col, "kernel_size", "dilation", "padding", "stride"),
-        "PixelShuffleBackward0": _moving(F.pixel_shuffle, "upscale_factor"),
-        "PixelUnshuffleBackward0": _moving(F.pixel_unshuffle, "downscale_factor"),
-        "ReflectionPad1DBackward0": _moving(aten.reflection_pad1d, "padding"),
-        "ReflectionPad2DBackward0": _moving(aten.reflection_pad2d, "padding"),
-        "ReflectionPad3DBackward0": _moving(aten.reflection_pad3d, "padding"),
-        "RepeatBackward0": _moving(lambda x, repeats: x.repeat(repeats), "repeats"),
-        "ReplicationPad1DBackward0": _moving(aten.replication_pad1d, "padding"),
-        "ReplicationPad2DBackward0": _moving(aten.replication_pad2d, "padding"),
-        "ReplicationPad3DBackward0": _moving(aten.replication_pad3d, "padding"),
-        "Rot90Backward0": _moving(torch.rot90, "k", "dims"),
-        "UpsampleNearest1DBackward0": _moving(aten.upsample_nearest1d, "output_size", "scales"),
-        "UpsampleNearest2DBackward0": _moving(aten.upsample_nearest2d, "output_size", "scales_h", "scales_w"),
-        "UpsampleNearestExact2DBackward0": _moving(
+        "ChannelShuffleBackward0": _pointwise(aten.channel_shuffle, "groups"),
+        "Im2ColBackward0": _pointwise(aten.im2col, "kernel_size", "dilation", "padding", "stride"),
+        "PixelShuffleBackward0": _pointwise(F.pixel_shuffle, "upscale_factor"),
+        "PixelUnshuffleBackward0": _pointwise(F.pixel_unshuffle, "downscale_factor"),
+        "ReflectionPad1DBackward0": _pointwise(aten.reflection_pad1d, "padding"),
+        "ReflectionPad2DBackward0": _pointwise(aten.reflection_pad2d, "padding"),
+        "ReflectionPad3DBackward0": _pointwise(aten.reflection_pad3d, "padding"),
+        "RepeatBackward0": _pointwise(lambda x, repeats: x.repeat(repeats), "repeats"),
+        "ReplicationPad1DBackward0": _pointwise(aten.replication_pad1d, "padding"),
+        "ReplicationPad2DBackward0": _pointwise(aten.replication_pad2d, "padding"),
+        "ReplicationPad3DBackward0": _pointwise(aten.replication_pad3d, "padding"),
+        "Rot90Backward0": _pointwise(torch.rot90, "k", "dims"),
+        "UpsampleNearest1DBackward0": _pointwise(aten.upsample_nearest1d, "output_size", "scales"),
+        "UpsampleNearest2DBackward0": _pointwise(aten.upsample_nearest2d, "output_size", "scales_h", "scales_w"),
+        "UpsampleNearestExact2DBackward0": _pointwise(
             aten._upsample_nearest_exact2d, "output_size", "scales_h", "scales_w"
         ),
-        "UpsampleNearest3DBackward0": _moving(
+        "UpsampleNearest3DBackward0": _pointwise(
             aten.upsample_nearest3d, "output_size", "scales_d", "scales_h", "scales_w"
         ),
     }
@@ -559,7 +555,7 @@ RULES.update(
 
 
 @rule("ConstantPadNdBackward0")
-def cut(node: Node, number: int, find: Find) -> Derived | None:
+def unpadded(node: Node, number: int, find: Find) -> Derived | None:
     """On the way to another tensor: only where no number is written, as where windows fit without a rest."""
     (pad,) = settings(node, "pad")
     if any(each > 0 for each in pad):
@@ -574,7 +570,7 @@ def padded(tensor: Tensor, node: Node, find: Find) -> Derived | None:
         if width > 0:
             corner[-1 - place // 2] = -(place % 2)  # the first, or the last
     if x is None or not any(width > 0 for width in pad):
-        return cut(node, 0, find)
+        return unpadded(node, 0, find)
     # A tensor, which no device need be waited for, and all that its padding consists of.
     value = tensor.detach()[tuple(corner)].clone()
     return derived(functools.partial(_framed, value, pad, tensor.shape, tensor.stride()), x)
@@ -595,7 +591,7 @@ FILLED: dict[str, Callable[[Tensor, Node, Find], Derived | None]] = {"ConstantPa
 """Rules for a tensor that is kept, which take from it the number that is not recorded."""
 
 
-_BILINEAR = _moving(aten.upsample_bilinear2d, "output_size", "align_corners", "scales_h", "scales_w")
+_BILINEAR = _pointwise(aten.upsample_bilinear2d, "output_size", "align_corners", "scales_h", "scales_w")
 
 
 @rule("UpsampleBilinear2DBackward0")
