@@ -242,10 +242,11 @@ def _better_derived(x: Any) -> bool:
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False  # before asking for a size, which a graph would be bound to
     count = x.numel()
-    if SMALLEST_INVERTED <= count <= LARGEST_INVERTED_ON_CPU or count < SMALLEST:
+    if count < SMALLEST or SMALLEST_INVERTED <= count <= LARGEST_INVERTED_ON_CPU:
         return False
-    device = getattr(_THREAD, "device", None) or x.device
-    return (count < SMALLEST_INVERTED or device.type == "cpu") and is_deriving(True)
+    if count > LARGEST_INVERTED_ON_CPU and (getattr(_THREAD, "device", None) or x.device).type != "cpu":
+        return False
+    return is_deriving(True)
 
 
 @contextmanager

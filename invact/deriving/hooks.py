@@ -92,18 +92,11 @@ _TOLD_IN_THEIR_CALL = {
     "MiopenBatchNormBackward0",
 }
 
-# Under these stands what is known of a node's output, in the dictionary that autograd has for such notes: its handle;
-# what waits for it; that no recipe was found, and by which hooks.
-_FOUND, _AWAITED, _NOT_FOUND = (
-    tuple((f"invact {what}", number) for number in range(8)) for what in ("found", "awaited", "not found")
-)
-
+# Under these, with its number, stands what is known of a node's output, in the dictionary that autograd has for such
+# notes: its handle; what waits for it; that no recipe was found, and by which hooks.
+_FOUND, _AWAITED, _NOT_FOUND = "invact found", "invact awaited", "invact not found"
 
 _LEAF = "torch::autograd::AccumulateGrad"
-
-
-def _key(of: tuple[tuple[str, int], ...], number: int) -> tuple[str, int]:
-    return of[number] if number < len(of) else (of[0][0], number)
 
 
 class Deriving:
@@ -150,8 +143,8 @@ class Deriving:
         node = tensor.grad_fn
         if node is None:
             handle = self._kept(tensor) if tensor.requires_grad else self._constant(tensor, sys._getframe(1))
-        elif tensor.numel() < SMALLEST or not _is_plain(tensor) or (name := node.name()) == "TBackward0":
-            # The last are the weights of linear layers.
+        elif tensor.numel() < SMALLEST or (name := node.name()) == "TBackward0" or not _is_plain(tensor):
+            # Of that name are the weights of linear layers.
             handle = Kept(tensor.detach(), tensor._version, self.outer)
             if tensor.output_nr:
                 self._tell_of_norm(handle, node, sys._getframe(1))
@@ -195,7 +188,9 @@ class Deriving:
     def _norm_settings(self, frame: Any, told: str, ran_along: bool = False) -> NormSettings:
         """Of the call in `frame`; with `ran_along` its node keeps empty statistics, having used the running ones."""
         local = frame.f_locals
-        bias = local["bias"] if told == "eps and bias" else None
+        if told == "eps":
+            return NormSettings(local["eps"], None, None)
+        bias = local["bias"]
         running = (local.get("running_mean"), local.get("running_var")) if ran_along else (None, None)
         once_per_image = local["input"].shape[0] if frame.f_code is F.instance_norm.__code__ else 1
         # An instance norm is a batch norm, with channels of each of the batch side by side.
@@ -213,7 +208,7 @@ class Deriving:
     def _with_history(self, tensor: Tensor, node: Any, name: str, frame: Any) -> Handle:
         number, version = tensor.output_nr, tensor._version
         metadata = node.metadata
-        known = self._noted(metadata, _key(_FOUND, number))
+        known = self._noted(metadata, (_FOUND, number))
         if known is not None:
             return self._known(known, tensor, version)
         handle: Handle | None = None
@@ -247,8 +242,8 @@ class Deriving:
         return known
 
     def _note(self, metadata: dict[Any, Any], number: int, handle: Handle) -> None:
-        metadata[_key(_FOUND, number)] = weakref.ref(handle)
-        for waiting in metadata.pop(_key(_AWAITED, number), ()):
+        metadata[_FOUND, number] = weakref.ref(handle)
+        for waiting in metadata.pop((_AWAITED, number), ()):
             awaited = waiting()
             if awaited is not None:
                 awaited.filled(handle)
@@ -304,24 +299,24 @@ class Deriving:
     def _find(self, node: Any, number: int) -> Handle | None:
         """The handle of an output: noted, a leaf, or by a recipe of its own."""
         metadata = node.metadata
-        known = self._noted(metadata, _key(_FOUND, number))
+        known = self._noted(metadata, (_FOUND, number))
         if known is not None:
             return (known.apart or known) if known.may_be_read else None
         name = node.name()
         if name == _LEAF:
             return self._leaf(node.variable)
         rule = RULES.get(name)
-        if rule is None or not self._left or metadata.get(_key(_NOT_FOUND, number)) is self._token:
+        if rule is None or not self._left or metadata.get((_NOT_FOUND, number)) is self._token:
             return None
         self._left -= 1
         handle = rule(node, number, self._find)
         if handle is None or not self._can_be_run(handle):
             if self._left:  # else there may be one, had it been looked for further
-                metadata[_key(_NOT_FOUND, number)] = self._token
+                metadata[_NOT_FOUND, number] = self._token
             return None
         if self.journal is not None:
             self.journal.recipe(handle, node, number)
-        metadata[_key(_FOUND, number)] = weakref.ref(handle)
+        metadata[_FOUND, number] = weakref.ref(handle)
         return handle
 
     def _leaf(self, leaf: Tensor) -> Kept | None:
@@ -374,7 +369,7 @@ class Deriving:
                     self.journal.recipe(handle, node, number)
                 return handle
         awaited = Awaited(self.outside)
-        node.metadata.setdefault(_key(_AWAITED, number), []).append(weakref.ref(awaited))
+        node.metadata.setdefault((_AWAITED, number), []).append(weakref.ref(awaited))
         return awaited
 
     def _why_kept(self, tensor: Tensor) -> str:
