@@ -210,7 +210,7 @@ class Deriving:
         metadata = node.metadata
         known = self._noted(metadata, (_FOUND, number))
         if known is not None:
-            return self._known(known, tensor, version)
+            return self._known(known, tensor, name, version)
         handle: Handle | None = None
         if _made_by_a_rule(node, name) and (version == 0 or self._worked_in_place(node, name, version)):
             handle = self._derived(tensor, node, number, version, frame)
@@ -223,10 +223,12 @@ class Deriving:
         self._note(metadata, number, handle)
         return handle
 
-    def _known(self, known: Handle, tensor: Tensor, version: int) -> Handle:
+    def _known(self, known: Handle, tensor: Tensor, name: str, version: int) -> Handle:
         """The handle of a value that somebody else has kept before."""
         if known.version != version or not known.may_be_read:
             return self._kept(tensor)  # changed since, or not to be shared
+        if known.unsure and not self._laid_out_alike(known, tensor, name):
+            return self._kept(tensor)
         if isinstance(known, Kept):
             if known.was_changed():
                 return self._kept(tensor)
