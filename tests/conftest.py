@@ -1,5 +1,6 @@
 """What the tests measure with: an independent count of what autograd keeps, and all gradients as one vector."""
 
+import gc
 import getpass
 import os
 import tempfile
@@ -19,6 +20,12 @@ from torch.autograd.graph import saved_tensors_hooks
 # For the whole run: PyTorch's own operators where oneDNN's would be taken.
 if os.environ.get("INVACT_TESTS_WITHOUT_ONEDNN") == "1":
     torch.backends.mkldnn.set_flags(False)
+
+
+def pytest_collection_finish():
+    """A plan looks through all that Python's collector follows, for who holds simulated tensors; the modules do not."""
+    gc.collect()
+    gc.freeze()
 
 
 class Held:
@@ -70,6 +77,15 @@ def outputs_and_gradients(model, inputs, seed=0):
     sum(t.square().mean() + t.sin().mean() for t in outputs).backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return torch.cat([t.detach().flatten() for t in outputs]), torch.cat(gradients)
+
+
+@pytest.fixture
+def all_objects_followed():
+    """What the tests froze is followed again, modules and what they hold."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

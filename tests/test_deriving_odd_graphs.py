@@ -99,17 +99,6 @@ def test_running_statistics_that_move_on_before_backward():
     assert_alike(lambda m, x: m.last(m.image_norm(m.first(x)[None].mT).mT[0]), train)
 
 
-def test_a_copy_that_is_emptied_while_what_it_was_made_of_is_wanted():
-    def put_together(m, x):
-        h = m.first(x)
-        c = h.clone()
-        m.aside = [c * m.last.weight]  # in no loss
-        c.zero_()
-        return m.last(h) + m.norm(h)
-
-    assert_alike(put_together)
-
-
 # --- graphs that are deep or wide -------------------------------------------------------------------------
 
 
@@ -187,22 +176,58 @@ def test_a_search_looks_at_few_operators(monkeypatch):
 # --- layouts ------------------------------------------------------------------------------------------
 
 
-def test_a_copy_on_the_way_keeps_the_order_of_its_dimensions_as_clone_does():
-    def centred(m, x):
-        u = m.norm(m.first(x)).t().clone()
-        return m.last(u - u.mean(-1, keepdim=True))
+COPIES = {
+    "clone": lambda n: n.t().clone(),
+    "contiguous": lambda n: n.t().contiguous(),
+    "of a product": lambda n: (n.t() * 0.5).clone(),
+    "of a part": lambda n: n.t()[1:].clone(),
+    "of a chunk": lambda n: n.t().chunk(2)[0].clone(),
+    "of an expanded one": lambda n: n.t().expand(2, WIDTH, WIDTH).clone()[0],
+    "of a flipped one": lambda n: n.t().flip(0).clone(),
+    "of a turned one": lambda n: torch.rot90(n).clone(),
+    "of a dropped one": lambda n: F.dropout(n.t(), 0.3).clone(),
+    "of a cast": lambda n: n.t().double().clone().float(),
+    "of a copy": lambda n: n.t().clone().clone(),
+    "part of a copy": lambda n: n.t().clone()[2:].clone(),
+    "channels last": lambda n: n.view(4, 16, 8, 8).contiguous(memory_format=torch.channels_last).flatten(2)[0],
+    "to channels last": lambda n: n.view(4, 16, 8, 8).to(memory_format=torch.channels_last),
+}
 
-    def as_complex(m, x):
+
+@pytest.mark.parametrize("of", COPIES)
+def test_a_copy_on_the_way_lies_as_it_lay(of):
+    def centred(m, x):
+        u = COPIES[of](m.norm(m.first(x)))
+        u = u - u.mean(1, keepdim=True)
+        return m.last(u.reshape(-1, WIDTH)) + (u * u).sum()
+
+    def by_its_mean_alone(m, x):
+        u = COPIES[of](m.norm(m.first(x)))
+        return m.last(m.norm(m.first(x)) - u.mean(-1, keepdim=True).mean())
+
+    def copied_once_more(m, x):
+        u = COPIES[of](m.norm(m.first(x)))
+        return m.last((u - u.mean(-1, keepdim=True)).transpose(0, 1).clone().reshape(-1, WIDTH))
+
+    def seed(train):
+        def seeded(model):
+            torch.manual_seed(1)
+            train(model)
+
+        return seeded
+
+    for put_together in (centred, by_its_mean_alone, copied_once_more):
+        assert_alike(put_together, seed(step))
+
+
+def test_a_view_of_a_copy_that_only_another_layout_has():
+    def put_together(m, x):
         h = m.norm(m.first(x))
         beside = (h.reshape(-1, 2) * m.last.weight.reshape(-1, 2)).sum()
         z = torch.view_as_complex(h.reshape(-1, 2).t().clone().t())
         return (z * torch.view_as_complex(m.first.weight.reshape(-1, 2))).abs().sum() + m.last(h).sum() + beside
 
-    def contiguous(m, x):
-        return m.last(m.norm(m.first(x)).t().contiguous() * 0.5)
-
-    for put_together in (centred, as_complex, contiguous):
-        assert_alike(put_together)
+    assert_alike(put_together)
 
 
 def test_a_conjugate_that_is_resolved():
@@ -248,6 +273,20 @@ def test_a_mask_in_a_buffer_is_there_anyway(count_kept):
     report = invact.patch(ours, (X,), exact=True)
     assert not [tensor for tensor in report.derived if "mask" in tensor.what]
     assert report.bytes_after == count_kept(ours, (X,)) <= count_kept(stock, (X,)) == report.bytes_before
+
+
+def test_a_mask_in_a_buffer_of_bytes_is_there_as_well(count_kept):
+    stock = Odd(lambda m, x: m.last((m.first(x) @ x).masked_fill(m.bytes.view(torch.bool), -1e9).softmax(-1)))
+    stock.register_buffer("bytes", stock.mask.view(torch.uint8))
+    report = invact.plan(stock, (X,), exact=True)
+    assert report.bytes_after <= report.bytes_before == count_kept(stock, (X,))
+
+
+@pytest.mark.parametrize("rows", [2, 4, 64, 512])
+def test_copies_of_running_statistics_are_nothing_beside_what_they_make_again(rows):
+    model = Odd(lambda m, x: m.last(m.batch_norm(m.first(x)))).eval()
+    report = invact.plan(model, (torch.randn(rows, WIDTH),), exact=True)
+    assert bool(report.derived) == (rows == 512)
 
 
 def test_nothing_gathers_at_a_leaf():

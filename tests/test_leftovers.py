@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from invact.ledger import Ledger
 from invact.leftovers import LeftoverError, check_no_leftovers
 
+pytestmark = pytest.mark.usefixtures("all_objects_followed")
+
 SEEN = []
 LAST = None
 

@@ -194,7 +194,9 @@ def test_what_a_forward_touches_would_be_seen(touched):
 @pytest.mark.parametrize("branches", [False, True], ids=["simulated", "real"])
 @pytest.mark.parametrize("touched", TOUCHES)
 @pytest.mark.parametrize("do", DOES)
-def test_what_a_forward_touches_is_as_it_was(do, touched, branches):
+def test_what_a_forward_touches_is_as_it_was(do, touched, branches, request):
+    if touched == "functools.lru_cache":
+        request.getfixturevalue("all_objects_followed")
     rotary.cache_clear()
     model = Strange(TOUCHES[touched], branches=branches)
     before = everything(model)
@@ -298,6 +300,7 @@ def in_a_library():
     ), "the global `kept_by_a_stranger` of module"
 
 
+@pytest.mark.usefixtures("all_objects_followed")
 @pytest.mark.parametrize("do", DOES)
 @pytest.mark.parametrize(
     "make",

@@ -6,7 +6,9 @@ those that need it: freed with its part of the graph, and used again when a grap
 
 from __future__ import annotations
 
+import itertools
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -59,7 +61,8 @@ class Handle:
     outside: Any
     version: int
     steps = depth = 0
-    joins = unsure = False
+    joins = False
+    unsure = False
     apart: Handle | None = None
     may_be_read = True
     made_in_place = -1
@@ -71,6 +74,10 @@ class Handle:
     def own(self) -> Tensor:
         """The value for somebody who may write into it."""
         return self.made().clone()
+
+    def is_contiguous(self) -> bool:
+        """Whether that is known of the value as its operator gave it."""
+        return False
 
     def wanted_again(self) -> None:
         """Tells that one more will ask for it."""
@@ -146,9 +153,8 @@ class Kept(Handle):
             return True
         return tensor.stride() == (self.data.stride() if self.outside is None else self.stride)
 
-    def was_changed(self) -> bool:
-        """Whether what stands for another has been changed in place since."""
-        return self.stands_for_another and isinstance(self.data, Tensor) and self.data._version != self.version
+    def is_contiguous(self) -> bool:
+        return isinstance(self.data, Tensor) and has_strides(self.data) and self.data.is_contiguous()
 
     def asked_once_more(self) -> None:
         """One more node keeps it."""
@@ -236,16 +242,29 @@ class Derived(Handle):
     Attributes:
         stride: as the tensor was laid out, once somebody keeps it; None for a step on the way to another.
         unsure: whether a copy on the way may have been laid out otherwise than it will be.
+        keeps_order: whether it is contiguous if what it reads is, as of views only some are.
         wanted: whether somebody asks for it.
         shared: where more than one do.
     """
 
-    __slots__ = ("depth", "joins", "make", "moves", "shared", "sources", "steps", "stride", "unsure", "wanted")
+    __slots__ = (
+        "depth",
+        "joins",
+        "keeps_order",
+        "make",
+        "moves",
+        "shared",
+        "sources",
+        "steps",
+        "stride",
+        "unsure",
+        "wanted",
+    )
 
     def __init__(self, make: Callable[..., Tensor], sources: tuple[Handle, ...], joins: bool, moves: bool) -> None:
         self.make, self.sources, self.moves = make, sources, moves
         self.version = 0
-        self.wanted = False
+        self.wanted, self.keeps_order = False, True
         self.shared: Shared | None = None
         self.stride: tuple[int, ...] | None = None
         outside, steps, depth, unsure = sources[0].outside, int(moves), 0, False
@@ -257,6 +276,9 @@ class Derived(Handle):
             if source.outside is not outside:
                 outside = NOWHERE
         self.joins, self.steps, self.depth, self.unsure, self.outside = joins, steps, depth + 1, unsure, outside
+
+    def is_contiguous(self) -> bool:
+        return self.keeps_order and not self.unsure and all(source.is_contiguous() for source in self.sources)
 
     def awaited(self) -> list[Awaited]:
         """What is not there yet of all that it reads."""
@@ -351,7 +373,7 @@ def remade(handle: Handle) -> Tensor:
         caller = None
     if not shows_what_is_kept and caller is not None and caller.f_code is asked.__code__:
         caller.f_locals["given"].append(handle)
-        return _ANYTHING
+        return torch.empty(0)  # a new one each time: under fake tensors one that is shared is freed too often
     to_read = caller is None or caller.f_code is _ENGINE or caller.f_globals is _OURS
     if type(handle) is Kept and handle.instead is None:
         if to_read and handle.outside is None and handle.data._version == handle.version:
@@ -365,7 +387,6 @@ def remade(handle: Handle) -> Tensor:
 
 
 _ENGINE = engine_call.__code__
-_ANYTHING = torch.empty(0)
 NOT_KNOWN = object()
 
 
@@ -388,7 +409,7 @@ def asked(node: Any, name: str) -> Any:
 
     Asked of nodes that kept something with our hooks alone: those of a checkpointed region would run it anew.
     """
-    if node._sequence_nr() not in _KEPT_SOMETHING:
+    if node._sequence_nr() not in _keeping_here():
         return NOT_KNOWN
     given: list[Handle] = []
     try:
@@ -400,12 +421,25 @@ def asked(node: Any, name: str) -> Any:
 
 def kept_something() -> None:
     """Notes, in the midst of a hook, which node is keeping a tensor: the last one that was made in this thread."""
-    if len(_KEPT_SOMETHING) > 100_000:
-        _KEPT_SOMETHING.clear()
-    _KEPT_SOMETHING.add(nodes_made() - 1)
+    keeping = _keeping_here()
+    keeping[nodes_made() - 1] = None
+    if len(keeping) > _MOST_NOTED:
+        for oldest in list(itertools.islice(keeping, _MOST_NOTED // 2)):
+            del keeping[oldest]
 
 
-_KEPT_SOMETHING: set[int] = set()
+def _keeping_here() -> dict[int, None]:
+    """The numbers of the nodes that kept something with our hooks, the oldest first; each thread counts its own."""
+    try:
+        return _THREAD.keeping  # type: ignore[no-any-return]
+    except AttributeError:
+        keeping: dict[int, None] = {}
+        _THREAD.keeping = keeping
+        return keeping
+
+
+_MOST_NOTED = 1 << 20
+_THREAD = threading.local()
 _OURS = functional.__dict__
 
 

@@ -6,6 +6,7 @@ whoever keeps the same value later finds it, in this forward pass or another, an
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
 from typing import Any, NamedTuple
@@ -51,15 +52,17 @@ _PLAIN = (Tensor, FakeTensor)
 
 
 class NormSettings(NamedTuple):
-    """What a norm was told and its node does not know, or not as it was: nobody counts the changes of what runs along.
+    """What a norm was told and its node does not know.
 
     Attributes:
-        running: mean and variance, where these were taken and not the batch's.
+        running: the mean and variance that run along; nobody counts their changes.
+        images: how often they stand side by side in an instance norm, which is a batch norm of the channels of each.
     """
 
     eps: float | None
-    bias: Kept | None
-    running: tuple[Tensor, Tensor] | None
+    bias: Kept | None = None
+    running: tuple[Tensor, Tensor] | None = None
+    images: int = 1
 
 
 # What their nodes do not know. A layer norm's keeps the bias, an RMS norm has none.
@@ -96,6 +99,7 @@ _TOLD_IN_THEIR_CALL = {
 # notes: its handle; what waits for it; that no recipe was found, and by which hooks.
 _FOUND, _AWAITED, _NOT_FOUND = "invact found", "invact awaited", "invact not found"
 
+_COPIES = ("CloneBackward0", "ToCopyBackward0")
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
@@ -104,7 +108,7 @@ class Deriving:
 
     Args:
         allowed: False keeps everything as it is, in the midst of a part where this is derived.
-        module: runs inside; what lies in its buffers is there anyway.
+        module: runs inside; what lies in its buffers and parameters is there anyway.
 
     Example:
         >>> norm, linear = torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)
@@ -118,7 +122,7 @@ class Deriving:
     def __init__(self, allowed: bool = True, module: nn.Module | None = None) -> None:
         self.allowed, self.journal = allowed, journal_here()
         self._module = None if module is None else weakref.ref(module)  # which may hold a graph, as the graph does us
-        self._buffers: set[int] | None = None
+        self._weights: set[int] | None = None
         self.outer = outer_hooks()
         self.outside = None if self.outer is None else self.outer[1]
         self.parameters_may_go = parameters_may_go()
@@ -176,28 +180,24 @@ class Deriving:
     def _constant(self, tensor: Tensor, frame: Any) -> Handle:
         """Of what has neither history nor gradient, such as masks and the statistics of norms."""
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and _is_plain(tensor):
-            bits = None if frame.f_code is not _DROPOUT and self._is_buffer(tensor) else self._bits(tensor)
+            bits = None if frame.f_code is not _DROPOUT and self._is_weight(tensor) else self._bits(tensor)
             if bits is not None:
                 return bits
         handle = Kept(tensor, tensor._version, self.outer)
         told = _NORMS.get(frame.f_code)
         if told is not None:
-            handle.setting = self._norm_settings(frame, told, not tensor.numel())
+            handle.setting = self._norm_settings(frame, told)
         return handle
 
-    def _norm_settings(self, frame: Any, told: str, ran_along: bool = False) -> NormSettings:
-        """Of the call in `frame`; with `ran_along` its node keeps empty statistics, having used the running ones."""
+    def _norm_settings(self, frame: Any, told: str) -> NormSettings:
         local = frame.f_locals
         if told == "eps":
-            return NormSettings(local["eps"], None, None)
-        bias = local["bias"]
-        running = (local.get("running_mean"), local.get("running_var")) if ran_along else (None, None)
-        once_per_image = local["input"].shape[0] if frame.f_code is F.instance_norm.__code__ else 1
-        # An instance norm is a batch norm, with channels of each of the batch side by side.
-        bias = bias if bias is None or once_per_image == 1 else bias.repeat(once_per_image)
-        copies = tuple(each.repeat(once_per_image) for each in running if each is not None)
-        kept = None if bias is None else self._kept(bias)
-        return NormSettings(local["eps"], kept, copies if len(copies) == 2 else None)
+            return NormSettings(local["eps"])
+        bias, mean, var = local["bias"], local.get("running_mean"), local.get("running_var")
+        images = local["input"].shape[0] if frame.f_code is F.instance_norm.__code__ else 1
+        bias = bias if bias is None or images == 1 else bias.repeat(images)
+        running = None if mean is None or var is None else (mean, var)
+        return NormSettings(local["eps"], None if bias is None else self._kept(bias), running, images)
 
     def _tell_of_norm(self, handle: Handle, node: Any, frame: Any) -> None:
         """Its statistics have a history, as those of the fused RMS norm have, and no other norm's."""
@@ -230,8 +230,6 @@ class Deriving:
         if known.unsure and not self._laid_out_alike(known, tensor, name):
             return self._kept(tensor)
         if isinstance(known, Kept):
-            if known.was_changed():
-                return self._kept(tensor)
             if known.lies_like(tensor):
                 known.asked_once_more()
                 return known
@@ -284,19 +282,24 @@ class Deriving:
 
     @staticmethod
     def _laid_out_alike(handle: Handle, tensor: Tensor, name: str) -> bool:
-        """Whether copies on the way to a tensor are made again as they were laid out, as far as the tensor shows it.
+        """Whether copies on the way to a tensor, which the node of this name gave, will lie as they lay.
 
-        Of a view of a copy it shows the copy. What was made element by element of one that was not contiguous is not
-        contiguous either. `name` is that of the node that gave it.
+        A copy that is kept, or a view of it, tells how it lies; and what is made element by element of one that is not
+        contiguous is not contiguous either.
         """
         base = tensor if tensor._base is None else tensor._base
-        if base is not tensor and base.grad_fn is not None and base.grad_fn.name() == "CloneBackward0":
-            while isinstance(handle, Derived) and not handle.moves:
-                handle = handle.sources[0]
-            if isinstance(handle, Derived):
-                handle.stride = base.stride()
-            return True
-        return name == "CloneBackward0" or base.is_contiguous()
+        if name not in _COPIES and (base.grad_fn is None or base.grad_fn.name() not in _COPIES):
+            return base.is_contiguous()
+        views = []
+        while isinstance(handle, Derived) and not handle.moves:
+            views.append(handle)
+            handle = handle.sources[0]
+        if not isinstance(handle, Derived) or any(source.unsure for source in handle.sources):
+            return False
+        handle.stride = base.stride()
+        for told in (handle, *views):
+            told.unsure = False
+        return True
 
     def _find(self, node: Any, number: int) -> Handle | None:
         """The handle of an output: noted, a leaf, or by a recipe of its own."""
@@ -419,14 +422,13 @@ class Deriving:
         _MASKS[key] = storage, weakref.ref(handle, forget)
         return handle
 
-    def _is_buffer(self, mask: Tensor) -> bool:
-        """Whether it lies in a buffer, which is there anyway."""
-        if self._buffers is None:
+    def _is_weight(self, mask: Tensor) -> bool:
+        """Whether it lies in a buffer or parameter, which is there anyway."""
+        if self._weights is None:
             module = None if self._module is None else self._module()
-            buffers = [] if module is None else module.buffers()
-            masks = [each for each in buffers if each.dtype is torch.bool and _is_plain(each)]
-            self._buffers = {each.untyped_storage()._cdata for each in masks}
-        return mask.untyped_storage()._cdata in self._buffers
+            weights = () if module is None else itertools.chain(module.buffers(), module.parameters())
+            self._weights = {each.untyped_storage()._cdata for each in weights if _is_plain(each)}
+        return mask.untyped_storage()._cdata in self._weights
 
 
 # By the identity of its storage, the bits of a mask that several keep; it has no node on which to note them.

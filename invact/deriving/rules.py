@@ -15,6 +15,7 @@ A new operator is one entry here, and one case in tests/test_deriving_rules.py.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -375,7 +376,9 @@ def batch_norm(node: Node, told: Any, find: Find) -> Derived | None:
     if not training:
         if told.running is None:
             return None
-        mean, var = told.running
+        mean, var = (each.repeat(told.images) for each in told.running)
+        if math.prod(node._input_metadata[0].shape) < 128 * mean.numel():
+            return None  # the copies, which nobody counts, are to be nothing beside what they make again
         return _with_optional(lambda x, w, b: F.batch_norm(x, mean, var, w, b, eps=eps), x, weight, bias)
     if node.name() != "NativeBatchNormBackward0":  # only they themselves know how they round
         return _with_optional(lambda x, w, b: F.batch_norm(x, None, None, w, b, True, eps=eps), x, weight, bias)
@@ -429,7 +432,7 @@ def along_a_row(node: Node, number: int, find: Find) -> Derived | None:
         return None
     operator = torch.mean if node.name() == "MeanBackward1" else torch.sum
     dtype = node._input_metadata[0].dtype
-    return derived(lambda x: operator(x, dim, keepdim=True, dtype=dtype), produced(node, 0, find))
+    return derived(lambda x: operator(x, dim, keepdim=True, dtype=dtype), _surely_laid_out(produced(node, 0, find)))
 
 
 @rule("VarBackward0")
@@ -437,7 +440,13 @@ def variance_along_a_row(node: Node, number: int, find: Find) -> Derived | None:
     dim, keepdim, correction = settings(node, "dim", "keepdim", "correction")
     if dim is None or len(dim) != 1 or not keepdim:
         return None
-    return derived(lambda x: torch.var(x, dim, correction=correction, keepdim=True), operand(node, "self", 0, find))
+    x = _surely_laid_out(operand(node, "self", 0, find))
+    return derived(lambda x: torch.var(x, dim, correction=correction, keepdim=True), x)
+
+
+def _surely_laid_out(x: Handle | Tensor | None) -> Handle | None:
+    """What is added up in another order is another sum, and does not tell how its summands lay."""
+    return x if isinstance(x, Handle) and not x.unsure else None
 
 
 # --- casts, dropout, what moves -------------------------------------------------------------------------
@@ -452,7 +461,10 @@ def cast(node: Node, number: int, find: Find) -> Derived | None:
     if producer.name() == "torch::autograd::AccumulateGrad" and is_parameter(producer.variable):
         return None
     dtype = to.dtype
-    return derived(lambda x: x.to(dtype), find(producer, output))
+    handle = derived(lambda x: x.to(dtype), find(producer, output))
+    if handle is not None and producer._input_metadata[output].dtype is dtype:
+        handle.unsure = True  # a copy made to lie otherwise
+    return handle
 
 
 @rule("NativeDropoutBackward0")
@@ -492,12 +504,14 @@ def clone(node: Node, number: int, find: Find) -> Derived | None:
     as `clone()`, which keeps the order of the dimensions.
 
     Where somebody keeps the copy or a view of it, `stride` tells. On the way to another tensor the layout counts too,
-    since kernels round differently where they can not read whole vectors: there it is taken to be contiguous.
+    since kernels round differently where they can not read whole vectors: there a copy of what is contiguous is known
+    to be so, unless it has channels, which it may have brought last.
     """
     handle = derived(lambda x: x.resolve_conj().resolve_neg(), produced(node, 0, find))
     if handle is not None:
         handle.stride = make_contiguous_strides_for(node._input_metadata[0].shape)
-        handle.unsure = node.next_functions[0][0].name() in ("PermuteBackward0", "TransposeBackward0", "TBackward0")
+        may_have_channels = len(node._input_metadata[0].shape) in (4, 5)
+        handle.unsure = may_have_channels or not handle.sources[0].is_contiguous()
     return handle
 
 
@@ -513,6 +527,12 @@ def cat_or_stack(node: Node, number: int, find: Find) -> Derived | None:
 def rolled(node: Node, number: int, find: Find) -> Derived | None:
     shifts, dims = settings(node, "shifts", "dims")
     return derived(lambda x: torch.roll(x, shifts, dims), produced(node, 0, find))
+
+
+@rule("Rot90Backward0")
+def turned(node: Node, number: int, find: Find) -> Derived | None:
+    k, dims = settings(node, "k", "dims")
+    return _out_of_order(derived(lambda x: torch.rot90(x, k, dims), produced(node, 0, find)))
 
 
 @rule("FlipBackward0")
@@ -538,7 +558,6 @@ RULES.update(
         "ReplicationPad1DBackward0": _pointwise(aten.replication_pad1d, "padding"),
         "ReplicationPad2DBackward0": _pointwise(aten.replication_pad2d, "padding"),
         "ReplicationPad3DBackward0": _pointwise(aten.replication_pad3d, "padding"),
-        "Rot90Backward0": _pointwise(torch.rot90, "k", "dims"),
         "UpsampleNearest1DBackward0": _pointwise(aten.upsample_nearest1d, "output_size", "scales"),
         "UpsampleNearest2DBackward0": _pointwise(aten.upsample_nearest2d, "output_size", "scales_h", "scales_w"),
         "UpsampleNearestExact2DBackward0": _pointwise(
@@ -603,6 +622,13 @@ def bilinear(node: Node, number: int, find: Find) -> Derived | None:
 # --- views ----------------------------------------------------------------------------------------------
 
 
+def _out_of_order(view: Derived | None) -> Derived | None:
+    """A view that need not be contiguous where what it is of is."""
+    if view is not None:
+        view.keeps_order = False
+    return view
+
+
 def _view(operator: Callable[..., Tensor], *names: str) -> Rule:
     """A view by its settings."""
 
@@ -611,7 +637,7 @@ def _view(operator: Callable[..., Tensor], *names: str) -> Rule:
         if x is None:
             return None
         chosen = settings(node, *names)
-        return derived(lambda x: operator(x, *chosen), x, moves=False)
+        return _out_of_order(derived(lambda x: operator(x, *chosen), x, moves=False))
 
     return rule
 
@@ -624,30 +650,28 @@ def _part(operator: Callable[..., tuple[Tensor, ...]], *names: str) -> Rule:
         if x is None:
             return None
         chosen = settings(node, *names)
-        return derived(lambda x: operator(x, *chosen)[number], x, moves=False)
+        return _out_of_order(derived(lambda x: operator(x, *chosen)[number], x, moves=False))
 
     return rule
 
 
-def _shaped(operator: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Rule:
+def reshaped(node: Node, number: int, find: Find) -> Derived | None:
     """A view by the shape of what it gave."""
+    shape = tuple(node._input_metadata[0].shape)
+    return derived(lambda x: x.reshape(shape), produced(node, 0, find), moves=False)
 
-    def rule(node: Node, number: int, find: Find) -> Derived | None:
-        x = produced(node, 0, find)
-        if x is None:
-            return None
-        shape = tuple(node._input_metadata[0].shape)
-        return derived(lambda x: operator(x, shape), x, moves=False)
 
-    return rule
+def expanded(node: Node, number: int, find: Find) -> Derived | None:
+    shape = tuple(node._input_metadata[0].shape)
+    return _out_of_order(derived(lambda x: x.expand(shape), produced(node, 0, find), moves=False))
 
 
 VIEWS: dict[str, Rule] = {
-    "AliasBackward0": _shaped(torch.reshape),
+    "AliasBackward0": reshaped,
     "DiagonalBackward0": _view(torch.diagonal, "offset", "dim1", "dim2"),
-    "ExpandBackward0": _shaped(torch.Tensor.expand),
+    "ExpandBackward0": expanded,
     "PermuteBackward0": _view(torch.permute, "dims"),
-    "ReshapeAliasBackward0": _shaped(torch.reshape),
+    "ReshapeAliasBackward0": reshaped,
     "SelectBackward0": _view(torch.select, "dim", "index"),
     "SliceBackward0": _view(aten.slice, "dim", "start", "end", "step"),
     "SplitBackward0": _part(aten.split, "split_size", "dim"),
@@ -661,10 +685,10 @@ VIEWS: dict[str, Rule] = {
     "UnfoldBackward0": _view(lambda x, dim, size, step: x.unfold(dim, size, step), "dimension", "size", "step"),
     "UnsafeSplitBackward0": _part(aten.split, "split_size", "dim"),
     "UnsafeSplitWithSizesBackward0": _part(aten.split_with_sizes, "split_sizes", "dim"),
-    "UnsafeViewBackward0": _shaped(torch.reshape),
+    "UnsafeViewBackward0": reshaped,
     "UnsqueezeBackward0": _view(torch.unsqueeze, "dim"),
     "ViewAsComplexBackward0": _view(torch.view_as_complex),
     "ViewAsRealBackward0": _view(torch.view_as_real),
-    "ViewBackward0": _shaped(torch.reshape),
+    "ViewBackward0": reshaped,
 }
 RULES.update(VIEWS)
