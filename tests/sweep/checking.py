@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import sys
 import traceback
 import weakref
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ BYTES_WITHIN = 0.01
 OUTPUTS_WITHIN = 1e-5
 GRADIENTS_WITHIN = 1e-4
 SEED = 0
-# The usual patch inverts wherever it can, as it does with large batches; the exact one derives.
-swapping.SMALLEST_INVERTED = 1
+# The usual patch inverts wherever it can, as with large batches on a GPU; the exact one derives.
+swapping.SMALLEST_INVERTED, swapping.LARGEST_INVERTED_ON_CPU = 1, sys.maxsize
 EXACT = ("relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid")  # inverted, their gradients are stock's bit for bit
 
 

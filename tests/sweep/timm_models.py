@@ -36,7 +36,8 @@ def attempts(name: str) -> Iterator:
     side = published.input_size[-1] if published is not None else 224
     small = {"num_classes": 10, "drop_path_rate": 0.1}
     if published is not None and published.fixed_input_size:
-        sizes = [({**small, "img_size": side // 2, "depth": 2}, None), ({**small, "img_size": side // 2}, None)]
+        half = side // 2
+        sizes = [({**small, "img_size": half, "depth": 2}, half), ({**small, "img_size": half}, half)]
     else:
         sizes = [(small, 64), ({}, 64), (small, 128)]
     for arguments, image_size in [*sizes, (small, None), ({}, None)]:
