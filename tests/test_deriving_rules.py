@@ -10,6 +10,7 @@ from torch import nn
 from invact.deriving.handles import Bits, Derived, Kept, kept_by
 from invact.deriving.hooks import SMALLEST, Deriving
 from invact.deriving.rules import RULES
+from invact.pytorch_inside import shows_what_is_kept
 
 aten = torch.ops.aten
 DOUBLE, FLOAT, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -356,6 +357,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.skipif(not shows_what_is_kept, reason="PyTorch 2.8 and 2.9 tell nobody of the numbers that a node keeps")
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_among_the_operands(name):
     for dtype in (DOUBLE, FLOAT, BF16, FP16):
@@ -497,7 +499,7 @@ def test_softmax(dim):
         x = torch.randn(SHAPE).to(dtype)
         check(lambda x: torch.softmax(x, dim), x, name="SoftmaxBackward0")
         check(lambda x: torch.log_softmax(x, dim), x, name="LogSoftmaxBackward0")
-        check(lambda x: torch.softmax(x * 1, dim, dtype=FLOAT), x, name="SoftmaxBackward0")
+        check(lambda x: torch.softmax(x.neg(), dim, dtype=FLOAT), x, name="SoftmaxBackward0")
         check(lambda x: aten._safe_softmax(x, dim), x, name="SafeSoftmaxBackward0")
 
 

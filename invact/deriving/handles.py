@@ -419,10 +419,14 @@ def asked(node: Any, name: str) -> Any:
     return given[0] if given else tensor
 
 
-def kept_something() -> None:
-    """Notes, in the midst of a hook, which node is keeping a tensor: the last one that was made in this thread."""
-    keeping = _keeping_here()
-    keeping[nodes_made() - 1] = None
+def kept_something(tensor: Tensor) -> None:
+    """Notes, in the midst of a hook, which node is keeping a tensor: the last one that was made in this thread, or the
+    one before it, if the last has just made a copy for it, as of what is about to be changed in place."""
+    keeping, last = _keeping_here(), nodes_made() - 1
+    keeping[last] = None
+    node = tensor.grad_fn
+    if node is not None and node.name() == "CloneBackward0" and node._sequence_nr() == last:
+        keeping[last - 1] = None
     if len(keeping) > _MOST_NOTED:
         for oldest in list(itertools.islice(keeping, _MOST_NOTED // 2)):
             del keeping[oldest]

@@ -143,7 +143,7 @@ class Deriving:
     def pack(self, tensor: Tensor) -> Handle:
         """What is kept in the stead of a tensor."""
         if not shows_what_is_kept:
-            kept_something()
+            kept_something(tensor)
         node = tensor.grad_fn
         if node is None:
             handle = self._kept(tensor) if tensor.requires_grad else self._constant(tensor, sys._getframe(1))
