@@ -364,9 +364,9 @@ class Deriving:
             return found
         name = node.name()
         rule = RULES.get(name)
-        if name == _LEAF:
-            return None  # what is noted with a leaf would stay
-        if rule is not None and name not in SUMS and self._left:
+        if name == _LEAF or name in SUMS:
+            return None  # a note at a leaf would stay; a sum may have been added up in place, as linear layers do
+        if rule is not None and self._left:
             self._left -= 1
             handle = rule(node, number, self._find_or_await)
             if handle is None or handle.steps or not handle.awaited():  # else a view, which may itself be kept
