@@ -376,9 +376,9 @@ def batch_norm(node: Node, told: Any, find: Find) -> Derived | None:
     if not training:
         if told.running is None:
             return None
-        mean, var = (each.repeat(told.images) for each in told.running)
-        if math.prod(node._input_metadata[0].shape) < 128 * mean.numel():
+        if math.prod(node._input_metadata[0].shape) < 128 * told.images * told.running[0].numel():
             return None  # the copies, which nobody counts, are to be nothing beside what they make again
+        mean, var = (each.repeat(told.images) for each in told.running)
         return _with_optional(lambda x, w, b: F.batch_norm(x, mean, var, w, b, eps=eps), x, weight, bias)
     if node.name() != "NativeBatchNormBackward0":  # only they themselves know how they round
         return _with_optional(lambda x, w, b: F.batch_norm(x, None, None, w, b, True, eps=eps), x, weight, bias)
