@@ -64,6 +64,7 @@ class PatchedDuringTraining:
                 replace(tensor, path=tensor.path.removeprefix(within), kept_by=tensor.kept_by.removeprefix(within))
                 for tensor in report.derived
             ],
+            fused=[replace(norm, path=norm.path.removeprefix(within)) for norm in report.fused],
         )
         self._unlogged = plan_figures(self.report)
         return self.report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -24,10 +24,13 @@ from invact.arguments import (
 from invact.deriving.journal import DerivedTensor
 from invact.deriving.placing import places
 from invact.floor import floor_bytes, not_derived, remains
+from invact.fusing import fused_norms
 from invact.kernels import Curve
 from invact.ledger import Entry, Key
+from invact.norms import Fusion, walk_norms
 from invact.patchers import example_inputs as make_inputs
 from invact.probing import Call, Observation, Stock, observe
+from invact.pytorch_inside import has_fused_rms_norm
 from invact.recognition import Rounding, own_rounding
 from invact.report import DERIVE, INVERT, KEEP, Report, Site
 from invact.rewriting import Written
@@ -43,7 +46,7 @@ from invact.swapping import (
     inverted_in,
     swap_in,
 )
-from invact.walking import Found, walk
+from invact.walking import Found, unpatched_modules, walk
 
 
 def plan(
@@ -110,10 +113,11 @@ class Decided:
     modules: dict[str, Inversion]  # by path
     expressions: dict[str, dict[Written, InvertedExpression]]  # by the path of the module in whose methods they stand
     derives: dict[str, bool]  # by the path of the module, whether tensors are derived inside it
+    norms: dict[str, Fusion] = field(default_factory=dict)  # by path
 
     def apply(self, model: nn.Module) -> Swaps:
-        """Inverts what the report calls "invert" and sets hooks to derive; all or, after an error, none."""
-        return swap_in(model, self.modules, self.expressions, self.derives)
+        """Inverts what the report calls "invert", fuses norms, sets hooks to derive; all or, after an error, none."""
+        return swap_in(model, self.modules, self.expressions, self.derives, self.norms)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -160,18 +164,27 @@ def _decide(
     already = [site for path, module in model.named_modules() for site in _already_inverted(path, module)]
     with as_it_was(model):
         found = list(walk(model))
+        fusible = has_fused_rms_norm(setting.device) and not exact
+        norms = list(walk_norms(unpatched_modules(model))) if fusible else []
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
     where = places(model, lambda path: _allowed(path, include, exclude))
 
     # With hooks on the whole, which see what else is kept where nothing is derived.
     everywhere = {"": False, **where}
     decisive = observe(
-        model, inputs, setting, watch=found, checkpointing=False, computed=True, derived=True, derives=everywhere
+        model,
+        inputs,
+        setting,
+        watch=[*found, *norms],
+        checkpointing=False,
+        computed=True,
+        derived=True,
+        derives=everywhere,
     )
     assert decisive.computed is not None
     obstacle = _why_not_derived(decisive)
     if obstacle is not None:
-        where = {}
+        where, norms = {}, []
         decisive = observe(model, inputs, setting, watch=found, checkpointing=False, computed=True)
         decisive.stock = Stock(decisive.entries, decisive.memory)
     assert decisive.stock is not None
@@ -180,6 +193,10 @@ def _decide(
     sites = choice.sites()
     chosen = {site.path for site in sites if site.action == INVERT}
     decided = Decided(Report(sites=[*sites, *already]), {}, {}, {})
+    allowed_norms = {norm.path for norm in norms if _allowed(norm.path, include, exclude)}
+    decided.report.fused = fused_norms(norms, choice.calls, allowed_norms, setting)
+    chosen_norms = {norm.path for norm in decided.report.fused}
+    decided.norms.update({norm.path: norm.fusion for norm in norms if norm.path in chosen_norms})
     for site in found:
         if site.path in chosen:
             inversion = choice.inversion(site)
@@ -192,15 +209,15 @@ def _decide(
     before = after = observe(model, inputs, setting, computed=True) if decisive.checkpoints else replace(
         decisive, entries=decisive.stock.entries, memory=decisive.stock.memory, derived=[]
     )  # fmt: skip
-    if chosen or decided.derives:
+    if chosen or decided.derives or decided.norms:
         with decided.applied(model), as_on(setting.device):
             after = observe(model, inputs, setting, computed=True, derived=True)
     report = decided.report
     report.derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
     if decided.derives and not report.derived and not decisive.checkpoints:  # inside regions it is not seen
         decided.derives.clear()
-        if chosen:  # with hooks in place, sites of few elements have run stock code
-            with decided.applied(model):
+        if chosen or decided.norms:  # with hooks in place, sites of few elements have run stock code
+            with decided.applied(model), as_on(setting.device):
                 after = observe(model, inputs, setting, computed=True)
     # Expressions are told apart in the first pass only.
     report.sites = [_derived_site(site, [*decisive.derived, *report.derived]) for site in report.sites]

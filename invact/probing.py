@@ -27,6 +27,7 @@ from invact.deriving.hooks import Deriving
 from invact.deriving.journal import DerivedTensor, Journal
 from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
 from invact.leftovers import check_no_leftovers, references_to
+from invact.norms import FoundNorm
 from invact.own_errors import raised_by_invact, users_call
 from invact.patchers import as_on_real_tensors
 from invact.pytorch_inside import FakeTensorMode, changes_in_place, transforms_active, tree_map_only
@@ -69,6 +70,7 @@ class Call:
     dtype: torch.dtype  # of the input
     bit_nbytes: int  # of one bit per element
     changed_later: bool
+    input_changed_later: bool
     in_place: bool  # the output is the input, changed
     hooked: bool  # a hook changes the output, or gives another
     elsewhere: bool  # in another thread than the probe's
@@ -132,7 +134,7 @@ def observe(
     inputs: Inputs,
     setting: Setting,
     *,
-    watch: Sequence[Found] = (),
+    watch: Sequence[Found | FoundNorm] = (),
     checkpointing: bool = True,
     computed: bool = False,
     derived: bool = False,
@@ -145,7 +147,7 @@ def observe(
     see `invact.snapshot`.
 
     Args:
-        watch: the sites whose calls are to be recorded.
+        watch: the sites and norms whose calls are to be recorded.
         checkpointing: False runs checkpointed regions as if they were not.
         computed: whether to record what made what, for the floor.
         derived: whether to record what is derived, of a model in which hooks are set for that.
@@ -179,7 +181,7 @@ class _Probe:
     model: nn.Module
     inputs: Inputs
     setting: Setting
-    watch: Sequence[Found]
+    watch: Sequence[Found | FoundNorm]
     checkpointing: bool
     computed: bool
     derived: bool
@@ -325,6 +327,7 @@ class _OpenCall:
     y: Tensor | None = None
     needs_grad: bool = False
     version: int = 0
+    version_of_input: int = 0
     in_place: bool = False
     hooked: bool = False
     elsewhere: bool = False
@@ -333,7 +336,7 @@ class _OpenCall:
         """The call as it turned out."""
         if self.x is None or self.y is None:
             return Call(
-                self.path, self.simple, False, 0, 0, False, torch.float32, 0, False, False, False, self.elsewhere
+                self.path, self.simple, False, 0, 0, False, torch.float32, 0, False, False, False, False, self.elsewhere
             )
         ((key, nbytes),) = storage_sizes(self.y).items()
         numel = sum(part.numel() for part in dense_parts(self.x))  # of a DTensor, what is here
@@ -347,6 +350,7 @@ class _OpenCall:
             dtype=self.x.dtype,
             bit_nbytes=-(-numel // 8),
             changed_later=changes_in_place(self.y) != self.version,
+            input_changed_later=changes_in_place(self.x) != self.version_of_input,
             in_place=self.in_place,
             hooked=self.hooked,
             elsewhere=self.elsewhere,
@@ -355,7 +359,11 @@ class _OpenCall:
 
 @contextmanager
 def _recorded(
-    model: nn.Module, watch: Sequence[Found], ledger: Ledger, calls: list[_OpenCall], derives: Mapping[str, bool]
+    model: nn.Module,
+    watch: Sequence[Found | FoundNorm],
+    ledger: Ledger,
+    calls: list[_OpenCall],
+    derives: Mapping[str, bool],
 ) -> Iterator[None]:
     """Adds to `calls` every call of a watched site; hooks are set over that, or there were no method to rewrite."""
     by_module: dict[str, dict[Written, Runner]] = {}
@@ -425,6 +433,7 @@ def _opened(path: str, args: tuple[Any, ...], output: Any, ledger: Ledger) -> _O
         y=y.detach(),  # not y: its graph must be free to go if the model drops this branch
         needs_grad=y.requires_grad,
         version=changes_in_place(y),
+        version_of_input=changes_in_place(x),
         in_place=y is x,
         elsewhere=elsewhere,
     )

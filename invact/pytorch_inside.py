@@ -92,6 +92,12 @@ def checkpoint_generator() -> str:
     return name
 
 
+def has_fused_rms_norm(device: torch.device) -> bool:
+    """Whether `F.rms_norm` is one kernel there: not on a CPU, nor before PyTorch 2.9."""
+    return device.type == "cuda" and _fused_rms_norm_on_cuda
+
+
+_fused_rms_norm_on_cuda: bool = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", "CUDA")
 checkpoint_generator()  # at import, like the others
 _all_modules_forward_hooks: dict[int, Any] = _found(torch_module, "_global_forward_hooks")
 _found(forward_ad, "_current_level")
@@ -267,6 +273,7 @@ __all__ = [
     "engine_call",
     "flash_attention",
     "forward_ad_active",
+    "has_fused_rms_norm",
     "hooks_allowed",
     "hooks_on_all_modules",
     "hooks_taken_off",

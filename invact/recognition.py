@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from invact.bare_copies import RaisedError, bare_copy, output_of, state_of
 from invact.kernels import FIXED_CURVES, GUESSES, Curve
-from invact.settings import EVERY_MODULE_HAS
 
 # Modules that compute inside in float32 are off by about 1e-7; the closest pair of curves, GELU and
 # its tanh form, differ by 4.7e-4.
@@ -38,26 +36,14 @@ def recognise(module: nn.Module) -> Curve | None:
     if not _is_stateless_leaf(module):
         return None
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
-        bare = _copy_without_hooks(module)
-        state = _own_state(bare)
+        bare = bare_copy(module)
+        state = state_of(bare)
         try:
             samples = _samples(bare)
             found = next(_agreeing(samples, bare), None) if samples else None
-        except _RaisedError:
+        except RaisedError:
             return None
-        return None if found is None or state is None or _own_state(bare) != state else found
-
-
-class _RaisedError(Exception):
-    """The module's own code raised: whatever it raises on a plain tensor, it is no pointwise activation."""
-
-
-def _output(module: nn.Module, x: Tensor, *, training: bool = True) -> Any:
-    """What the module gives for a tensor that it may change."""
-    try:
-        return module.train(training).forward(x)
-    except Exception as error:
-        raise _RaisedError from error
+        return None if found is None or state is None or state_of(bare) != state else found
 
 
 @dataclass(frozen=True)
@@ -81,7 +67,7 @@ def own_rounding(module: nn.Module, curve: Curve, dtype: torch.dtype) -> Roundin
     """
     x = torch.randn(4, 16, 16, 16, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
     with torch.no_grad(), torch.device("cpu"):
-        steps, once, exact = _output(_copy_without_hooks(module), x.clone()), curve.f(x), curve.f(x.double())
+        steps, once, exact = output_of(bare_copy(module), x.clone()), curve.f(x), curve.f(x.double())
     if torch.equal(steps, once):
         return None
     own_error, once_error = (((y.double() - exact).norm() / exact.norm()).item() for y in (steps, once))
@@ -91,27 +77,6 @@ def own_rounding(module: nn.Module, curve: Curve, dtype: torch.dtype) -> Roundin
 def _is_stateless_leaf(module: nn.Module) -> bool:
     members = (module.children(), module.parameters(recurse=False), module.buffers(recurse=False))
     return not any(next(iter(kind), None) is not None for kind in members)
-
-
-def _copy_without_hooks(module: nn.Module) -> nn.Module:
-    """A module of the same class and contents; containers are its own, what they hold is not."""
-    bare = type(module).__new__(type(module))
-    contents = {k: copy.copy(v) if isinstance(v, _CONTAINERS) else v for k, v in module.__dict__.items()}
-    bare.__dict__.update(contents)
-    bare.__dict__.update({name: none for name, none in nn.Module().__dict__.items() if "hook" in name})
-    return bare
-
-
-_CONTAINERS = (list, dict, set, Tensor)
-
-
-def _own_state(module: nn.Module) -> str | None:
-    """All that the module holds, as text; None where something in it does not say what it is."""
-    try:
-        # repr sees counters, flags and small tensors alike; the training flag is ours to set.
-        return repr({k: v for k, v in module.__dict__.items() if k not in EVERY_MODULE_HAS})
-    except Exception:
-        return None
 
 
 def _grids() -> list[Tensor]:
@@ -132,11 +97,11 @@ def _samples(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     for grid in _grids():
         # In-place activations change their argument, so each call gets one of its own.
         try:
-            samples.append((grid, _output(module, grid.clone())))
-        except _RaisedError:  # some modules want images, others sequences
+            samples.append((grid, output_of(module, grid.clone())))
+        except RaisedError:  # some modules want images, others sequences
             continue
-        samples.append((grid, _output(module, grid.clone(), training=False)))
-        samples.append((grid, _output(module, grid.clone())))
+        samples.append((grid, output_of(module, grid.clone(), training=False)))
+        samples.append((grid, output_of(module, grid.clone())))
     return samples
 
 
@@ -165,7 +130,7 @@ def _values(module: nn.Module, shape: torch.Size) -> Callable[[float], float]:
     """The module as a function of one number."""
 
     def value(at: float) -> float:
-        y: Tensor = _output(module, torch.full(shape, at, dtype=torch.float64))
+        y: Tensor = output_of(module, torch.full(shape, at, dtype=torch.float64))
         result: float = y.flatten()[0].item()
         return result
 
@@ -177,7 +142,7 @@ def _has_slope_of(curve: Curve, module: nn.Module, shape: torch.Size) -> bool:
     x = torch.linspace(-10.93, 11.07, shape.numel(), dtype=torch.float64).view(shape)
     with torch.enable_grad():
         # a copy, since an in-place activation may not change a leaf
-        y = _output(module, x.requires_grad_().clone())
+        y = output_of(module, x.requires_grad_().clone())
         try:
             (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
         except Exception:  # it passes no gradient on, or its own backward raises

@@ -39,12 +39,31 @@ class Site:
     bytes_saved: int = 0
 
 
+@dataclass(frozen=True)
+class FusedNorm:
+    """A norm that the model writes out in steps and that one operator computes instead.
+
+    Attributes:
+        path: dotted path of the module.
+        module_class: class name of the module found there.
+        reason: why, and how both round, in plain words.
+        bytes_moved_in_steps, bytes_moved: read and written, forward and backward, in steps and by the one operator.
+    """
+
+    path: str
+    module_class: str
+    reason: str
+    bytes_moved_in_steps: int
+    bytes_moved: int
+
+
 @dataclass
 class Report:
     """A plan for one model: what is done at every site, and what that saves.
 
     Attributes:
         sites: every site found, in the order of `model.named_modules()`.
+        fused: the norms that are computed by one operator instead of in steps: on a GPU, and not with `exact`.
         derived: the tensors that are made again in backward instead of being kept, in the order of forward.
         bytes_before, bytes_after: what autograd keeps between forward and backward, without the model's
             parameters and buffers and without `weight_cast_bytes`.
@@ -72,6 +91,7 @@ class Report:
     remains: dict[str, int] = field(default_factory=dict)
     not_derived: dict[str, int] = field(default_factory=dict)
     compiled: dict[str, int] = field(default_factory=dict)
+    fused: list[FusedNorm] = field(default_factory=list)
 
     @property
     def saving(self) -> float:
@@ -102,6 +122,8 @@ class Report:
             self._print_sites(console)
         else:
             console.print("No pointwise activation was found in this model, as a module or in a method.")
+        if self.fused:
+            self._print_fused(console)
         if self.derived:
             self._print_derived(console)
         console.print(self._totals(), highlight=False)
@@ -126,6 +148,24 @@ class Report:
         kinds = self._kinds()
         rows = [_row(kind) for kind in kinds]
         print_table(console, columns, rows, styles=["dim" if kind[0].action == KEEP else None for kind in kinds])
+
+    def _print_fused(self, console: Console) -> None:
+        columns = [
+            Column("norms", right=True),
+            Column("example", least=16),
+            Column("class", least=14),
+            Column("in one", least=20),
+            Column("moved", right=True),
+            Column("before", right=True),
+        ]
+        print_table(console, columns, [_fused_row(kind) for kind in self.fused_kinds()])
+
+    def fused_kinds(self) -> list[list[FusedNorm]]:
+        """The fused norms that a reader need not tell apart, together."""
+        kinds: dict[tuple[str, str], list[FusedNorm]] = {}
+        for norm in self.fused:
+            kinds.setdefault((norm.module_class, norm.reason), []).append(norm)
+        return list(kinds.values())
 
     def _print_derived(self, console: Console) -> None:
         columns = [
@@ -226,6 +266,18 @@ def _row(kind: list[Site]) -> list[str]:
         first.action,
         first.reason,
         format_bytes(sum(site.bytes_saved for site in kind)) if first.action == INVERT else "-",
+    ]
+
+
+def _fused_row(kind: list[FusedNorm]) -> list[str]:
+    first = kind[0]
+    return [
+        str(len(kind)),
+        first.path or "(the model itself)",
+        first.module_class,
+        first.reason,
+        format_bytes(sum(norm.bytes_moved for norm in kind)),
+        format_bytes(sum(norm.bytes_moved_in_steps for norm in kind)),
     ]
 
 

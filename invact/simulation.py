@@ -25,6 +25,7 @@ from invact.pytorch_inside import (
     checkpoint_generator,
     efficient_attention,
     flash_attention,
+    has_fused_rms_norm,
     hooks_taken_off,
     math_attention,
     seen_by_modes,
@@ -89,6 +90,7 @@ class AsOnGpu(TorchFunctionMode):
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         self._fused = setting.attention == "fused"
+        self._device = setting.device
         self._on_cpu = stand_in(setting.device).type == "cpu"
         self._in_others_attention = False
 
@@ -98,6 +100,8 @@ class AsOnGpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._on_cpu and func is F.dropout:
             return users_call(_dropout, *args, **kwargs)
+        if self._on_cpu and func in (F.rms_norm, torch.rms_norm) and has_fused_rms_norm(self._device):
+            return users_call(_fused_rms_norm, *args, **kwargs)
         if func is stock_attention:
             return (_fused_attention if self._fused else _math_attention)(*args, **kwargs)
         if func in (stock_multi_head_attention, F.multi_head_attention_forward):
@@ -119,6 +123,27 @@ class AsOnGpu(TorchFunctionMode):
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     return users_call(torch.native_dropout, input, p, True)[0] if training and p > 0 else input
+
+
+def _fused_rms_norm(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """As a layer norm, which keeps the same and a mean."""
+    if weight is not None and weight.dtype is not input.dtype:  # then there is no kernel on a GPU either
+        return torch.rms_norm(input, normalized_shape, weight, eps)
+    with _WithoutMean():
+        return F.layer_norm(input, normalized_shape, weight, None, torch.finfo(input.dtype).eps if eps is None else eps)
+
+
+class _WithoutMean(TorchDispatchMode):
+    """A layer norm keeps its other statistic twice, which counts once."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.native_layer_norm.default:
+            normed, _, invstd = out
+            return normed, invstd, invstd
+        return out
 
 
 def _fused_attention(
@@ -150,7 +175,7 @@ def _fused_attention(
     head_dim = value.shape[-1]
     out: Tensor
     # The kernels read 16 bytes at a time, so PyTorch pads heads of other widths first.
-    query, key, value = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (query, key, value))
+    query, key, value = (F.pad(t, (0, -t.shape[-1] % 8)) if t.shape[-1] % 8 else t for t in (query, key, value))
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
         out = users_call(flash_attention, query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     else:
@@ -193,7 +218,8 @@ class AsRealKernels(TorchDispatchMode):
 
     On fake tensors PyTorch lets matrix products of mixed dtypes pass, and its batch and group norm on the CPU lay their
     output out otherwise: then a reshape after it copies in one case and not in the other. Norms with 32-bit weights
-    keep 32-bit statistics of 16-bit inputs there. How much oneDNN's LSTM keeps it does not know at all.
+    keep 32-bit statistics of 16-bit inputs there, and layer norms on a GPU always do. How much oneDNN's LSTM keeps it
+    does not know at all.
     """
 
     # And where what makes their statistics 32-bit ones stands among the arguments: the weight, running means as well.
@@ -225,7 +251,8 @@ class AsRealKernels(TorchDispatchMode):
                 normed, *statistics = out
                 if norm is not torch.ops.aten.native_layer_norm:
                     normed = normed.contiguous(memory_format=suggest_memory_format(args[0]))
-                if any(args[place] is not None and args[place].dtype is torch.float32 for place in places):
+                on_gpu = norm is torch.ops.aten.native_layer_norm and not self._for_cpu
+                if on_gpu or any(args[place] is not None and args[place].dtype is torch.float32 for place in places):
                     statistics = [statistic.float() for statistic in statistics]
                 return (normed, *statistics)
         return out

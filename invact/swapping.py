@@ -1,9 +1,9 @@
 """How a module is patched: it stays the object it is and gets a class of its own, a subclass of the one it had.
 
 So its attributes, hooks, parameters and every reference to it are the user's, as `torch.nn.utils.parametrize` does it.
-The class alone knows of us: it runs an activation inverted, or a method with inverted expressions in it, or sets hooks
-on what autograd keeps while the module runs; it pickles as the class that the module had, and goes when `Swaps.undo`
-gives the module that class back.
+The class alone knows of us: it runs an activation inverted, or a method with inverted expressions in it, or a norm by
+one operator, or sets hooks on what autograd keeps while the module runs; it pickles as the class that the module had,
+and goes when `Swaps.undo` gives the module that class back.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from invact import functional
 from invact.deriving.hooks import SMALLEST, Deriving, is_deriving, may_derive
 from invact.kernels import Curve
+from invact.norms import Fusion
 from invact.own_errors import users_call
 from invact.pytorch_inside import hooks_on_all_modules, transforms_active
 from invact.rewriting import Runner, Written, calling, methods_of
@@ -237,6 +238,25 @@ def _inverted_forward(stock: type[nn.Module], inversion: Inversion) -> Callable[
     return forward
 
 
+def _fused_class(stock: type[nn.Module], fusion: Fusion) -> type:
+    key = (stock, fusion)
+    kind = _CLASSES.get(key)
+    if kind is None:
+        kind = _CLASSES[key] = _class_over(stock, Patched, {"forward": _fused_forward(stock, fusion)}, ())
+    return kind
+
+
+def _fused_forward(stock: type[nn.Module], fusion: Fusion) -> Callable[..., Any]:
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs and _is_patched(self) else None
+        if isinstance(x, Tensor) and fusion.applies(self, x, _planned_device() or x.device):
+            return fusion(self, x)
+        return stock.forward(self, *args, **kwargs)
+
+    return forward
+
+
 def _better_derived(x: Any) -> bool:
     """Whether to run the stock operator, and once more in backward, takes less time than to invert."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
@@ -244,14 +264,18 @@ def _better_derived(x: Any) -> bool:
     count = x.numel()
     if count < SMALLEST or SMALLEST_INVERTED <= count <= LARGEST_INVERTED_ON_CPU:
         return False
-    if count > LARGEST_INVERTED_ON_CPU and (getattr(_THREAD, "device", None) or x.device).type != "cpu":
+    if count > LARGEST_INVERTED_ON_CPU and (_planned_device() or x.device).type != "cpu":
         return False
     return is_deriving(True)
 
 
+def _planned_device() -> torch.device | None:
+    return getattr(_THREAD, "device", None)
+
+
 @contextmanager
 def as_on(device: torch.device) -> Iterator[None]:
-    """What is inverted inside is what would be on this device, whatever tensors stand in for those on it."""
+    """What is inverted or fused inside is what would be on this device, whatever tensors stand in for those on it."""
     _THREAD.device = device
     try:
         yield
@@ -392,19 +416,24 @@ def swap_in(
     modules: Mapping[str, Inversion],
     expressions: Mapping[str, Mapping[Written, Runner]],
     derives: Mapping[str, bool] = types.MappingProxyType({}),
+    norms: Mapping[str, Fusion] = types.MappingProxyType({}),
 ) -> Swaps:
-    """Inverts modules and expressions, and sets hooks; all of them or, after an error, none.
+    """Inverts modules and expressions, fuses norms, and sets hooks; all of them or, after an error, none.
 
     Args:
         modules: by the path of the module.
         expressions: by the path of the module in whose methods they stand, what runs in their place.
         derives: by the path of the module, whether tensors are derived inside it.
+        norms: by the path of the module.
     """
     swaps = Swaps()
     try:
         for path, inversion in modules.items():
             module = model.get_submodule(path)
             _swap(module, _inverted_class(type(module), inversion), swaps)
+        for path, fusion in norms.items():
+            module = model.get_submodule(path)
+            _swap(module, _fused_class(type(module), fusion), swaps)
         for path, runners in expressions.items():
             module = model.get_submodule(path)
             _swap(module, _rewritten_class(type(module), runners), swaps)

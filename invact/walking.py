@@ -52,9 +52,7 @@ def walk(model: nn.Module) -> list[Found]:
         '_ff_block:gelu'
     """
     sites: list[Found] = []
-    for path, module in unscripted_modules(model):
-        if isinstance(module, Patched):
-            continue
+    for path, module in unpatched_modules(model):
         curve = recognise(module)
         if curve is None:
             sites += _written_sites(path, module)
@@ -62,6 +60,11 @@ def walk(model: nn.Module) -> list[Found]:
             replaced = "forward" in vars(module)
             sites.append(Found(path, curve, type(module).__name__, module, path, _settings(module), replaced=replaced))
     return sites
+
+
+def unpatched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that is as its author left it, with its path."""
+    return ((path, module) for path, module in unscripted_modules(model) if not isinstance(module, Patched))
 
 
 def unscripted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -322,3 +322,58 @@ def test_a_checkpointed_region_is_not_run_anew_by_looking_for_recipes(shown, mon
     loss.backward()
     assert len(runs) == 2
     assert_alike(put_together)
+
+
+# --- parts of what is kept whole --------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Keys and values in a cache that begins empty, or turned; what attention keeps first waits for the projection."""
+
+    def __init__(self, put_together):
+        super().__init__()
+        torch.manual_seed(0)
+        self.all, self.out, self.put_together = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), put_together
+
+    def forward(self, x):
+        parts = (part.view(2, WIDTH // 2, 4, WIDTH // 4).transpose(1, 2) for part in self.all(x).split(WIDTH, -1))
+        attended = F.scaled_dot_product_attention(*self.put_together(*parts))
+        return self.out(attended.transpose(1, 2).reshape(x.shape))
+
+
+def turned(x):
+    half = x.shape[-1] // 2
+    angles = torch.linspace(0, 3, x.shape[-2]).unsqueeze(-1)
+    return (x.float() * angles.cos() + torch.cat([-x[..., half:], x[..., :half]], -1) * angles.sin()).to(x.dtype)
+
+
+def in_a_cache(q, k, v):
+    empty = k.new_empty(0)
+    return q, torch.cat([empty, k], -2), torch.cat([empty, v], -2)
+
+
+@pytest.mark.parametrize(
+    "put_together",
+    [
+        in_a_cache,
+        lambda q, k, v: (turned(q), turned(k), v),
+        lambda q, k, v: (q, torch.cat([k[:, :, :2], k], -2)[:, :, 2:], v),
+        lambda q, k, v: (q.clone(), k.clone(), v.clone()),  # nothing is kept whole: three copies
+    ],
+    ids=["cached", "turned", "longer", "copied"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_are_parts_of_one_projection_are_made_again_from_it(put_together, dtype):
+    from conftest import kept_bytes
+
+    stock = Attention(put_together).to(dtype)
+    ours, x = copy.deepcopy(stock), X.detach().view(2, WIDTH // 2, WIDTH).to(dtype, copy=True).requires_grad_()
+    report = invact.patch(ours, (x,), exact=True)
+    for model in (stock, ours):
+        model(x).square().sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(stock.parameters(), ours.parameters(), strict=True))
+    # Besides: its input, what attention gives with its statistics, and the square.
+    one = x.numel() * x.element_size()
+    measured = kept_bytes(ours, (x,))
+    assert measured == pytest.approx(report.bytes_after, rel=0.01)
+    assert (measured - 2 * one) / one == pytest.approx(3, abs=0.3)

@@ -115,7 +115,7 @@ def noted(file: str) -> list[str]:
     return [pattern for node, pattern in sentences(file) if (node.lineno, node.col_offset) in given]  # type: ignore[attr-defined]
 
 
-REASONS = [pattern for _, pattern in sentences("planning.py")]
+REASONS = [pattern for file in ("planning.py", "fusing.py") for _, pattern in sentences(file)]
 NOTES = [pattern for file in ("probing.py", "trial.py") for pattern in noted(file)]
 
 

@@ -315,13 +315,14 @@ class Awaited(Handle):
     """What a recipe reads and nobody keeps, yet.
 
     Attributes:
+        count: its elements.
         kept: the tensor that is kept until then.
     """
 
-    __slots__ = ("kept", "target")
+    __slots__ = ("count", "kept", "target")
 
-    def __init__(self, outside: Any) -> None:
-        self.version, self.outside = 0, outside
+    def __init__(self, outside: Any, count: int) -> None:
+        self.version, self.outside, self.count = 0, outside, count
         self.kept: weakref.ref[Kept] | None = None
         self.target: Handle | None = None
 

@@ -7,6 +7,7 @@ whoever keeps the same value later finds it, in this forward pass or another, an
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import weakref
 from typing import Any, NamedTuple
@@ -128,6 +129,7 @@ class Deriving:
         self.parameters_may_go = parameters_may_go()
         self._token = object()  # for notes with nodes, which must hold nothing
         self._left = 0  # of the operators that may still be looked at for a tensor
+        self._parts_wait = False  # whether something waits for a tensor of which it reads a part
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
     def __enter__(self) -> Deriving:
@@ -216,12 +218,35 @@ class Deriving:
             handle = self._derived(tensor, node, number, version, frame)
         if handle is None:
             handle = self._kept(tensor)
+            if self._parts_wait:
+                self._keep_whole_beside(handle, tensor)
             if number:
                 self._tell_of_norm(handle, node, frame)
         if name == "CloneBackward0" and frame.f_code in _IN_PLACE and frame.f_locals["inplace"]:
             handle.made_in_place = frame.f_locals["input"]._version + 1
         self._note(metadata, number, handle)
         return handle
+
+    def _keep_whole_beside(self, part: Kept, view: Tensor) -> None:
+        """Keeps all of a tensor of which a part is kept, which takes no more memory, if something waits for it."""
+        whole = view._base
+        if whole is None or whole.grad_fn is None or whole.numel() <= view.numel() or not _is_plain(whole):
+            return
+        above: list[tuple[Any, int]] = []
+        node: Any = view.grad_fn
+        number = view.output_nr
+        while node is not whole.grad_fn and node is not None and node.name() in VIEWS:
+            above.append((node, number))
+            node, number = node.next_functions[0]
+        awaited = [(node, number) for node, number in above if (_AWAITED, number) in node.metadata]
+        own: dict[Any, Any] = whole.grad_fn.metadata  # type: ignore[assignment]
+        if awaited or (_AWAITED, whole.output_nr) in own:
+            part.beside = self._kept(whole)
+            self._note(own, whole.output_nr, part.beside)
+            self._token = object()  # what was not found before may be now
+            for node, number in awaited:
+                if (handle := self._find(node, number)) is not None:
+                    self._note(node.metadata, number, handle)
 
     def _known(self, known: Handle, tensor: Tensor, name: str, version: int) -> Handle:
         """The handle of a value that somebody else has kept before."""
@@ -342,12 +367,15 @@ class Deriving:
 
     def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
         """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does, the sigmoid first."""
-        if node.name() in SUMS:  # most are residual sums, of which nothing would come
+        summed = node.name() in SUMS
+        if summed and not _adds_up_what_rules_make(node):  # most are residual sums, of which nothing would come
             return None
         self._left = MOST_SEARCHED
         recipe = RULES[node.name()](node, number, self._find_or_await)
-        if recipe is None or recipe.joins or not recipe.steps or not self._can_be_run(recipe):
+        if recipe is None or not recipe.steps or not self._can_be_run(recipe):
             return None
+        if recipe.joins and any(awaited.count <= tensor.numel() for awaited in recipe.awaited()):
+            return None  # but of parts of what is kept whole, as rotated keys are of one projection
         kept = self._kept(tensor)
         recipe.stride = tensor.stride()
         kept.later = recipe
@@ -364,16 +392,23 @@ class Deriving:
             return found
         name = node.name()
         rule = RULES.get(name)
-        if name == _LEAF or name in SUMS:
-            return None  # a note at a leaf would stay; a sum may have been added up in place, as linear layers do
+        summed = name in SUMS
+        if name == _LEAF or (summed and not _adds_up_what_rules_make(node)):
+            return None  # a note at a leaf would stay
         if rule is not None and self._left:
             self._left -= 1
             handle = rule(node, number, self._find_or_await)
-            if handle is None or handle.steps or not handle.awaited():  # else a view, which may itself be kept
+            waiting = handle.awaited() if handle is not None and not handle.steps else []
+            count = math.prod(node._input_metadata[number].shape)
+            of_a_part = any(awaited.count > count for awaited in waiting)  # who keeps a part keeps all of its memory
+            self._parts_wait = self._parts_wait or of_a_part
+            if summed or of_a_part or not waiting:  # else a view, which may itself be kept
                 if handle is not None and self.journal is not None:
                     self.journal.recipe(handle, node, number)
                 return handle
-        awaited = Awaited(self.outside)
+        if summed:
+            return None  # it may have been added up in place, as linear layers do
+        awaited = Awaited(self.outside, math.prod(node._input_metadata[number].shape))
         node.metadata.setdefault((_AWAITED, number), []).append(weakref.ref(awaited))
         return awaited
 
@@ -447,6 +482,11 @@ def _made_by_a_rule(node: Any, name: str) -> bool:
             return False
         name = node.name()
     return name in RULES and name not in ON_THE_WAY
+
+
+def _adds_up_what_rules_make(node: Any) -> bool:
+    names = [None if producer is None else producer.name() for producer, _ in node.next_functions[:2]]
+    return all(name in RULES and name not in SUMS and name not in VIEWS for name in names)
 
 
 def may_derive() -> bool:

@@ -518,9 +518,19 @@ def clone(node: Node, number: int, find: Find) -> Derived | None:
 @rule("CatBackward0", "StackBackward0")
 def cat_or_stack(node: Node, number: int, find: Find) -> Derived | None:
     (dim,) = settings(node, "dim")
-    operator = torch.cat if node.name() == "CatBackward0" else torch.stack
-    parts = [produced(node, edge, find) for edge in range(len(node.next_functions))]
-    return derived(lambda *parts: operator(parts, dim), *parts)
+    stacked = node.name() == "StackBackward0"
+    edges = [edge for edge, (producer, _) in enumerate(node.next_functions) if producer is not None or stacked]
+    if len(edges) < len(node.next_functions) and not _fill(node, dim, edges):
+        return None
+    operator = torch.stack if stacked else torch.cat
+    return derived(lambda *parts: operator(parts, dim), *[produced(node, edge, find) for edge in edges])
+
+
+def _fill(node: Node, dim: int, edges: list[int]) -> bool:
+    """Whether these operands are all of what a cat gave: a cache of keys, say, begins with an empty tensor."""
+    shapes = [producer._input_metadata[output].shape for producer, output in (node.next_functions[e] for e in edges)]
+    whole = node._input_metadata[0].shape
+    return all(len(shape) == len(whole) for shape in shapes) and sum(shape[dim] for shape in shapes) == whole[dim]
 
 
 @rule("RollBackward0")
