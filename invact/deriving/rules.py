@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invact.deriving.handles import Derived, Handle, Kept, kept_by
+from invact.deriving.handles import Bits, Derived, Handle, Kept, kept_by
 from invact.deriving.parameters import is_parameter
+from invact.kernels.masks import dropped, unpacked
+from invact.kernels.rounding import rounded
 from invact.pytorch_inside import make_contiguous_strides_for
 
 aten = torch.ops.aten
@@ -469,19 +471,32 @@ def cast(node: Node, number: int, find: Find) -> Derived | None:
 
 @rule("NativeDropoutBackward0")
 def dropout(node: Node, number: int, find: Find) -> Derived | None:
+    """A mask in bits is read as it is, in one pass with the product."""
     if number:
         return None
     left = 1 - node._saved_p
-    return derived(lambda x, mask: _dropped(x, mask, left), produced(node, 0, find), saved(node, "result1"))
+    x, mask = produced(node, 0, find), saved(node, "result1")
+    if isinstance(mask, Bits):
+        return derived(functools.partial(_dropped_by_bits, mask.stride, left), x, mask.bits)
+    return derived(lambda x, mask: _dropped(x, mask, left), x, mask)
+
+
+def _dropped_by_bits(stride: tuple[int, ...], left: float, x: Tensor, bits: Tensor) -> Tensor:
+    if x.is_cuda:
+        return dropped(x, bits, stride, _scale(left, x.dtype))
+    return _dropped(x, unpacked(bits, x.numel()).as_strided(x.shape, stride), left)
 
 
 def _dropped(x: Tensor, mask: Tensor, left: float) -> Tensor:
     if not x.is_cuda:
         return x * (mask.to(x.dtype) * (1 / left if left else 0.0))
-    # The kernel rounds what is left to the type that it reckons in, before it divides by it.
-    kind = torch.float64 if x.dtype is torch.float64 else torch.float32
-    scale = torch.ones((), dtype=kind).div(torch.tensor(left, dtype=kind)).item() if left else 0.0
-    return aten.native_dropout_backward(x, mask, scale)  # type: ignore[no-any-return]
+    return aten.native_dropout_backward(x, mask, _scale(left, x.dtype))  # type: ignore[no-any-return]
+
+
+def _scale(left: float, dtype: torch.dtype) -> float:
+    """The kernel rounds what is left to the type that it reckons in, before it divides by it."""
+    kind = torch.float64 if dtype is torch.float64 else torch.float32
+    return rounded(1 / rounded(left, kind), kind) if left else 0.0
 
 
 @rule("SafeSoftmaxBackward0")
