@@ -76,6 +76,8 @@ REST: dict[bool, Constants] = {rest: {"REST": rest} for rest in (False, True)}
 
 def packed(mask: Tensor) -> Tensor:
     """Flat bools, as bytes."""
+    if mask.data_ptr() % 8:  # another library's memory; what PyTorch allocates starts at a multiple of 512
+        mask = mask.clone()
     n = mask.numel()
     bits = torch.empty(-(-n // 8), dtype=torch.uint8, device=mask.device)
     if n:

@@ -483,17 +483,17 @@ def dropout(node: Node, number: int, find: Find) -> Derived | None:
 
 def _dropped_by_bits(stride: tuple[int, ...], left: float, x: Tensor, bits: Tensor) -> Tensor:
     if x.is_cuda:
-        return dropped(x, bits, stride, _scale(left, x.dtype))
+        return dropped(x, bits, stride, dropout_scale(left, x.dtype))
     return _dropped(x, unpacked(bits, x.numel()).as_strided(x.shape, stride), left)
 
 
 def _dropped(x: Tensor, mask: Tensor, left: float) -> Tensor:
     if not x.is_cuda:
         return x * (mask.to(x.dtype) * (1 / left if left else 0.0))
-    return aten.native_dropout_backward(x, mask, _scale(left, x.dtype))  # type: ignore[no-any-return]
+    return aten.native_dropout_backward(x, mask, dropout_scale(left, x.dtype))  # type: ignore[no-any-return]
 
 
-def _scale(left: float, dtype: torch.dtype) -> float:
+def dropout_scale(left: float, dtype: torch.dtype) -> float:
     """The kernel rounds what is left to the type that it reckons in, before it divides by it."""
     kind = torch.float64 if dtype is torch.float64 else torch.float32
     return rounded(1 / rounded(left, kind), kind) if left else 0.0
