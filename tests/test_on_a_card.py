@@ -19,7 +19,7 @@ from exactness import (
     stock_gradient,
     ulps,
 )
-from invact.kernels import CURVES, Curve, forward, masks, packing
+from invact.kernels import CURVES, Curve, forward, gated, masks, packing
 from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor, nn
 
@@ -205,10 +205,44 @@ def test_a_model_with_dropout_that_is_derived_has_stocks_gradients_in_every_bit(
         for model in (stock, patched):
             torch.manual_seed(1)
             model(x).square().mean().backward()
-        for ours, theirs in zip(patched.parameters(), stock.parameters(), strict=True):
-            assert ours.grad is not None
-            assert theirs.grad is not None
-            assert torch.equal(ours.grad, theirs.grad)
+        assert_same_bits_of_gradients(patched, stock)
+
+
+# --- gated products -----------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 192), nn.Linear(64, 192), nn.Linear(192, 64)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(gated.ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("name", gated.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
+def test_gated_layers_that_are_derived_have_stocks_gradients_in_every_bit(
+    name: str, dtype: torch.dtype, record_property
+) -> None:
+    if DEVICE.type == "cuda":  # if not, two operators do it
+        record_property("one pass gives stock's every bit", gated.is_as_stock(name, dtype, DEVICE))
+    torch.manual_seed(0)
+    stock = nn.Sequential(Gated(name), nn.LayerNorm(64), Gated(name)).to(DEVICE, dtype)
+    patched, x = copy.deepcopy(stock), torch.randn(40, 64, device=DEVICE, dtype=dtype)
+    assert not invact.patch(patched, (x,), exact=True).inverted
+    for model in (stock, patched):
+        for _ in range(2):
+            model(x).float().square().mean().backward()
+    assert_same_bits_of_gradients(patched, stock)
+
+
+def assert_same_bits_of_gradients(patched: nn.Module, stock: nn.Module) -> None:
+    for ours, theirs in zip(patched.parameters(), stock.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 # --- training -----------------------------------------------------------------------------------------

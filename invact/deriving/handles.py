@@ -312,7 +312,10 @@ class Derived(Handle):
     def made(self) -> Tensor:
         if self.shared is not None and (tensor := self.shared.taken()) is not None:
             return tensor
-        tensor = self.make(*[source.made() for source in self.sources])
+        return self.finished(self.make(*[source.made() for source in self.sources]))
+
+    def finished(self, tensor: Tensor) -> Tensor:
+        """What was made, laid out as it was, and there for the others who ask for it."""
         if self.stride is not None:
             tensor = laid_out(tensor, self.stride)
         if self.shared is not None:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from invact.deriving.gated import gated_if_it_is
 from invact.deriving.handles import Bits, Derived, Handle, Kept, kept_by
 from invact.deriving.parameters import is_parameter
 from invact.kernels.masks import dropped, unpacked
@@ -147,10 +148,6 @@ def _elu(x: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
     return aten.elu(x, alpha, scale, input_scale)  # type: ignore[no-any-return]
 
 
-def _gelu(x: Tensor, approximate: str) -> Tensor:
-    return F.gelu(x, approximate=approximate)
-
-
 RULES.update(
     {
         "AbsBackward0": _pointwise(torch.abs),
@@ -178,7 +175,6 @@ RULES.update(
         "Expm1Backward0": _pointwise(torch.expm1),
         "FloorBackward0": _pointwise(torch.floor),
         "FracBackward0": _pointwise(torch.frac),
-        "GeluBackward0": _pointwise(_gelu, "approximate"),
         "GluBackward0": _pointwise(F.glu, "dim"),
         "HardshrinkBackward0": _pointwise(F.hardshrink, "lambd"),
         "HardsigmoidBackward0": _pointwise(F.hardsigmoid),
@@ -244,18 +240,27 @@ RULES.update(
         "FmaxBackward0": _of(torch.fmax, "self", "other"),
         "FminBackward0": _of(torch.fmin, "self", "other"),
         "FmodBackward1": _of(torch.fmod, "self", "other"),
+        "GeluBackward0": _of(F.gelu, "self", approximate="approximate"),
         "HypotBackward0": _of(torch.hypot, "self", "other"),
         "Logaddexp2Backward0": _of(torch.logaddexp2, "self", "other"),
         "LogaddexpBackward0": _of(torch.logaddexp, "self", "other"),
         "MaximumBackward0": _of(torch.maximum, "self", "other"),
         "MinimumBackward0": _of(torch.minimum, "self", "other"),
-        "MulBackward0": _of(torch.mul, "self", "other"),
         "PowBackward1": _of(torch.pow, "self", "exponent"),
         "PreluKernelBackward0": _of(aten._prelu_kernel, "self", "weight"),
         "RemainderBackward1": _of(torch.remainder, "self", "other"),
         "XlogyBackward0": _of(torch.xlogy, "self", "other"),
     }
 )
+
+
+_PRODUCT = _of(torch.mul, "self", "other")
+
+
+@rule("MulBackward0")
+def product(node: Node, number: int, find: Find) -> Derived | None:
+    handle = _PRODUCT(node, number, find)
+    return None if handle is None else gated_if_it_is(handle)
 
 
 @rule("PowBackward2")
