@@ -112,3 +112,26 @@ def test_its_constants_come_in_the_order_of_its_parameters() -> None:
     names = list(inspect.signature(triton_gated.gated_kernel.fn).parameters)
     for name in ACTIVATIONS:
         assert names[names.index("n") + 1 :] == [*triton_gated.CONSTANTS[name], "ROWS", "WIDE", "CHIP"]
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 1], ids=["as stock", "an activation", "a product"])
+def test_one_value_that_is_not_stocks_is_found_and_looked_for_once(
+    wrong: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from invact.kernels import gated, triton_gated
+
+    asked = []
+
+    def kernel(g: torch.Tensor, u: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(name)
+        a = gated.ACTIVATIONS[name](g)
+        made = a, a * u
+        if wrong is not None:
+            made[wrong].view(torch.int16)[12345] ^= 1  # of a number
+        return made
+
+    monkeypatch.setattr(triton_gated, "gated", kernel)
+    monkeypatch.setattr(gated, "_FOUND", {})
+    for _ in range(2):
+        assert gated.is_as_stock("silu", torch.float16, torch.device("cpu")) == (wrong is None)
+    assert asked == ["silu"]
