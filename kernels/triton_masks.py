@@ -35,12 +35,13 @@ def pack_kernel(
     inside = rows < n // 8
     eight = tl.load(mask_ptr.to(tl.pointer_type(tl.int64), bitcast=True) + rows, mask=inside, other=0)
     tl.store(bits_ptr + rows, (eight * 0x0102040810204080 >> 56).to(tl.uint8), mask=inside)
-    if REST and tl.program_id(0) == 0:
-        last = mask_ptr.to(tl.pointer_type(tl.uint8), bitcast=True) + n // 8 * 8
-        byte = tl.load(last).to(tl.int32)
-        for i in tl.static_range(1, 7):
-            byte |= tl.load(last + i, mask=i < n % 8, other=0).to(tl.int32) << i
-        tl.store(bits_ptr + n // 8, byte.to(tl.uint8))
+    if REST:  # noqa: SIM102 - older Tritons cannot join what is known with what is not
+        if tl.program_id(0) == 0:
+            last = mask_ptr.to(tl.pointer_type(tl.uint8), bitcast=True) + n // 8 * 8
+            byte = tl.load(last).to(tl.int32)
+            for i in tl.static_range(1, 7):
+                byte |= tl.load(last + i, mask=i < n % 8, other=0).to(tl.int32) << i
+            tl.store(bits_ptr + n // 8, byte.to(tl.uint8))
 
 
 @triton.jit
