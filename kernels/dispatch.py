@@ -20,18 +20,23 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def triton_pair_for(tensor: Tensor, curve: Curve) -> ModuleType | None:
-    """The Triton pair where it works on this tensor: a real one on a GPU, in eager mode, and not in fp64.
-
-    While `torch.compile` traces, the PyTorch pair lets inductor fuse; fake tensors and other subclasses have no memory
-    that a kernel could read.
-    """
-    if not TRITON_INSTALLED or tensor.dtype not in TRITON_DTYPES:
-        return None
-    if not (pytorch.has_memory(tensor) and (tensor.is_cuda or (INTERPRETED and tensor.is_cpu))):
+    """The Triton pair where it works on this tensor, in which fp64 is left to PyTorch."""
+    if tensor.dtype not in TRITON_DTYPES or not may_run_triton(tensor):
         return None
     from . import triton_pair  # imported when it is first needed: it takes a while, and many machines have no GPU
 
     return triton_pair if triton_pair.knows(curve) else None
+
+
+def may_run_triton(tensor: Tensor) -> bool:
+    """Whether a kernel in Triton may read it: a real tensor on a GPU, in eager mode.
+
+    While `torch.compile` traces, plain PyTorch lets inductor fuse; fake tensors and other subclasses have no memory
+    that a kernel could read.
+    """
+    if not TRITON_INSTALLED or not (tensor.is_cuda or (INTERPRETED and tensor.is_cpu)):
+        return False
+    return pytorch.has_memory(tensor)
 
 
 def storage_order(tensor: Tensor) -> tuple[int, ...]:

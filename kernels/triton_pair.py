@@ -1,9 +1,8 @@
 """The pair of kernels in Triton, for CUDA and ROCm in eager mode; on CPU tensors when TRITON_INTERPRET=1.
 
 The formulas of `slopes`, in one pass each: forward reads x and writes y and the sides, backward reads dy, y and the
-sides and writes dx. A program works on rows of eight elements: the sides of a row are one byte, and in 16 bits a row is
-one access of 16 bytes. All tensors are contiguous, of any shape. Left to the PyTorch pair: fp64, and forward of
-monotone curves, which is the stock operator.
+sides and writes dx, in rows of eight elements as `triton_launch` has them. All tensors are contiguous, of any shape.
+Left to the PyTorch pair: fp64, and forward of monotone curves, which is the stock operator.
 
 In 16 bits, the usual case, there are some 20 instructions per element forward and 35 backward: so few that
 the memory of a large card is what they wait for.
@@ -14,7 +13,6 @@ the memory of a large card is what they wait for.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -26,6 +24,7 @@ from .curve import Curve
 from .monotone import Monotone
 from .rounding import half_ulp, rounded_up
 from .slopes import minimum_in_two, saturation
+from .triton_launch import KEPT_CONSTANTS, Constants, launch, row_offsets
 from .triton_math import (
     exponential,
     normal_cdf,
@@ -37,7 +36,6 @@ from .triton_math import (
 from .triton_monotone import monotone_slope
 from .two_sided import TwoSided
 
-ROWS = 256 if torch.version.hip else 128  # of eight elements, per program: a row for each thread of four warps
 near_polynomial = triton_polynomials.near
 right_polynomial = triton_polynomials.right
 tail_polynomial = triton_polynomials.tail
@@ -89,16 +87,6 @@ def quick_sigmoid_product(x, power, CHIP: tl.constexpr):
     """``x / (1 + 2^power)``; the divisor is divided by 2^32, so that its reciprocal is not too small for the chip's."""
     divisor = quick_exp2(power - 32.0, CHIP) + 2.3283064365386963e-10
     return x * (quick_reciprocal(divisor, CHIP) * 2.3283064365386963e-10)
-
-
-@triton.jit
-def row_offsets(ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """The program's rows, and its elements as (ROWS, 8)."""
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    rows = program * ROWS + tl.arange(0, ROWS)
-    return rows, rows[:, None] * 8 + tl.arange(0, 8)[None, :]
 
 
 @triton.jit
@@ -236,13 +224,6 @@ def monotone_backward_kernel(
     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-Constants = dict[str, float | str | bool]  # in the order of a kernel's parameters
-KEPT_CONSTANTS = 256  # curves and dtypes, each a few numbers
-
-# What the kernels are built for; instructions of the one are not those of the other, and the interpreter knows none.
-CHIP = "interpreter" if not isinstance(forward_kernel, triton.JITFunction) else "hip" if torch.version.hip else "cuda"
-
-
 def knows(curve: Curve) -> bool:
     """Whether there is a kernel for this curve."""
     return isinstance(curve, TwoSided) or (isinstance(curve, Monotone) and not curve.has_side)
@@ -267,52 +248,6 @@ def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
     elif n:
         launch(monotone_backward_kernel, monotone_constants(curve, y.dtype), (dy, y, dx), n)
     return dx
-
-
-def wide(n: int) -> bool:
-    """Whether offsets need 64 bits."""
-    return n > 2**31 - 8 * ROWS
-
-
-# --- launching ----------------------------------------------------------------------------------------
-
-
-def launch(kernel: Any, constants: Constants, tensors: tuple[Tensor, ...], n: int) -> None:
-    """Runs a kernel over n elements on the device of its tensors, which need not be the current one."""
-    first = tensors[0]
-    if first.is_cuda and first.get_device() != torch.cuda.current_device():
-        with torch.cuda.device_of(first):
-            launch_here(kernel, constants, tensors, n)
-    else:
-        launch_here(kernel, constants, tensors, n)
-
-
-def launch_here(kernel: Any, constants: Constants, tensors: tuple[Tensor, ...], n: int) -> None:
-    """Triton's own launch takes some 50 us to find what it has built; here the address of the constants finds it.
-
-    Triton builds another kernel where an address or the length is no multiple of 16, and where the length is 1 or takes
-    64 bits.
-    """
-    grid = (-(-n // (8 * ROWS)), 1, 1)
-    fixed = (*constants.values(), ROWS, wide(n), CHIP)
-    kept = REUSED and n > 1 and not any(tensor.data_ptr() % 16 for tensor in tensors)
-    key = (kernel, id(constants), ROWS, n % 16 == 0, wide(n), n < 2**31, tensors[0].get_device())
-    if kept and key in built:
-        try:
-            built[key][1][grid](*tensors, n, *fixed)
-            return
-        except TypeError:  # another Triton may want other arguments of what it has built; nothing has run
-            built.clear()
-            kept = False
-    found = kernel[grid](*tensors, n, *fixed)
-    if kept:
-        if len(built) >= KEPT_CONSTANTS:
-            built.clear()
-        built[key] = constants, found  # the constants too, so that no others come to their address
-
-
-REUSED = CHIP != "interpreter" and hasattr(triton, "knobs")  # older Tritons want other arguments
-built: dict[tuple[Any, ...], tuple[Constants, Any]] = {}
 
 
 # --- constants ----------------------------------------------------------------------------------------

@@ -120,6 +120,17 @@ def test_a_mask_is_told_as_kept_in_bits():
     assert mask.bytes_saved == TOKENS * WIDTH * 7 // 8
 
 
+def test_a_dropped_tensor_is_told_as_made_from_a_mask_that_is_read_in_bits():
+    class Dropped(nn.Module):
+        def forward(self, x):
+            return torch.native_dropout(x, 0.1, True)[0]
+
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), Dropped(), nn.Linear(WIDTH, WIDTH))
+    (dropped,) = [each for each in invact.plan(model, tokens()).derived if each.what == "Dropped's output"]
+    assert dropped.reason == "made again from ReLU's output and a mask"
+    assert dropped.bytes_moved == 2 * TOKENS * WIDTH * 4 + TOKENS * WIDTH // 8
+
+
 class Masked(nn.Module):
     def forward(self, x):
         return x.masked_fill(x > 1, 0.0)

@@ -1,5 +1,6 @@
 """Every entry of `invact.deriving.rules`: what it makes is what the operator gave, in every bit, laid out as it was."""
 
+import contextlib
 from typing import NamedTuple
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from invact.deriving.handles import Bits, Derived, Kept, kept_by
+from invact.deriving.handles import Bits, Derived, Kept, PackedMask, kept_by
 from invact.deriving.hooks import SMALLEST, Deriving
 from invact.deriving.rules import RULES
 from invact.pytorch_inside import shows_what_is_kept
@@ -670,6 +671,29 @@ def test_dropout():
             check(lambda x, p=p: torch.native_dropout(x, p, True)[0], x, name="NativeDropoutBackward0")
             if 0 < p < 1:
                 check(lambda x, p=p: F.dropout(x.neg(), p), x)
+
+
+def test_a_dropped_tensor_is_made_from_the_bits_of_its_mask():
+    """Also where somebody else keeps them, and however the tensor lies."""
+    for layout in LAYOUTS:
+        x = layout(FLOAT)
+        if not torch.empty_like(x).is_contiguous(memory_format=torch.channels_last):
+            continue
+        check(lambda x: torch.native_dropout(x.neg(), 0.3, True)[0], x)
+        moved = []
+
+        def away(tensor, moved=moved):
+            moved.append(tensor.dtype)
+            return tensor.numpy().copy()
+
+        for hooks in (torch.autograd.graph.saved_tensors_hooks(away, torch.from_numpy), contextlib.nullcontext()):
+            with hooks, Deriving():
+                y = torch.native_dropout(leaf(x).neg(), 0.3, True)[0]
+                handle = kept_for(y)
+            assert [type(each) for each in handle.sources][1:] == [PackedMask]
+            assert_same(handle.made(), y.detach())
+        assert torch.uint8 in moved
+        assert torch.bool not in moved
 
 
 def test_masks_are_kept_in_bits():

@@ -19,11 +19,12 @@ from exactness import (
     stock_gradient,
     ulps,
 )
-from invact.kernels import CURVES, Curve, forward
+from invact.kernels import CURVES, Curve, forward, gated, masks, packing
 from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor, nn
 
 import invact
+from invact.deriving.rules import dropout_scale
 from invact.functional import invert
 
 pytestmark = pytest.mark.gpu
@@ -151,6 +152,97 @@ def test_a_kernel_built_once_serves_other_lengths_and_addresses() -> None:
         for count in (16, 17, 1000, 4096):
             for start in (0, 1, 8):
                 assert_as_stock(torch.randn(count + start, device=DEVICE)[start:])
+
+
+# --- masks in bits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000, 4096, 4097, 70001])
+def test_masks_come_back_from_their_bits(count: int) -> None:
+    for start in (0, 8):  # and so not at 16 bytes
+        mask = (torch.rand(count + start, device=DEVICE) < 0.7)[start:]
+        bits = masks.packed(mask)
+        assert torch.equal(bits.cpu(), packing.packed(mask.cpu()))
+        assert torch.equal(masks.unpacked(bits, count), mask)
+        assert not (masks.unpacked(bits, count).view(torch.uint8) > 1).any()
+
+
+def same_bits(ours: Tensor, stock: Tensor) -> bool:
+    """One NaN is as good as another."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[stock.element_size()]
+    return bool(((ours.view(kind) == stock.view(kind)) | (ours.isnan() & stock.isnan())).all())
+
+
+@pytest.mark.parametrize("dtype", [*SHORT_DTYPES, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.15, 0.45, 0.5, 2 / 3])
+def test_a_tensor_dropped_by_bits_is_in_every_bit_what_dropout_gave(dtype: torch.dtype, p: float) -> None:
+    short = dtype.itemsize == 2
+    x = values(dtype) if short else torch.randn(70001, dtype=dtype)
+    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan]).to(dtype).repeat(40)
+    x = torch.cat([x, odd]).to(DEVICE)
+    for part in (x, x[1:], x[: len(x) // 16 * 16].view(4, -1, 4).transpose(0, 1)):
+        y, mask = torch.native_dropout(part, p, True)
+        bits = masks.packed(mask.as_strided((mask.numel(),), (1,)))
+        scale = dropout_scale(1 - p, dtype)
+        if DEVICE.type == "cpu":  # whose own dropout has another scale, and rounds it to 16 bits
+            part = part.float() if short else part
+            y = (part * mask * scale).to(dtype)
+        ours = masks.dropped(part, bits, mask.stride(), scale).to(dtype)
+        assert ours.stride() == y.stride()
+        assert same_bits(ours, y)
+
+
+@pytest.mark.parametrize("dtype", [*SHORT_DTYPES, torch.float32], ids=str)
+def test_a_model_with_dropout_that_is_derived_has_stocks_gradients_in_every_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    stock = nn.Sequential(
+        *(nn.Linear(64, 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, 64), nn.LayerNorm(64), nn.Dropout(0.15)),
+        *(nn.Linear(64, 256), nn.SiLU(), nn.Dropout(0.5), nn.Linear(256, 8)),
+    ).to(DEVICE, dtype)
+    patched, x = copy.deepcopy(stock), torch.randn(32, 64, device=DEVICE, dtype=dtype)
+    assert not invact.patch(patched, (x,), exact=True).inverted
+    for _ in range(2):
+        for model in (stock, patched):
+            torch.manual_seed(1)
+            model(x).square().mean().backward()
+        assert_same_bits_of_gradients(patched, stock)
+
+
+# --- gated products -----------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 192), nn.Linear(64, 192), nn.Linear(192, 64)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(gated.ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("name", gated.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", SHORT_DTYPES, ids=str)
+def test_gated_layers_that_are_derived_have_stocks_gradients_in_every_bit(
+    name: str, dtype: torch.dtype, record_property
+) -> None:
+    if DEVICE.type == "cuda":  # if not, two operators do it
+        record_property("one pass gives stock's every bit", gated.is_as_stock(name, dtype, DEVICE))
+    torch.manual_seed(0)
+    stock = nn.Sequential(Gated(name), nn.LayerNorm(64), Gated(name)).to(DEVICE, dtype)
+    patched, x = copy.deepcopy(stock), torch.randn(40, 64, device=DEVICE, dtype=dtype)
+    assert not invact.patch(patched, (x,), exact=True).inverted
+    for model in (stock, patched):
+        for _ in range(2):
+            model(x).float().square().mean().backward()
+    assert_same_bits_of_gradients(patched, stock)
+
+
+def assert_same_bits_of_gradients(patched: nn.Module, stock: nn.Module) -> None:
+    for ours, theirs in zip(patched.parameters(), stock.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 # --- training -----------------------------------------------------------------------------------------
@@ -311,3 +403,21 @@ def test_more_than_2_31_elements_are_all_reached() -> None:
     for part in parts:
         torch.testing.assert_close(y[part], F.gelu(x[part]), atol=1e-6, rtol=2**-7)
         torch.testing.assert_close(dx[part], stock_gradient(x[part], CURVES["gelu"]), atol=0.03, rtol=0.03)
+
+
+@NEEDS_A_CARD
+def test_masks_of_more_than_2_31_elements_are_all_reached() -> None:
+    count = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 8 * count:
+        pytest.skip("the card has too little memory left")
+    mask = torch.zeros(count, dtype=torch.bool, device=DEVICE)
+    parts = [slice(0, 4096), slice(2**31 - 2048, 2**31 + 2048), slice(count - 4096, count)]
+    for part in parts:
+        mask[part] = torch.rand(4096, device=DEVICE) < 0.5
+    bits = masks.packed(mask)
+    back = masks.unpacked(bits, count)
+    assert all(torch.equal(back[part], mask[part]) for part in parts)
+    del back
+    x = torch.ones(count, dtype=torch.bfloat16, device=DEVICE)
+    y = masks.dropped(x, bits, (1,), 2.0)
+    assert all(torch.equal(y[part], 2 * mask[part].to(x.dtype)) for part in parts)

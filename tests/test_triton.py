@@ -21,11 +21,11 @@ triton = pytest.importorskip("triton")
 COMPARISON = """
 import torch
 from exactness import errors_and_floors
-from invact.kernels import CURVES, dispatch, monotone, pytorch, triton_pair
+from invact.kernels import CURVES, dispatch, monotone, pytorch, triton_launch, triton_pair
 from invact.kernels.packing import packed
 from invact.kernels.two_sided import TWO_SIDED
 
-triton_pair.ROWS = 8192  # the interpreter is slow by program, not by element
+triton_launch.ROWS = 8192  # the interpreter is slow by program, not by element
 
 def steps(values, others):
     kind = {2: torch.int16, 4: torch.int32}[values.element_size()]
@@ -48,7 +48,8 @@ for curve in TWO_SIDED:
         # in fewer operations than the PyTorch pair, so by the floor; in fp32, which is not cut off
         dx = torch.empty(x.shape)
         operands = torch.ones_like(expected), expected, expected_side, dx
-        triton_pair.launch(triton_pair.backward_kernel, triton_pair.backward_constants(curve, dtype), operands, len(x))
+        constants = triton_pair.backward_constants(curve, dtype)
+        triton_launch.launch(triton_pair.backward_kernel, constants, operands, len(x))
         assert dx.isfinite().all(), (curve, dtype)
         for deviation in (1.0, 3.0):
             errors, floors = errors_and_floors(x, expected, dx.to(dtype), curve, deviation)
@@ -225,7 +226,7 @@ def test_the_kernels_compile_for_amd(curve: Curve) -> None:
 
 
 def test_more_than_2_31_elements_are_addressed_with_64_bits() -> None:
-    from invact.kernels.triton_pair import wide
+    from invact.kernels.triton_launch import wide
     from triton.backends.compiler import GPUTarget
 
     assert not wide(2**31 - 2048)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from invact import functional
-from invact.kernels.packing import packed, unpacked
+from invact.kernels.masks import packed, unpacked
 from invact.pytorch_inside import (
     accelerator_type,
     autocast_anywhere,
@@ -208,11 +208,20 @@ class Kept(Handle):
         return given
 
 
+class PackedMask(Kept):
+    """The bytes that hold the bits of a mask."""
+
+    __slots__ = ()
+
+
 class Bits(Handle):
     """A bool tensor, in bits.
 
     Args:
         mask: dense, whatever the order of its dimensions.
+
+    Attributes:
+        bits: its bytes, in the order of its memory; who can use them as they are reads this handle.
     """
 
     __slots__ = ("bits", "shape", "stride")
@@ -222,7 +231,7 @@ class Bits(Handle):
         self.shape, self.stride = mask.shape, mask.stride()
         flat = mask.as_strided((mask.numel(),), (1,))
         bits = packed(flat)
-        self.bits = Kept(bits, bits._version, hooks)
+        self.bits = PackedMask(bits, bits._version, hooks)
         self.outside = self.bits.outside
 
     def wanted_again(self) -> None:
@@ -303,7 +312,10 @@ class Derived(Handle):
     def made(self) -> Tensor:
         if self.shared is not None and (tensor := self.shared.taken()) is not None:
             return tensor
-        tensor = self.make(*[source.made() for source in self.sources])
+        return self.finished(self.make(*[source.made() for source in self.sources]))
+
+    def finished(self, tensor: Tensor) -> Tensor:
+        """What was made, laid out as it was, and there for the others who ask for it."""
         if self.stride is not None:
             tensor = laid_out(tensor, self.stride)
         if self.shared is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, kept_by
+from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, PackedMask, kept_by
 from invact.deriving.words import in_words, listed
 from invact.ledger import Entry, Key, Ledger, dense_parts, storage_sizes
 from invact.pytorch_inside import StorageWeakRef, changes_in_place, transforms_active
@@ -205,7 +205,7 @@ class Journal:
             return "kept smaller, as what it is made of"
         read = dict.fromkeys(self._read(handle))
         large = max((self._nbytes(leaf) for leaf in read if isinstance(leaf, Kept)), default=0) / 16
-        words = [self._leaf(leaf) for leaf in read if not isinstance(leaf, Kept) or self._nbytes(leaf) >= large]
+        words = [self._leaf(leaf) for leaf in read if _is_mask(leaf) or self._nbytes(leaf) >= large]
         steps = f", in {handle.steps} steps" if handle.steps > 1 else ""
         return f"made again from {listed(list(dict.fromkeys(words)))}{steps}" if words else "made again from weights"
 
@@ -219,7 +219,7 @@ class Journal:
 
     def _leaf(self, handle: Handle) -> str:
         """A tensor that is kept, in words: by its module's name in the model, which is the same in every layer."""
-        if isinstance(handle, Bits):
+        if _is_mask(handle):
             return "a mask"
         note = self._kept_as.get(handle)
         if note is None:
@@ -282,6 +282,10 @@ def _base(handle: Handle) -> Handle:
     while isinstance(handle, Derived) and not handle.moves:
         handle = _there(handle.sources[0])
     return handle
+
+
+def _is_mask(handle: Handle) -> bool:
+    return isinstance(handle, Bits | PackedMask)
 
 
 def _taken(handle: Derived) -> list[Kept]:

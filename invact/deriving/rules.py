@@ -23,8 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invact.deriving.handles import Derived, Handle, Kept, kept_by
+from invact.deriving.gated import gated_if_it_is
+from invact.deriving.handles import Bits, Derived, Handle, Kept, kept_by
 from invact.deriving.parameters import is_parameter
+from invact.kernels.masks import dropped, unpacked
+from invact.kernels.rounding import rounded
 from invact.pytorch_inside import make_contiguous_strides_for
 
 aten = torch.ops.aten
@@ -145,10 +148,6 @@ def _elu(x: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
     return aten.elu(x, alpha, scale, input_scale)  # type: ignore[no-any-return]
 
 
-def _gelu(x: Tensor, approximate: str) -> Tensor:
-    return F.gelu(x, approximate=approximate)
-
-
 RULES.update(
     {
         "AbsBackward0": _pointwise(torch.abs),
@@ -176,7 +175,6 @@ RULES.update(
         "Expm1Backward0": _pointwise(torch.expm1),
         "FloorBackward0": _pointwise(torch.floor),
         "FracBackward0": _pointwise(torch.frac),
-        "GeluBackward0": _pointwise(_gelu, "approximate"),
         "GluBackward0": _pointwise(F.glu, "dim"),
         "HardshrinkBackward0": _pointwise(F.hardshrink, "lambd"),
         "HardsigmoidBackward0": _pointwise(F.hardsigmoid),
@@ -242,18 +240,27 @@ RULES.update(
         "FmaxBackward0": _of(torch.fmax, "self", "other"),
         "FminBackward0": _of(torch.fmin, "self", "other"),
         "FmodBackward1": _of(torch.fmod, "self", "other"),
+        "GeluBackward0": _of(F.gelu, "self", approximate="approximate"),
         "HypotBackward0": _of(torch.hypot, "self", "other"),
         "Logaddexp2Backward0": _of(torch.logaddexp2, "self", "other"),
         "LogaddexpBackward0": _of(torch.logaddexp, "self", "other"),
         "MaximumBackward0": _of(torch.maximum, "self", "other"),
         "MinimumBackward0": _of(torch.minimum, "self", "other"),
-        "MulBackward0": _of(torch.mul, "self", "other"),
         "PowBackward1": _of(torch.pow, "self", "exponent"),
         "PreluKernelBackward0": _of(aten._prelu_kernel, "self", "weight"),
         "RemainderBackward1": _of(torch.remainder, "self", "other"),
         "XlogyBackward0": _of(torch.xlogy, "self", "other"),
     }
 )
+
+
+_PRODUCT = _of(torch.mul, "self", "other")
+
+
+@rule("MulBackward0")
+def product(node: Node, number: int, find: Find) -> Derived | None:
+    handle = _PRODUCT(node, number, find)
+    return None if handle is None else gated_if_it_is(handle)
 
 
 @rule("PowBackward2")
@@ -469,19 +476,32 @@ def cast(node: Node, number: int, find: Find) -> Derived | None:
 
 @rule("NativeDropoutBackward0")
 def dropout(node: Node, number: int, find: Find) -> Derived | None:
+    """A mask in bits is read as it is, in one pass with the product."""
     if number:
         return None
     left = 1 - node._saved_p
-    return derived(lambda x, mask: _dropped(x, mask, left), produced(node, 0, find), saved(node, "result1"))
+    x, mask = produced(node, 0, find), saved(node, "result1")
+    if isinstance(mask, Bits):
+        return derived(functools.partial(_dropped_by_bits, mask.stride, left), x, mask.bits)
+    return derived(lambda x, mask: _dropped(x, mask, left), x, mask)
+
+
+def _dropped_by_bits(stride: tuple[int, ...], left: float, x: Tensor, bits: Tensor) -> Tensor:
+    if x.is_cuda:
+        return dropped(x, bits, stride, dropout_scale(left, x.dtype))
+    return _dropped(x, unpacked(bits, x.numel()).as_strided(x.shape, stride), left)
 
 
 def _dropped(x: Tensor, mask: Tensor, left: float) -> Tensor:
     if not x.is_cuda:
         return x * (mask.to(x.dtype) * (1 / left if left else 0.0))
-    # The kernel rounds what is left to the type that it reckons in, before it divides by it.
-    kind = torch.float64 if x.dtype is torch.float64 else torch.float32
-    scale = torch.ones((), dtype=kind).div(torch.tensor(left, dtype=kind)).item() if left else 0.0
-    return aten.native_dropout_backward(x, mask, scale)  # type: ignore[no-any-return]
+    return aten.native_dropout_backward(x, mask, dropout_scale(left, x.dtype))  # type: ignore[no-any-return]
+
+
+def dropout_scale(left: float, dtype: torch.dtype) -> float:
+    """The kernel rounds what is left to the type that it reckons in, before it divides by it."""
+    kind = torch.float64 if dtype is torch.float64 else torch.float32
+    return rounded(1 / rounded(left, kind), kind) if left else 0.0
 
 
 @rule("SafeSoftmaxBackward0")
