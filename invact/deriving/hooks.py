@@ -49,6 +49,8 @@ SMALLEST = 1024
 MOST_SEARCHED = 64
 """Operators that are looked at for one tensor: the longest recipe that pays has a quarter of them, views included."""
 
+_MOST_IN_VAIN = 1 << 16
+
 _PLAIN = (Tensor, FakeTensor)
 
 
@@ -110,6 +112,8 @@ class Deriving:
     Args:
         allowed: False keeps everything as it is, in the midst of a part where this is derived.
         module: runs inside; what lies in its buffers and parameters is there anyway.
+        in_vain: is filled with where recipes were looked for and not found, and tells where not to look again: the
+            next forward pass of the same code keeps the same tensors in the same order.
 
     Example:
         >>> norm, linear = torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)
@@ -120,7 +124,7 @@ class Deriving:
         'Derived'
     """
 
-    def __init__(self, allowed: bool = True, module: nn.Module | None = None) -> None:
+    def __init__(self, allowed: bool = True, module: nn.Module | None = None, in_vain: set[int] | None = None) -> None:
         self.allowed, self.journal = allowed, journal_here()
         self._module = None if module is None else weakref.ref(module)  # which may hold a graph, as the graph does us
         self._weights: set[int] | None = None
@@ -130,6 +134,10 @@ class Deriving:
         self._token = object()  # for notes with nodes, which must hold nothing
         self._left = 0  # of the operators that may still be looked at for a tensor
         self._parts_wait = False  # whether something waits for a tensor of which it reads a part
+        # A plan asks why what is kept is kept.
+        self._in_vain = in_vain if in_vain is not None and self.journal is None else None
+        self._place = hash((self.outer is None, self.parameters_may_go))  # in forward, by all that was kept so far
+        self._waiting: list[tuple[int, weakref.ref[Kept]]] = []
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
     def __enter__(self) -> Deriving:
@@ -138,6 +146,10 @@ class Deriving:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
+        for place, reference in self._waiting:
+            kept = reference()
+            if kept is not None and kept.later is not None:
+                self._looked_in_vain(place)
         del self._hooks  # which hold a method of ours: a cycle, with the journal and the hooks outside in it
 
     # --- what autograd calls ---
@@ -214,8 +226,14 @@ class Deriving:
         if known is not None:
             return self._known(known, tensor, name, version)
         handle: Handle | None = None
-        if _made_by_a_rule(node, name) and (version == 0 or self._worked_in_place(node, name, version)):
-            handle = self._derived(tensor, node, number, version, frame)
+        place = self._place = hash((self._place, name, version, tensor.is_contiguous()))
+        if self._in_vain is None or place not in self._in_vain:
+            if _made_by_a_rule(node, name) and (version == 0 or self._worked_in_place(node, name, version)):
+                handle = self._derived(tensor, node, number, version, frame)
+            if handle is None:
+                self._looked_in_vain(place)
+            elif type(handle) is Kept and handle.later is not None:
+                self._waiting.append((place, weakref.ref(handle)))
         if handle is None:
             handle = self._kept(tensor)
             if self._parts_wait:
@@ -226,6 +244,12 @@ class Deriving:
             handle.made_in_place = frame.f_locals["input"]._version + 1
         self._note(metadata, number, handle)
         return handle
+
+    def _looked_in_vain(self, place: int) -> None:
+        if self._in_vain is not None:
+            if len(self._in_vain) >= _MOST_IN_VAIN:
+                self._in_vain.clear()
+            self._in_vain.add(place)
 
     def _keep_whole_beside(self, part: Kept, view: Tensor) -> None:
         """Keeps all of a tensor of which a part is kept, which takes no more memory, if something waits for it."""
@@ -368,7 +392,7 @@ class Deriving:
     def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
         """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does, the sigmoid first."""
         summed = node.name() in SUMS
-        if summed and not _adds_up_what_rules_make(node):  # most are residual sums, of which nothing would come
+        if summed and not _adds_up_products(node):  # most are residual sums, of which nothing would come
             return None
         self._left = MOST_SEARCHED
         recipe = RULES[node.name()](node, number, self._find_or_await)
@@ -393,7 +417,7 @@ class Deriving:
         name = node.name()
         rule = RULES.get(name)
         summed = name in SUMS
-        if name == _LEAF or (summed and not _adds_up_what_rules_make(node)):
+        if name == _LEAF or (summed and not _adds_up_products(node)):
             return None  # a note at a leaf would stay
         if rule is not None and self._left:
             self._left -= 1
@@ -484,9 +508,9 @@ def _made_by_a_rule(node: Any, name: str) -> bool:
     return name in RULES and name not in ON_THE_WAY
 
 
-def _adds_up_what_rules_make(node: Any) -> bool:
-    names = [None if producer is None else producer.name() for producer, _ in node.next_functions[:2]]
-    return all(name in RULES and name not in SUMS and name not in VIEWS for name in names)
+def _adds_up_products(node: Any) -> bool:
+    """As where something is turned: `x * cos + y * sin`."""
+    return all(producer is not None and producer.name() == "MulBackward0" for producer, _ in node.next_functions[:2])
 
 
 def may_derive() -> bool:
