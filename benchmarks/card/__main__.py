@@ -54,31 +54,18 @@ PARTS_ON_A_CPU: Parts = {
     "exact": ("exact_gradients", {"bert": 120, "llama": 120, "gpt2": 120, "t5 gated": 120}),
 }
 
-# The planner counts what is allocated, and on such a card fragments were what it missed; see `planned_batches`.
+# The planner counts what is allocated, and fragments were what it missed on one H200; see `planned_batches`.
 ENVIRONMENT = {"planner": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}}
 
 
 def main() -> None:
     arguments = _arguments()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    environment = _environment(arguments)
-    work = []
-    parts = PARTS_ON_A_CPU if arguments.cpu else PARTS
-    for part in ["card", *(part for part in arguments.only or parts if part != "card")]:
-        module, items = parts[part]
-        chosen = [item for item in items if part == "card" or item in (arguments.items or items)]
-        record = Record(arguments.output / f"{part}.json")
-        if arguments.items is None:
-            record.path.unlink(missing_ok=True)
-        # A process for each item, so that one without memory ends none; where memory is no matter, one for all.
-        groups = [chosen] if arguments.tiny or part == "exact" else [[item] for item in chosen]
-        for group in filter(None, groups):
-            own = environment | ENVIRONMENT.get(part, {})
-            work.append(Child(module, group, record, sum(items[item] for item in group), arguments.tiny, own))
-    start, seconds = (
-        time.perf_counter(),
-        arguments.seconds or (sum(c.limit for c in work) if arguments.cpu else SECONDS),
-    )
+    work = _work(arguments)
+    start = time.perf_counter()
+    seconds = arguments.seconds
+    if seconds is None:
+        seconds = sum(child.limit for child in work) if arguments.cpu else SECONDS
     for number, child in enumerate(work):
         child.start()
         if not arguments.cpu:  # where they would take from the few cores what this one measures
@@ -89,6 +76,26 @@ def main() -> None:
         if arguments.collect:
             arguments.collect.write_text(json.dumps(collected(arguments.output), indent=1) + "\n")
     print(as_text(arguments.output))
+
+
+def _work(arguments: argparse.Namespace) -> list[Child]:
+    """The processes, in turn; what an earlier run left of their parts is deleted, if not only some items are asked for.
+
+    Each item has its own, so that one without memory ends none; where memory is no matter, there is one for all.
+    """
+    environment, parts = _environment(arguments), PARTS_ON_A_CPU if arguments.cpu else PARTS
+    work = []
+    for part in ["card", *(part for part in arguments.only or parts if part != "card")]:
+        module, items = parts[part]
+        chosen = [item for item in items if part == "card" or item in (arguments.items or items)]
+        record = Record(arguments.output / f"{part}.json")
+        if arguments.items is None:
+            record.path.unlink(missing_ok=True)
+        groups = [chosen] if arguments.tiny or part == "exact" else [[item] for item in chosen]
+        for group in filter(None, groups):
+            own = environment | ENVIRONMENT.get(part, {})
+            work.append(Child(module, group, record, sum(items[item] for item in group), arguments.tiny, own))
+    return work
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, str]:

@@ -114,7 +114,7 @@ EXACT_SPECS = {
         {"num_layers": 1, "num_decoder_layers": 1},
     ),
 }
-"""Small ones, in which gradients are compared bit for bit; with the dropout that they come with, where nothing is said."""
+"""Small ones, whose gradients are compared bit for bit; with the dropout that they come with, where nothing is said."""
 
 
 def model_and_inputs(

@@ -80,7 +80,7 @@ def _tests(part: Part) -> Iterator[str]:
 
 
 def _steps(part: Part) -> Iterator[str]:
-    yield "way: x stock (quartiles), ms; MiB: peak, saved (told), live at the end of forward; gradients off: all, largest"
+    yield "way: x stock (quartiles) ms; MiB: peak, saved (told); live after forward; gradients off: all, largest"
     for name, found in part.items():
         if "absent" in found:
             yield f"{name}: left out, {found['absent']}"
@@ -169,7 +169,7 @@ def _compiled(part: Part) -> Iterator[str]:
 
 
 def _profiles(part: Part) -> Iterator[str]:
-    """Of steps, where one is slower than it is to be, and always of two; last, for whatever is cut stands in the file."""
+    """Of steps slower than they are to be, and always of two; last, for what is cut stands in the file."""
     for name, found in part.items():
         slow = not found.get("verdict", {}).get("invact", {}).get("time", {"holds": True})["holds"]
         if "profile" in found and (slow or name in ALWAYS_PROFILED):

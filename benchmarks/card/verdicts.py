@@ -64,8 +64,8 @@ def verdict_on_kernels(name: str, found: dict[str, Any]) -> dict[str, Verdict]:
 
 
 def verdict_on_batch(planned: int, true: int) -> Verdict:
-    off = planned / max(true, 1) - 1
-    return _verdict(off, BATCH_OFF, abs(off) <= BATCH_OFF)
+    """The figure: by how much of the true one the planned one is off."""
+    return _verdict(planned / max(true, 1) - 1, BATCH_OFF, abs(planned - true) <= BATCH_OFF * true)
 
 
 def smallest_batch_no_slower(ratios: dict[int, float]) -> int | None:
