@@ -33,7 +33,7 @@ Parts = dict[str, tuple[str, dict[str, int]]]
 # In the order of their worth.
 PARTS: Parts = {
     "card": ("facts", {"card": 20}),
-    "tests": ("gpu_tests", {"tests": 75, "large": 20}),
+    "tests": ("gpu_tests", {"tests": 90, "large": 20}),
     "steps": (
         "step_times",
         {"bert": 30, "mistral": 30, "gpt2": 30, "vit": 25, "lora": 30, "clip": 25, "convnext": 25, "openclip": 25},

@@ -183,6 +183,8 @@ def _transformers(spec: Spec, tiny: bool) -> nn.Module:
     config = transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     if spec.headless:
         bare: nn.Module = transformers.AutoModel.from_config(config)
+        if hasattr(bare, "pooler"):
+            bare.pooler = None  # it would keep the last layer's output
         return bare
     model: nn.Module = getattr(transformers, config.architectures[0])(config)
     return model

@@ -29,18 +29,23 @@ TOKENS = 128
 PRODUCTS = 20  # in a row: on a busy machine one that takes longer than a time slice is seldom left alone
 
 
-def measure(item: str, record: Record, tiny: bool, prepared: None) -> None:
-    """Item: a key of `ITEMS`."""
+def prepare(item: str, tiny: bool) -> Any:
+    """Steppers, planned and patched, where whole steps are taken."""
+    return PREPARED[item](tiny) if item in PREPARED else None
+
+
+def measure(item: str, record: Record, tiny: bool, prepared: Any) -> None:
+    """Item: a key of `MEASURED`."""
     threads = torch.get_num_threads()
     if item in ("narrow", "tensors"):
         torch.set_num_threads(1)
     try:
-        record[item] = ITEMS[item](tiny)
+        record[item] = MEASURED[item](tiny, prepared)
     finally:
         torch.set_num_threads(threads)
 
 
-def _gelu(tiny: bool) -> dict[str, Any]:
+def _gelu(tiny: bool, _: None) -> dict[str, Any]:
     """Microseconds until a call returns."""
     bench = Bench.on(DEVICE, "")
     time_kernels(
@@ -60,26 +65,33 @@ def _gelu(tiny: bool) -> dict[str, Any]:
     }
 
 
-def _smallest_batch(tiny: bool) -> dict[str, Any]:
-    """Ratios of a patched step of BERT to a stock one by batch, and the smallest from which on none is too slow."""
+def _bert_by_batch(tiny: bool) -> dict[int, dict[str, Stepper]]:
     model, inputs_of = model_and_inputs(SPECS["bert"], tiny, tokens=TOKENS)
-    found = {}
-    for batch in BATCHES[:2] if tiny else BATCHES:
-        ways = eager_ways(model)
-        steppers = {name: Stepper(model, inputs_of(batch), ways[name]) for name in (STOCK, INVACT)}
-        found[batch] = _raced(steppers, 2 if tiny else 15)[INVACT]
+    ways = eager_ways(model)
+    return {
+        batch: {name: Stepper(model, inputs_of(batch), ways[name]) for name in (STOCK, INVACT)}
+        for batch in (BATCHES[:2] if tiny else BATCHES)
+    }
+
+
+def _smallest_batch(tiny: bool, by_batch: dict[int, dict[str, Stepper]]) -> dict[str, Any]:
+    """Ratios of a patched step of BERT to a stock one by batch, and the smallest from which on none is too slow."""
+    found = {batch: _raced(steppers, 2 if tiny else 15)[INVACT] for batch, steppers in by_batch.items()}
     smallest = smallest_batch_no_slower({batch: each["ratio"] for batch, each in found.items()})
     return {"by_batch": found, "tokens": TOKENS, "smallest_batch_no_slower": smallest}
 
 
-def _narrow(tiny: bool) -> dict[str, Any]:
-    """A step that waits for nothing but the host: its tensors have too few elements to be derived, but for those of
-    the feed-forward layers."""
+def _narrow_bert(tiny: bool) -> dict[str, Stepper]:
+    """Its tensors have too few elements to be derived, but for those of the feed-forward layers."""
     spec = SPECS["bert-narrow"]
     model, inputs_of = model_and_inputs(spec, tiny, dtype=torch.float32)
     inputs, ways = inputs_of(spec.batch), eager_ways(model)
     steppers = {name: Stepper(model, inputs, ways[name]) for name in (STOCK, INVACT, EXACT)}
-    steppers[NOTHING] = Stepper(model, inputs, around=_hooks_of_nothing)
+    return steppers | {NOTHING: Stepper(model, inputs, around=_hooks_of_nothing)}
+
+
+def _narrow(tiny: bool, steppers: dict[str, Stepper]) -> dict[str, Any]:
+    """A step that waits for nothing but the host."""
     return {"inputs": "1 x 8 tokens"} | _raced(steppers, 3 if tiny else 60)
 
 
@@ -96,7 +108,7 @@ def _hooks_of_nothing() -> saved_tensors_hooks:
     return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
-def _tensors(tiny: bool) -> dict[str, dict[str, float]]:
+def _tensors(tiny: bool, _: None) -> dict[str, dict[str, float]]:
     """Microseconds per tensor, above what stock takes for keeping it: packed in forward, unpacked in backward.
 
     A row of products keeps two tensors for each; with an activation after each, a third, and one of the three is
@@ -153,7 +165,8 @@ def _tensors(tiny: bool) -> dict[str, dict[str, float]]:
     return found
 
 
-ITEMS: dict[str, Callable[[bool], dict[str, Any]]] = {
+PREPARED: dict[str, Callable[[bool], Any]] = {"bert": _bert_by_batch, "narrow": _narrow_bert}
+MEASURED: dict[str, Callable[[bool, Any], dict[str, Any]]] = {
     "gelu": _gelu,
     "bert": _smallest_batch,
     "narrow": _narrow,
