@@ -32,8 +32,7 @@ def as_text(folder: Path) -> str:
     for name, make in MAKERS.items():
         if name in parts:
             lines += [f"== {name}", *_or_why_not(make, parts[name])]
-    if "steps" in parts:
-        lines += ["== profiles", *_or_why_not(_profiles, parts["steps"])]
+    lines += _or_why_not(_profiles, parts.get("steps", {}))
     text = "\n".join(lines)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}\n... cut"
 
@@ -111,7 +110,7 @@ def _way(found: Part, stock: int) -> str:
     if "live_bytes" in found:
         cells.append(f"live {found['live_bytes'] / MEBIBYTE:.0f}")
     if off := found.get("gradients_off"):
-        cells.append(f"{off['whole']:.0e} {off['largest']:.0e}")
+        cells.append(f"{off['whole']:.0e} {off['largest']:.0e}" if off["whole"] else "same gradients")
     return "; ".join(cells)
 
 
@@ -177,7 +176,7 @@ def _profiles(part: Part) -> Iterator[str]:
             walls = ", ".join(
                 f"{profile[f'{way}_us']:.0f} of {1e6 * ways[way]['seconds']:.0f} {way}" for way in ("stock", "invact")
             )
-            yield f"{name}: us of kernels of a step: {walls}; by difference:"
+            yield f"== profile of {name}: us of kernels of a step: {walls}; by difference:"
             for row in profile["differences"][:4]:
                 before, after = row["stock_us"], row["invact_us"]
                 yield f" {after - before:+.0f} us ({before:.0f} -> {after:.0f}) {row['name'][:60]}"
