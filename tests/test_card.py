@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -163,6 +164,28 @@ def test_one_part_alone_runs_by_its_name_and_an_item_adds_to_what_stands_there(t
     assert parts.keys() == {"card", "host"}
     assert parts["host"].keys() == {"narrow", "gelu"}
     assert "== host" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "host", "--items", "vit"], "There is no item vit in these parts, but bert, gelu, narrow, tensors."),
+        (["--cpu", "2", "--only", "planner"], "--cpu measures card, steps, host, exact alone."),
+    ],
+)
+def test_what_there_is_not_is_refused_in_one_sentence(tmp_path, arguments, said):
+    command = [sys.executable, str(CARD), "--output", str(tmp_path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_what_fails_before_its_turn_is_told(tmp_path, module):
+    record = module("record").Record(tmp_path / "steps.json")
+    child = module("processes").Child("step_times", ["no such model"], record, 60, True, dict(os.environ))
+    child.start()
+    child.measure(60)
+    assert "KeyError: 'no such model'" in record.read()["error no such model"]
 
 
 # --- wheels -------------------------------------------------------------------------------------------

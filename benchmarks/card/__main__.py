@@ -13,19 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
+from processes import Child
 from record import Record
 from summary import as_text, collected
 from wheels import unpacked
-
-HERE = Path(__file__).resolve().parent
 
 Parts = dict[str, tuple[str, dict[str, int]]]
 """By part: the module, and its items with the seconds that each may take."""
@@ -111,61 +105,6 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-class Child:
-    """A process that measures some items of a part; see `child`."""
-
-    def __init__(
-        self, module: str, items: list[str], record: Record, limit: float, tiny: bool, environment: dict[str, str]
-    ) -> None:
-        self.module, self.items, self.record, self.limit, self.tiny = module, items, record, limit, tiny
-        self.environment = environment
-        self.process: subprocess.Popen[bytes] | None = None
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-
-    def start(self) -> None:
-        """Lets it import, build and plan; it measures nothing yet."""
-        if self.process is None:
-            command = [sys.executable, str(HERE / "child.py"), self.module, str(self.record.path.resolve())]
-            self.process = subprocess.Popen(
-                [*command, *(["--tiny"] if self.tiny else []), *self.items],
-                stdin=subprocess.PIPE,
-                stdout=self.said,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                start_new_session=True,  # the compiler's workers end with it
-            )
-
-    def measure(self, seconds_left: float) -> None:
-        """Gives the word and waits; what goes wrong is put on record."""
-        assert self.process is not None
-        start = time.perf_counter()
-        limit = min(self.limit, seconds_left)
-        try:
-            if limit <= 0:
-                raise subprocess.TimeoutExpired("", 0)
-            self.process.communicate(b"\n", timeout=limit)
-            wrong = f"ended with {self.process.returncode}" if self.process.returncode else ""
-        except subprocess.TimeoutExpired:
-            wrong = f"stopped after {max(0, limit):.0f} s"
-        self._end()
-        name = " ".join(self.items)
-        self.record.leave_out(f"error {name}")
-        if wrong:
-            self.record[f"error {name}"] = f"{wrong}\n{self._tail()}".rstrip()
-        print(f"{self.module} {name}: {time.perf_counter() - start:.1f} s {wrong}", flush=True)
-
-    def _end(self) -> None:
-        assert self.process is not None
-        with suppress(ProcessLookupError):  # it has ended, and its workers too
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def _tail(self) -> str:
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
-        return "\n".join(line[:300] for line in lines[-12:])
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
@@ -184,8 +123,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="as small as it runs, to see that it runs")
     parser.add_argument("--seconds", type=float, help=f"for everything together; on a card {SECONDS}")
     arguments = parser.parse_args()
-    if arguments.cpu and not set(arguments.only or ()) <= PARTS_ON_A_CPU.keys():
-        parser.error(f"--cpu measures {', '.join(PARTS_ON_A_CPU)} alone.")
+    parts = PARTS_ON_A_CPU if arguments.cpu else PARTS
+    if not set(arguments.only or ()) <= parts.keys():
+        parser.error(f"--cpu measures {', '.join(parts)} alone.")
+    known = {item for part in arguments.only or parts for item in parts[part][1]}
+    if unknown := set(arguments.items or ()) - known:
+        parser.error(f"There is no item {', '.join(sorted(unknown))} in these parts, but {', '.join(sorted(known))}.")
     return arguments
 
 
