@@ -1,4 +1,4 @@
-"""Processes that measure, each with a time limit: started early, to build and plan, and given the word in their turn."""
+"""Processes that measure, each with a time limit: started early, to build and plan, and told to begin in their turn."""
 
 from __future__ import annotations
 
