@@ -1,9 +1,11 @@
 """Everything that a card must show, in one command, from a plain checkout.
 
-python benchmarks/card --output DIR [--only PART ...] [--tiny]
+python benchmarks/card --output DIR [--only PART ...] [--items ITEM ...] [--tiny]
 
 Every part runs in processes of its own with a time limit, writes its figures to DIR/<part>.json as it has them, and
-goes on without what fails. The last thing printed is a short table. --tiny runs every branch on a CPU.
+goes on without what fails. The last thing printed is a short table.
+
+--tiny runs every branch on a CPU. --cpu THREADS measures what a CPU can tell: whole steps, the host, exactness.
 """
 
 from __future__ import annotations
@@ -11,130 +13,123 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
+from processes import Child
 from record import Record
 from summary import as_text, collected
+from wheels import unpacked
 
-HERE = Path(__file__).resolve().parent
+Parts = dict[str, tuple[str, dict[str, int]]]
+"""By part: the module, and its items with the seconds that each may take."""
 
-# In the order of their worth. By part: the module, and its items with the seconds that each may take.
-PARTS: dict[str, tuple[str, dict[str, int]]] = {
-    "card": ("facts", {"card": 30}),
-    "tests": ("gpu_tests", {"tests": 80, "large": 30}),
-    "kernels": ("kernel_times", {"alone": 40, "autograd": 40}),
-    "host": ("host_times", {"gelu": 20, "bert": 45}),
-    "planner": ("planned_batches", {"bert": 45, "gpt2": 45}),
-    "profile": ("profiles", {"bert": 30, "mistral": 30}),
+# In the order of their worth.
+PARTS: Parts = {
+    "card": ("facts", {"card": 20}),
+    "tests": ("gpu_tests", {"tests": 90, "large": 20}),
     "steps": (
         "step_times",
-        {"bert": 45, "gpt2": 45, "mistral": 45, "vit": 40, "clip": 40, "convnext": 40, "lora": 40}
-        | {"bert-compiled": 110, "mistral-compiled": 110},
+        {"bert": 30, "mistral": 30, "gpt2": 30, "vit": 25, "lora": 30, "clip": 25, "convnext": 25, "openclip": 25},
     ),
+    "kernels": ("kernel_times", {"alone": 25}),
+    "exact": ("exact_gradients", {"bert": 15, "llama": 15, "gpt2": 15, "t5 gated": 15}),
+    "host": ("host_times", {"gelu": 10, "tensors": 10, "narrow": 20, "bert": 30}),
+    "planner": ("planned_batches", {"bert": 40, "gpt2": 40}),
+    "compiled": ("compiled_times", {"bert": 100, "mistral": 100}),
 }
-ON_REQUEST = ("bert-compiled", "mistral-compiled")  # only where --items names them, and with --tiny
+SECONDS = 400
+AHEAD = 2  # so many processes build and plan while one measures: on a card's host that takes as long as measuring
+
+PARTS_ON_A_CPU: Parts = {
+    "card": ("facts", {"card": 60}),
+    "steps": ("step_times", {"bert-cpu": 900, "llama-cpu": 600}),
+    "host": ("host_times", {"tensors": 120, "narrow": 300}),
+    "exact": ("exact_gradients", {"bert": 120, "llama": 120, "gpt2": 120, "t5 gated": 120}),
+}
+
+# The planner counts what is allocated, and fragments were what it missed on one H200; see `planned_batches`.
+ENVIRONMENT = {"planner": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}}
 
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.collect:
-        arguments.collect.write_text(json.dumps(collected(arguments.output), indent=1) + "\n")
-        return
     arguments.output.mkdir(parents=True, exist_ok=True)
-    work = []
-    for part in ["card", *(part for part in arguments.only or PARTS if part != "card")]:
-        module, items = PARTS[part]
-        asked = arguments.items or [item for item in items if arguments.tiny or item not in ON_REQUEST]
-        chosen = {item: limit for item, limit in items.items() if item in asked or part == "card"}
-        record = Record(arguments.output / f"{part}.json")
-        record.path.unlink(missing_ok=True)
-        # A process for each item, so that one without memory ends none; where memory is no matter, one for all.
-        groups = [list(chosen)] if arguments.tiny else [[item] for item in chosen]
-        work += [
-            Child(module, group, record, sum(items[i] for i in group), arguments.tiny) for group in groups if group
-        ]
+    work = _work(arguments)
     start = time.perf_counter()
+    seconds = arguments.seconds
+    if seconds is None:
+        seconds = sum(child.limit for child in work) if arguments.cpu else SECONDS
     for number, child in enumerate(work):
         child.start()
-        for later in work[number + 1 : number + 2]:
-            later.start()  # it imports what it needs while this one measures
-        left = arguments.seconds - (time.perf_counter() - start)
-        child.measure(left)
-    Record(arguments.output / "card.json")["seconds"] = time.perf_counter() - start
+        if not arguments.cpu:  # where they would take from the few cores what this one measures
+            for later in work[number + 1 : number + 1 + AHEAD]:
+                later.start()
+        child.measure(seconds - (time.perf_counter() - start))
+        Record(arguments.output / "card.json")["seconds"] = time.perf_counter() - start
+        if arguments.collect:
+            arguments.collect.write_text(json.dumps(collected(arguments.output), indent=1) + "\n")
     print(as_text(arguments.output))
 
 
-class Child:
-    """A process that measures some items of a part; see `child`."""
+def _work(arguments: argparse.Namespace) -> list[Child]:
+    """The processes, in turn; what an earlier run left of their parts is deleted, if not only some items are asked for.
 
-    def __init__(self, module: str, items: list[str], record: Record, limit: float, tiny: bool) -> None:
-        self.module, self.items, self.record, self.limit, self.tiny = module, items, record, limit, tiny
-        self.process: subprocess.Popen[bytes] | None = None
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+    Each item has its own, so that one without memory ends none; where memory is no matter, there is one for all.
+    """
+    environment, parts = _environment(arguments), PARTS_ON_A_CPU if arguments.cpu else PARTS
+    work = []
+    for part in ["card", *(part for part in arguments.only or parts if part != "card")]:
+        module, items = parts[part]
+        chosen = [item for item in items if part == "card" or item in (arguments.items or items)]
+        record = Record(arguments.output / f"{part}.json")
+        if arguments.items is None:
+            record.path.unlink(missing_ok=True)
+        groups = [chosen] if arguments.tiny or part == "exact" else [[item] for item in chosen]
+        for group in filter(None, groups):
+            own = environment | ENVIRONMENT.get(part, {})
+            work.append(Child(module, group, record, sum(items[item] for item in group), arguments.tiny, own))
+    return work
 
-    def start(self) -> None:
-        """Lets it import; it measures nothing yet."""
-        if self.process is None:
-            command = [sys.executable, str(HERE / "child.py"), self.module, str(self.record.path.resolve())]
-            self.process = subprocess.Popen(
-                [*command, *(["--tiny"] if self.tiny else []), *self.items],
-                stdin=subprocess.PIPE,
-                stdout=self.said,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"} if self.tiny else None,  # a test shares its cores
-                start_new_session=True,  # the compiler's workers end with it
-            )
 
-    def measure(self, seconds_left: float) -> None:
-        """Gives the word and waits; what goes wrong is put on record."""
-        assert self.process is not None
-        start = time.perf_counter()
-        limit = min(self.limit, seconds_left)
-        try:
-            if limit <= 0:
-                raise subprocess.TimeoutExpired("", 0)
-            self.process.communicate(b"\n", timeout=limit)
-            wrong = f"ended with {self.process.returncode}" if self.process.returncode else ""
-        except subprocess.TimeoutExpired:
-            wrong = f"stopped after {max(0, limit):.0f} s"
-        self._end()
-        name = " ".join(self.items)
-        if wrong:
-            self.record[f"error {name}"] = f"{wrong}\n{self._tail()}".rstrip()
-        print(f"{self.module} {name}: {time.perf_counter() - start:.1f} s {wrong}", flush=True)
-
-    def _end(self) -> None:
-        assert self.process is not None
-        with suppress(ProcessLookupError):  # it has ended, and its workers too
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def _tail(self) -> str:
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
-        return "\n".join(line[:300] for line in lines[-12:])
+def _environment(arguments: argparse.Namespace) -> dict[str, str]:
+    """Of the processes that measure."""
+    found = dict(os.environ)
+    if arguments.wheels:
+        site = unpacked(arguments.wheels, arguments.output / "wheels").resolve()
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), found.get("PYTHONPATH")]))
+    if arguments.cpu:
+        found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(arguments.cpu)}
+    elif arguments.tiny:
+        found["OMP_NUM_THREADS"] = "1"  # a test shares its cores
+    return found
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--items", nargs="+", metavar="ITEM", help="of the parts, such as bert and gpt2")
+    parser.add_argument("--items", nargs="+", metavar="ITEM", help="of the parts, such as bert and gpt2; adds to DIR")
     parser.add_argument(
         "--collect",
         type=Path,
         metavar="FILE",
-        help="measure nothing: put what stands in DIR into one file, such as docs/results/h200.json",
+        help="put everything that stands in DIR into one file as well, such as docs/results/h100.json",
     )
+    parser.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="of pure Python packages: open_clip_torch, liger-kernel and so on"
+    )
+    parser.add_argument("--cpu", type=int, metavar="THREADS", help="measure steps, host and exact on the CPU")
     parser.add_argument("--tiny", action="store_true", help="as small as it runs, to see that it runs")
-    parser.add_argument("--seconds", type=float, default=330, help="for everything together")
-    return parser.parse_args()
+    parser.add_argument("--seconds", type=float, help=f"for everything together; on a card {SECONDS}")
+    arguments = parser.parse_args()
+    parts = PARTS_ON_A_CPU if arguments.cpu else PARTS
+    if not set(arguments.only or ()) <= parts.keys():
+        parser.error(f"--cpu measures {', '.join(parts)} alone.")
+    known = {item for part in arguments.only or parts for item in parts[part][1]}
+    if unknown := set(arguments.items or ()) - known:
+        parser.error(f"There is no item {', '.join(sorted(unknown))} in these parts, but {', '.join(sorted(known))}.")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 python benchmarks/card/child.py MODULE FILE [--tiny] ITEM...
 
-Everything is imported before the word to begin comes, as a line of stdin: another child measures in the meantime.
+What is to be imported, built and planned for the first item is, before the word to begin comes as a line of stdin:
+another child measures in the meantime.
 """
 
 from __future__ import annotations
 
 import sys
 import traceback
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -21,18 +23,24 @@ def main() -> int:
     tiny = "--tiny" in items
     make_importable()
     module = import_module(module_name)
-    if not sys.stdin.readline():
-        return 0  # who started this one has ended
+    prepare = getattr(module, "prepare", lambda item, tiny: None)
     failed = 0
-    for item in items:
-        if item == "--tiny":
-            continue
+    for item in [item for item in items if item != "--tiny"]:
         try:
-            module.measure(item, Record(Path(file)), tiny)
+            prepared = prepare(item, tiny)
+            if not _may_begin():
+                return 0  # who started this one has ended
+            module.measure(item, Record(Path(file)), tiny, prepared)
         except Exception:
             failed += 1
             traceback.print_exc()
     return failed
+
+
+@cache
+def _may_begin() -> bool:
+    """Waits for the word, once."""
+    return bool(sys.stdin.readline())
 
 
 if __name__ == "__main__":

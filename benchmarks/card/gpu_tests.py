@@ -16,7 +16,7 @@ LARGE = "2_31"
 FILES = ("test_on_a_card.py", "test_training_loops.py", "test_bench.py")
 
 
-def measure(item: str, record: Record, tiny: bool) -> None:
+def measure(item: str, record: Record, tiny: bool, prepared: None) -> None:
     """Item "tests" or "large". Without a card only those of the first file, which then run on the CPU."""
     files = FILES if torch.cuda.is_available() else FILES[:1]
     options = ["-o", "addopts=", "--import-mode=importlib", "-m", "gpu", "-p", "no:cacheprovider", "-q", "--no-header"]

@@ -1,31 +1,52 @@
-"""Part "host": what the host needs to call an activation, and from which batch on a step hides that."""
+"""Part "host": what the host pays for an activation, a tensor, a step, and from which batch on a step hides that."""
 
 from __future__ import annotations
 
-from functools import partial
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from card_models import DEVICE, model_and_inputs
+from card_models import DEVICE, SPECS, model_and_inputs
 from record import Record
-from ways import INVACT, STOCK, Stepper, eager_ways
+from steppers import Stepper, times
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from verdicts import smallest_batch_no_slower
+from ways import EXACT, INVACT, STOCK, eager_ways
 
 from invact.bench_kernels import HOST_ELEMENTS, time_kernels
 from invact.bench_result import Bench
-from invact.planning import decide
-from invact.timing import Race
+from invact.deriving.handles import Derived, kept_by
+from invact.deriving.hooks import Deriving
+from invact.timing import Race, wait_for
 
+NOTHING = "hooks of nothing"
 BATCHES = (1, 2, 4, 8, 16, 32)
 TOKENS = 128
-NO_SLOWER = 1.02
+PRODUCTS = 20  # in a row: on a busy machine one that takes longer than a time slice is seldom left alone
 
 
-def measure(item: str, record: Record, tiny: bool) -> None:
-    """Item "gelu" or "bert"."""
-    record[item] = _host_microseconds(tiny) if item == "gelu" else _smallest_batch(item, tiny)
+def prepare(item: str, tiny: bool) -> Any:
+    """Steppers, planned and patched, where whole steps are taken."""
+    return PREPARED[item](tiny) if item in PREPARED else None
 
 
-def _host_microseconds(tiny: bool) -> dict[str, Any]:
+def measure(item: str, record: Record, tiny: bool, prepared: Any) -> None:
+    """Item: a key of `MEASURED`."""
+    threads = torch.get_num_threads()
+    if item in ("narrow", "tensors"):
+        torch.set_num_threads(1)
+    try:
+        record[item] = MEASURED[item](tiny, prepared)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _gelu(tiny: bool, _: None) -> dict[str, Any]:
+    """Microseconds until a call returns."""
     bench = Bench.on(DEVICE, "")
     time_kernels(
         bench,
@@ -44,27 +65,110 @@ def _host_microseconds(tiny: bool) -> dict[str, Any]:
     }
 
 
-def _smallest_batch(item: str, tiny: bool) -> dict[str, Any]:
-    """Ratios of a patched step to a stock one by batch, and the smallest batch from which on none is too slow."""
-    model, inputs_of = model_and_inputs(item, tiny, tokens=TOKENS)
-    ratios = {}
-    for batch in BATCHES[:2] if tiny else BATCHES:
-        inputs = inputs_of(batch)
-        ways = eager_ways(model, decide(model, inputs))
-        stepper = Stepper(model, model, inputs)
-        turns = {name: partial(stepper.seconds, ways[name]) for name in (STOCK, INVACT)}
-        for turn in turns.values():
-            turn(), turn()
-        race = Race()
-        race.run(turns, 2 if tiny else 15)
-        ratios[batch] = {
-            "ratio": race.ratio(INVACT),
-            "quartiles": race.quartiles(INVACT),
-            "stock_seconds": race.median(STOCK),
-        }
-    smallest = None
-    for batch in sorted(ratios, reverse=True):
-        if ratios[batch]["ratio"] > NO_SLOWER:
-            break
-        smallest = batch
-    return {"by_batch": ratios, "tokens": TOKENS, "smallest_batch_no_slower": smallest}
+def _bert_by_batch(tiny: bool) -> dict[int, dict[str, Stepper]]:
+    model, inputs_of = model_and_inputs(SPECS["bert"], tiny, tokens=TOKENS)
+    ways = eager_ways(model)
+    return {
+        batch: {name: Stepper(model, inputs_of(batch), ways[name]) for name in (STOCK, INVACT)}
+        for batch in (BATCHES[:2] if tiny else BATCHES)
+    }
+
+
+def _smallest_batch(tiny: bool, by_batch: dict[int, dict[str, Stepper]]) -> dict[str, Any]:
+    """Ratios of a patched step of BERT to a stock one by batch, and the smallest from which on none is too slow."""
+    found = {batch: _raced(steppers, 2 if tiny else 15)[INVACT] for batch, steppers in by_batch.items()}
+    smallest = smallest_batch_no_slower({batch: each["ratio"] for batch, each in found.items()})
+    return {"by_batch": found, "tokens": TOKENS, "smallest_batch_no_slower": smallest}
+
+
+def _narrow_bert(tiny: bool) -> dict[str, Stepper]:
+    """Its tensors have too few elements to be derived, but for those of the feed-forward layers."""
+    spec = SPECS["bert-narrow"]
+    model, inputs_of = model_and_inputs(spec, tiny, dtype=torch.float32)
+    inputs, ways = inputs_of(spec.batch), eager_ways(model)
+    steppers = {name: Stepper(model, inputs, ways[name]) for name in (STOCK, INVACT, EXACT)}
+    return steppers | {NOTHING: Stepper(model, inputs, around=_hooks_of_nothing)}
+
+
+def _narrow(tiny: bool, steppers: dict[str, Stepper]) -> dict[str, Any]:
+    """A step that waits for nothing but the host."""
+    return {"inputs": "1 x 8 tokens"} | _raced(steppers, 3 if tiny else 60)
+
+
+def _raced(steppers: dict[str, Stepper], rounds: int) -> dict[str, Any]:
+    for stepper in steppers.values():
+        for _ in range(3):
+            stepper.seconds()
+    race = Race()
+    race.run({way: stepper.seconds for way, stepper in steppers.items()}, rounds)
+    return {way: times(race, way) for way in steppers}
+
+
+def _hooks_of_nothing() -> saved_tensors_hooks:
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def _tensors(tiny: bool, _: None) -> dict[str, dict[str, float]]:
+    """Microseconds per tensor, above what stock takes for keeping it: packed in forward, unpacked in backward.
+
+    A row of products keeps two tensors for each; with an activation after each, a third, and one of the three is
+    derived. What that takes is what the second row takes beyond the first, the operator that is run again included.
+    """
+    weight = torch.eye(32, device=DEVICE).requires_grad_()  # 1024 elements: as few as are derived
+    start = torch.randn(32, 32, device=DEVICE)
+
+    def row(activated: bool) -> torch.Tensor:
+        x = start
+        for _ in range(PRODUCTS):
+            x = x @ weight
+            if activated:
+                x = nn.functional.silu(x)
+        return x @ weight
+
+    with Deriving():
+        last = row(True)
+    assert isinstance(kept_by(last.grad_fn, "self"), Derived)
+    del last
+
+    def both(around: Callable[[], AbstractContextManager[object]], activated: bool) -> tuple[float, float]:
+        """Microseconds of forward and of backward for each product."""
+        wait_for(DEVICE)
+        before = time.perf_counter()
+        with around():
+            loss = row(activated)
+        middle = time.perf_counter()
+        loss.backward(start)
+        after = time.perf_counter()
+        wait_for(DEVICE)
+        weight.grad = None
+        return 1e6 * (middle - before) / PRODUCTS, 1e6 * (after - middle) / PRODUCTS
+
+    arounds = {STOCK: nullcontext, NOTHING: _hooks_of_nothing, "deriving": Deriving}
+    took: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    for number in range(4 if tiny else 201):
+        for name, around in arounds.items():
+            for activated in (False, True):
+                taken = both(around, activated)
+                if number:  # the first one warms up
+                    took.setdefault((name, activated), []).append(taken)
+
+    def beyond(name: str, activated: bool, side: int) -> float:
+        pairs = zip(took[name, activated], took[STOCK, activated], strict=True)
+        return statistics.median(own[side] - stock[side] for own, stock in pairs)
+
+    found: dict[str, dict[str, float]] = {"by hooks of nothing": {}, "kept": {}, "derived": {}}
+    for side, direction in enumerate(("forward", "backward")):
+        kept = beyond("deriving", False, side) / 2
+        found["by hooks of nothing"][direction] = beyond(NOTHING, False, side) / 2
+        found["kept"][direction] = kept
+        found["derived"][direction] = beyond("deriving", True, side) - 2 * kept
+    return found
+
+
+PREPARED: dict[str, Callable[[bool], Any]] = {"bert": _bert_by_batch, "narrow": _narrow_bert}
+MEASURED: dict[str, Callable[[bool, Any], dict[str, Any]]] = {
+    "gelu": _gelu,
+    "bert": _smallest_batch,
+    "narrow": _narrow,
+    "tensors": _tensors,
+}

@@ -1,4 +1,4 @@
-"""Part "kernels": single activations, through autograd and the kernels alone, against stock and a device copy."""
+"""Part "kernels": single activations without autograd, against stock's operators and a copy of as many bytes."""
 
 from __future__ import annotations
 
@@ -7,91 +7,78 @@ from functools import partial
 from typing import Any
 
 import torch
+from card_models import DEVICE
 from invact.kernels import CURVES, backward, forward, storage_order
 from record import Record
 from torch import Tensor
+from verdicts import verdict_on_kernels
+from ways import INVACT, STOCK
 
-from invact.bench import KERNELS
-from invact.bench import run as bench
 from invact.timing import Race, kernel_seconds
 
 ELEMENTS = 1 << 26
-NAMES = ("gelu", "silu", "gelu_tanh", "quick_gelu", "mish", "hardswish", "elu")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = (
+    ("gelu", torch.bfloat16),
+    ("silu", torch.bfloat16),
+    ("gelu_tanh", torch.bfloat16),
+    ("gelu", torch.float16),
+    ("silu", torch.float16),
+    ("gelu", torch.float32),
+    ("silu", torch.float32),
+)
 
 aten = torch.ops.aten
 STOCK_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": aten.gelu_backward,
     "gelu_tanh": partial(aten.gelu_backward, approximate="tanh"),
     "silu": aten.silu_backward,
-    "mish": aten.mish_backward,
-    "hardswish": aten.hardswish_backward,
-    "elu": lambda dy, x: aten.elu_backward(dy, 1.0, 1.0, 1.0, False, x),
 }
-"""Stock's one kernel for the gradient; quick_gelu's is several."""
 
 
-def measure(item: str, record: Record, tiny: bool) -> None:
-    """Item "alone" or "autograd"."""
-    elements, rounds = (1 << 12, 2) if tiny else (ELEMENTS, 3)
-    for dtype in DTYPES:
-        for name in NAMES:
-            key = f"{item} {name} {str(dtype).removeprefix('torch.')}"
-            if item == "alone":
-                record[key] = _alone(name, dtype, elements, rounds)
-            else:
-                found = bench(
-                    KERNELS,
-                    curves=[name],
-                    dtypes=[dtype],
-                    against=["stock"],
-                    elements=elements,
-                    rounds=rounds,
-                    device=DEVICE,
-                )
-                record[key] = {each.passed: _with_shares(each) for each in found.kernels}
-            if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()
-
-
-def _with_shares(times: Any) -> dict[str, Any]:
-    return {
-        who: {"seconds": times.race.median(who), "ratio": times.race.ratio(who), "of_copy": times.of_copy(who)}
-        for who in times.race.seconds
-    }
+def measure(item: str, record: Record, tiny: bool, prepared: None) -> None:
+    """Item "alone"."""
+    for name, dtype in CASES:
+        key = f"{name} {str(dtype).removeprefix('torch.')}"
+        found = _alone(name, dtype, 1 << 12 if tiny else ELEMENTS, 2 if tiny else 5)
+        record[key] = found | {"verdict": verdict_on_kernels(key, found)}
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _alone(name: str, dtype: torch.dtype, elements: int, rounds: int) -> dict[str, Any]:
-    """Without autograd; the copy moves as many bytes as our kernel must."""
+    """By pass: times, ratio to stock's, and share of what a copy reaches that moves as many bytes as our kernel must;
+    "both": passes together, as a ratio to stock's."""
     curve = CURVES[name]
     x, dy = (torch.randn(elements, device=DEVICE, dtype=dtype) for _ in range(2))
     y, side = forward(x, curve)
     passes: dict[str, tuple[int, dict[str, Callable[[], object]]]] = {
-        "forward": (2 * x.nbytes + side.nbytes, {"stock": lambda: curve.f(x), "invact": lambda: forward(x, curve)}),
+        "forward": (2 * x.nbytes + side.nbytes, {STOCK: lambda: curve.f(x), INVACT: lambda: forward(x, curve)}),
         "backward": (
             3 * x.nbytes + side.nbytes,
-            {"invact": lambda: backward(dy, y, side, curve, storage_order(y))},
+            {
+                STOCK: lambda: STOCK_BACKWARD[name](dy, x),
+                INVACT: lambda: backward(dy, y, side, curve, storage_order(y)),
+            },
         ),
     }
-    if name in STOCK_BACKWARD:
-        passes["backward"][1]["stock"] = lambda: STOCK_BACKWARD[name](dy, x)
     found: dict[str, Any] = {}
     for passed, (moved, calls) in passes.items():
         source = torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE).random_()
-        target = torch.empty_like(source)
-        calls["copy"] = partial(target.copy_, source)
+        calls["copy"] = partial(torch.empty_like(source).copy_, source)
         race = Race()
         for call in calls.values():
             call()
         race.run({who: partial(_seconds, call) for who, call in calls.items()}, rounds)
         found[passed] = {
             "microseconds": {who: 1e6 * race.median(who) for who in calls},
-            "ratio": race.ratio("invact", "stock") if "stock" in calls else None,
-            "of_copy": 1 / race.ratio("invact", "copy"),
+            "ratio": race.ratio(INVACT),
+            "of_copy": 1 / race.ratio(INVACT, "copy"),
             "copy_bytes_per_second": moved / race.median("copy"),
         }
-    return found
+    ours, stocks = (
+        sum(found[passed]["microseconds"][who] for passed in ("forward", "backward")) for who in (INVACT, STOCK)
+    )
+    return found | {"both": ours / stocks}
 
 
 def _seconds(call: Callable[[], object]) -> float:

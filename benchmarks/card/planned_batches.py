@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from card_models import DEVICE, model_and_inputs
+from card_models import DEVICE, SPECS, model_and_inputs
 from record import Record
 from torch import nn
-from ways import Stepper, inverted
+from verdicts import verdict_on_batch
 
+from invact.bench_steps import loss_of
 from invact.checkpointing import checkpointed
 from invact.fitting_batch import Need, needs, resident_bytes
 from invact.ledger import Ledger
@@ -19,38 +21,51 @@ from invact.simulation import Setting
 
 MEMORY = 24 << 30
 TINY_MEMORY = 1 << 23
+ALLOCATOR = {
+    "": "blocks of fixed sizes: what lies between two that are used is reserved, and serves no larger tensor; on one "
+    "H200 by a tenth more than was allocated",
+    "expandable_segments:True": "segments grow, and hardly more is reserved than is allocated; as PyTorch advises "
+    "where memory is short",
+}
+"""By PYTORCH_CUDA_ALLOC_CONF, what it means for the batch that fits."""
 
 
-def measure(item: str, record: Record, tiny: bool) -> None:
-    """Item: a key of `card_models.SPECS`. Trained with AdamW."""
-    memory = TINY_MEMORY if tiny else MEMORY
-    model, inputs_of = model_and_inputs(item, tiny)
+def prepare(item: str, tiny: bool) -> tuple[nn.Module, Any, Any, dict[str, Need]]:
+    """A model, what makes its inputs, what is decided, and what it is planned to need, by way."""
+    model, inputs_of = model_and_inputs(SPECS[item], tiny)
     decided = decide(model, inputs_of(2))
-    predicted = needs(model, inputs_of, Setting(DEVICE), decided)
+    return model, inputs_of, decided, needs(model, inputs_of, Setting(DEVICE), decided)
+
+
+def measure(item: str, record: Record, tiny: bool, prepared: tuple[nn.Module, Any, Any, dict[str, Need]]) -> None:
+    """Item: a key of `card_models.SPECS`. Trained with AdamW."""
+    model, inputs_of, decided, predicted = prepared
+    memory = TINY_MEMORY if tiny else MEMORY
     _cap(memory)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     ways = {
         "baseline": nullcontext,
-        "invact": lambda: inverted(model, decided),
+        "invact": lambda: decided.applied(model),
         "checkpointing": lambda: checkpointed(model),
     }
-    found: dict[str, Any] = {"memory_bytes": memory}
+    setting = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    found: dict[str, Any] = {
+        "memory_bytes": memory,
+        "allocator": {"setting": setting, "of this run": ALLOCATOR.get(setting), "all": ALLOCATOR},
+        "ways": {},
+    }
     for name, way in ways.items():
         search = _Search(model, inputs_of, optimizer, way, memory)
         planned = predicted[name].largest_batch(memory)
         true = search.largest(planned)
-        found[name] = {
+        found["ways"][name] = {
             "planned": planned,
             "true": true,
-            "planned_over_true": planned / true if true else None,
-            "need": _need(predicted[name]),
+            "verdict": verdict_on_batch(planned, true),
+            "need": {"constant": predicted[name].constant, "per_sample": predicted[name].per_sample},
             "tries": search.tries,
         }
         record[item] = found
-
-
-def _need(need: Need) -> dict[str, int]:
-    return {"constant": need.constant, "per_sample": need.per_sample}
 
 
 def _cap(memory: int) -> None:
@@ -99,16 +114,15 @@ class _Search:
 
     def _step(self, batch: int) -> dict[str, int]:
         inputs = self.inputs_of(batch)
-        stepper = Stepper(self.model, self.model, inputs)
         if DEVICE.type != "cuda":
             with Ledger(self.model) as ledger:
-                loss = stepper.loss()  # held: what nobody holds is not kept
+                loss = loss_of(self.model(**inputs))  # held: what nobody holds is not kept
             kept = ledger.memory().total_bytes
             del loss
             return {"bytes": resident_bytes(self.model, "adamw") + kept}
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
-            stepper.loss().backward()
+            loss_of(self.model(**inputs)).backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=False)  # as the planner counts: gradients are there all the time
         torch.cuda.synchronize()

@@ -27,7 +27,15 @@ class Record:
         return found
 
     def __setitem__(self, key: str, value: Any) -> None:
-        whole = self.read() | {key: _plain(value)}
+        self._write(self.read() | {key: _plain(value)})
+
+    def leave_out(self, key: str) -> None:
+        """What an earlier run said of it."""
+        whole = self.read()
+        if whole.pop(key, None) is not None:
+            self._write(whole)
+
+    def _write(self, whole: dict[str, Any]) -> None:
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps(whole, indent=1))
         os.replace(beside, self.path)

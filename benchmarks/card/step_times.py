@@ -2,139 +2,118 @@
 
 from __future__ import annotations
 
-import copy
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from card_models import batch_of, model_and_inputs
+from card_models import DEVICE, SPECS, batch_of, model_and_inputs
+from profiles import kernels_beside
 from record import Record
+from steppers import Stepper, difference, times
 from torch import Tensor, nn
-from ways import COMPILE, COMPILE_INVACT, INVACT, STOCK, Stepper, difference, eager_ways
+from verdicts import verdict_on_steps
+from ways import EXACT, INVACT, STOCK, Way, eager_ways
 
-from invact.planning import Decided, decide
 from invact.sizes import size_in_words
 from invact.timing import Race
 
-SECONDS_TO_COMPILE = 45  # for each of the two ways
-SECONDS_OF_TURNS = 6.0
+SECONDS_OF_TURNS = 5.0
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 15
 
 
-def measure(item: str, record: Record, tiny: bool) -> None:
-    """Item: a key of `card_models.SPECS`, with "-compiled" after it for stock and the compiled ways alone."""
+def prepare(item: str, tiny: bool) -> dict[str, Any] | None:
+    """A stepper for every way, planned and patched; None where the model's library is not here."""
+    if item == "openclip" and find_spec("open_clip") is None:
+        return None
     start = time.perf_counter()
-    short, _, compiled = item.partition("-")
-    model, inputs_of = model_and_inputs(short, tiny)
-    inputs = inputs_of(batch_of(short, tiny))
-    decided = decide(model, inputs)
-    report = decided.report
+    model, inputs_of = model_and_inputs(SPECS[item], tiny)
+    inputs = inputs_of(batch_of(SPECS[item], tiny))
+    steppers, errors = made(model, inputs, eager_ways(model))
+    seconds = time.perf_counter() - start
+    return {"inputs": inputs, "steppers": steppers, "errors": errors, "seconds": seconds}
+
+
+def measure(item: str, record: Record, tiny: bool, prepared: dict[str, Any] | None) -> None:
+    """Item: a key of `card_models.SPECS`."""
+    if prepared is None:
+        record[item] = {"absent": "its library is not installed"}
+        return
+    steppers: dict[str, Stepper] = prepared["steppers"]
     found: dict[str, Any] = {
-        "inputs": size_in_words(inputs),
-        "dtype": str(next(model.parameters()).dtype),
-        "sites": len(report.sites),
-        "inverted": len(report.inverted),
-        "report_bytes_before": report.bytes_before,
-        "report_bytes_after": report.bytes_after,
-        "ways": {},
-        "seconds_to_build_and_plan": time.perf_counter() - start,
+        "inputs": size_in_words(prepared["inputs"]),
+        "dtype": str(next(steppers[STOCK].model.parameters()).dtype),
+        "seconds_to_prepare": prepared["seconds"],
+        "ways": {way: _planned(stepper) for way, stepper in steppers.items()} | prepared["errors"],
     }
-    stepper = Stepper(model, model, inputs)
-    ways = {name: way for name, way in eager_ways(model, decided).items() if name == STOCK or not compiled}
-    turns = {name: _Turn(stepper, way) for name, way in ways.items()}
-    stock = stepper.gradients(ways[STOCK])
-    for name, turn in list(turns.items()):
-        _warm_up(name, turn, stock, turns, found)
+    stock = steppers[STOCK].gradients()
+    for name in list(steppers):
+        warm_up(name, steppers, stock, found["ways"])
         record[item] = found
     del stock
-    if compiled:
-        turns |= _compiled(model, inputs, decided, found, "aot_eager" if tiny else "inductor")
-    _race(turns, found, tiny)
+    race(steppers, found["ways"], tiny)
+    found["verdict"] = verdict_on_steps(item, found["ways"])
     record[item] = found
+    if DEVICE.type == "cuda" or tiny:
+        found["profile"] = kernels_beside(steppers)
+        record[item] = found
 
 
-class _Turn:
-    """One way of one stepper: called, it takes a step and returns the seconds."""
-
-    def __init__(self, stepper: Stepper, way: Any) -> None:
-        self.stepper, self.way = stepper, way
-        self.peak_bytes = 0
-
-    def __call__(self) -> float:
-        seconds = self.stepper.seconds(self.way)
-        self.peak_bytes = self.stepper.peak_bytes
-        return seconds
-
-
-def _warm_up(
-    name: str, turn: _Turn, stock: list[Tensor | None], turns: dict[str, _Turn], found: dict[str, Any]
-) -> None:
-    """Takes the first steps, compares the gradients; a way that fails is left out and says why."""
-    try:
-        found["ways"][name] = {"gradients_off": difference(turn.stepper.gradients(turn.way), stock)}
-        turn()
-    except Exception as error:
-        if name in (STOCK, INVACT):
-            raise
-        turn.stepper.model.zero_grad()
-        del turns[name]
-        found["ways"][name] = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
-
-
-def _race(turns: dict[str, _Turn], found: dict[str, Any], tiny: bool) -> None:
-    once = sum(turn() for turn in turns.values())
-    rounds = 2 if tiny else max(5, min(15, int(SECONDS_OF_TURNS / once)))
-    race = Race()
-    race.run(turns, rounds)
-    for name, turn in turns.items():
-        measured = {
-            "seconds": race.median(name),
-            "ratio": race.ratio(name),
-            "quartiles": race.quartiles(name),
-            "rounds": race.rounds,
-            "peak_bytes": turn.peak_bytes,
-        }
-        found["ways"][name] = found["ways"].get(name, {}) | measured
-
-
-def _compiled(model: nn.Module, inputs: Any, decided: Decided, found: dict[str, Any], backend: str) -> dict[str, _Turn]:
-    """Two copies of the model, compiled: the one as it is, the other inverted. Dropout is the compiler's own, so the
-    inverted one is compared with the other."""
-    turns: dict[str, _Turn] = {}
-    stock: list[Tensor | None] = []
-    for name in (COMPILE, COMPILE_INVACT):
+def made(model: nn.Module, inputs: Any, ways: Mapping[str, Way]) -> tuple[dict[str, Stepper], dict[str, Any]]:
+    """Steppers by way, and why others can not be; stock and invact must."""
+    steppers, errors = {}, {}
+    for name, way in ways.items():
         try:
-            start = time.perf_counter()
-            own = copy.deepcopy(model)
-            if name == COMPILE_INVACT:
-                decided.apply(own)
-            stepper = Stepper(torch.compile(own, backend=backend), own, inputs)
-            with _at_most(SECONDS_TO_COMPILE):
-                gradients = stepper.gradients()
-            off = difference(gradients, stock) if stock else None
-            stock = stock or gradients
-            turns[name] = _Turn(stepper, nullcontext)
-            turns[name]()
-            found["ways"][name] = {"gradients_off": off, "seconds_to_compile": time.perf_counter() - start}
+            steppers[name] = Stepper(model, inputs, way)
         except Exception as error:
-            turns.pop(name, None)
-            found["ways"][name] = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
-    return turns
+            if name in (STOCK, INVACT, EXACT):
+                raise
+            errors[name] = _error(error)
+    return steppers, errors
 
 
-@contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError in this thread when the time is over, whatever it does in Python."""
+def _planned(stepper: Stepper) -> dict[str, Any]:
+    """What invact's report says of a way of its own."""
+    report = stepper.report
+    if report is None:
+        return {}
+    return {
+        "inverted": len(report.inverted),
+        "derived": len(report.derived),
+        "report_bytes_before": report.bytes_before,
+        "report_bytes_after": report.bytes_after,
+    }
 
-    def end(*_: object) -> None:
-        raise TimeoutError(f"not compiled after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
+def warm_up(name: str, steppers: dict[str, Stepper], stock: list[Tensor | None], found: dict[str, Any]) -> None:
+    """Takes the first steps, compares the gradients; a way that fails is left out and says why."""
+    stepper = steppers[name]
     try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        off = difference(stepper.gradients(), stock)
+        found[name] |= {"gradients_off": off, "live_bytes": stepper.live_bytes()}
+        stepper.seconds()
+    except Exception as error:
+        if name in (STOCK, INVACT, EXACT):
+            raise
+        stepper.model.zero_grad()
+        del steppers[name]
+        found[name] = _error(error)
+
+
+def race(steppers: Mapping[str, Stepper], found: dict[str, Any], tiny: bool) -> None:
+    """Adds times and, on a GPU, peaks."""
+    once = sum(stepper.seconds() for stepper in steppers.values())
+    rounds = 2 if tiny else max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_OF_TURNS / once)))
+    turns = Race()
+    turns.run({name: stepper.seconds for name, stepper in steppers.items()}, rounds)
+    for name, stepper in steppers.items():
+        found[name] |= times(turns, name)
+        if stepper.peak_bytes:
+            found[name]["peak_bytes"] = stepper.peak_bytes
+
+
+def _error(error: Exception) -> dict[str, str]:
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+    return {"error": f"{type(error).__name__}: {str(error)[:400]}"}

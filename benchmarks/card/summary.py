@@ -1,47 +1,43 @@
-"""All figures as a short text: less than 10,000 characters, the failures among them."""
+"""All figures as a short text, less than 10,000 characters: what failed and what missed first, then the figures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from verdicts import misses
 
 LONGEST = 9800
 MOST_FAILURES = 8
 MEBIBYTE = 1 << 20
+ALWAYS_PROFILED = ("bert", "mistral")
+
+Part = dict[str, Any]
 
 
-def collected(folder: Path) -> dict[str, Any]:
-    """Every part that stands in the folder, by its name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+def collected(folder: Path) -> dict[str, Part]:
+    """Every part that stands in the folder, by its name; first the one that names the card, versions and date."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: (path.stem != "card", path.stem))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def as_text(folder: Path) -> str:
     """The table of whatever parts there are in the folder."""
     parts = collected(folder)
-    makers = {
-        "card": _card,
-        "tests": _tests,
-        "kernels": _kernels,
-        "steps": _steps,
-        "host": _host,
-        "profile": _profile,
-        "planner": _planner,
-    }
     lines: list[str] = []
-    for name, make in makers.items():
+    for name, part in parts.items():
+        lines += [f"{name}: {line}" for key in part if key.startswith("error") for line in _error(key, part[key])]
+    for name, make in MAKERS.items():
         if name in parts:
-            lines.append(f"== {name}")
-            lines += _or_why_not(make, parts[name])
-            lines += [
-                line for key, text in parts[name].items() if key.startswith("error") for line in _error(key, text)
-            ]
+            lines += [f"== {name}", *_or_why_not(make, parts[name])]
+    lines += _or_why_not(_profiles, parts.get("steps", {}))
     text = "\n".join(lines)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}\n... cut"
 
 
-def _or_why_not(make: Any, part: dict[str, Any]) -> list[str]:
+def _or_why_not(make: Callable[[Part], Iterator[str]], part: Part) -> list[str]:
     """A table that can not be made must not hide the others."""
     try:
         return list(make({key: value for key, value in part.items() if not key.startswith("error")}))
@@ -51,18 +47,21 @@ def _or_why_not(make: Any, part: dict[str, Any]) -> list[str]:
 
 def _error(key: str, text: str) -> list[str]:
     first, *rest = text.splitlines()
-    return [f"{key}: {first}", *(f"    {line[:160]}" for line in rest[-8:])]
+    return [f"{key}: {first}", *(f"    {line[:160]}" for line in rest[-6:])]
 
 
-def _card(part: dict[str, Any]) -> Iterator[str]:
+# --- parts --------------------------------------------------------------------------------------------
+
+
+def _card(part: Part) -> Iterator[str]:
     card = part["card"]
-    machine, versions = card.get("machine", {}), card.get("versions", {})
+    machine, versions = card["machine"], card["versions"]
     name, runtime = machine.get("gpu", machine.get("cpu")), machine.get("runtime", "")
-    yield f"{name} {runtime} driver {card.get('driver')} {card.get('date')}"
+    yield f"{name} {runtime} driver {card['driver']} {card['date']}"
     yield ", ".join(f"{name} {version}" for name, version in versions.items()) + f"; {part['seconds']:.0f} s in all"
 
 
-def _tests(part: dict[str, Any]) -> Iterator[str]:
+def _tests(part: Part) -> Iterator[str]:
     for found in part.values():
         yield f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"
         failures = list(found["failures"].items())
@@ -74,87 +73,122 @@ def _tests(part: dict[str, Any]) -> Iterator[str]:
         largest: dict[str, Any] = {}
         for name, value in found["figures"].items():
             what = name.rpartition(": ")[2]
-            if value > largest.get(what, (-1, ""))[0]:
-                largest[what] = (value, name.rpartition(": ")[0])
-        yield from (f"{what}: at most {value:.4g} ({where})" for what, (value, where) in largest.items())
+            largest[what] = max(value, largest.get(what, value))
+        if largest:
+            yield "at most: " + ", ".join(f"{what} {value:.4g}" for what, value in largest.items())
 
 
-def _kernels(part: dict[str, Any]) -> Iterator[str]:
-    """Alone: microseconds, ours over stock's, share of the copy; then through autograd, the ratio and the share."""
-    yield "curve dtype | alone: fwd us ours/stock of copy, bwd us ours/stock of copy | autograd: fwd bwd both x stock"
-    for key, found in part.items():
-        kind, name, dtype = key.split()
-        if kind != "alone":
-            continue
-        cells = [
-            f"{found[p]['microseconds']['invact']:6.0f} {_ratio(found[p]['ratio'])} {found[p]['of_copy']:.2f}"
-            for p in ("forward", "backward")
-        ]
-        autograd = part.get(f"autograd {name} {dtype}", {})
-        ratios = [
-            _ratio(autograd[p]["invact"]["ratio"])
-            for p in ("forward", "backward", "forward + backward")
-            if p in autograd
-        ]
-        yield f"{name:10} {dtype:8} | {', '.join(cells)} | {' '.join(ratios)}"
-
-
-def _steps(part: dict[str, Any]) -> Iterator[str]:
-    yield "way: x stock (quartiles), seconds, peak MiB, saved MiB (report's), gradients off (whole, largest)"
+def _steps(part: Part) -> Iterator[str]:
+    yield "way: x stock (quartiles) ms; MiB: peak, saved (told); live after forward; gradients off: all, largest"
     for name, found in part.items():
-        reported = (found["report_bytes_before"] - found["report_bytes_after"]) / MEBIBYTE
-        yield (
-            f"{name}: {found['inputs']} {found['dtype'].removeprefix('torch.')}, "
-            f"{found['inverted']} of {found['sites']} sites, the report saves {reported:.0f} of "
-            f"{found['report_bytes_before'] / MEBIBYTE:.0f} MiB"
-        )
-        stock = found["ways"].get("stock", {}).get("peak_bytes", 0)
-        for way, measured in found["ways"].items():
-            yield f"  {way:14} {_way(measured, stock, reported if 'invact' in way else None)}"
+        if "absent" in found:
+            yield f"{name}: left out, {found['absent']}"
+            continue
+        verdicts = {f"{way}: {what}": v for way, each in found.get("verdict", {}).items() for what, v in each.items()}
+        held = sum(v["holds"] for v in verdicts.values())
+        said = "; ".join(misses(verdicts))
+        yield f"{name} {found['inputs']}: {held} of {len(verdicts)} hold{'; not: ' + said if said else ''}"
+        yield from _ways(found["ways"])
 
 
-def _way(measured: dict[str, Any], stock: int, reported: float | None) -> str:
-    if "error" in measured:
-        return f"error: {measured['error'][:200]}"
-    if "ratio" not in measured:
-        return "not timed"
-    low, high = measured["quartiles"]
-    peak = measured["peak_bytes"]
-    saved = f"{(stock - peak) / MEBIBYTE:.0f}" + (f" ({reported:.0f})" if reported is not None else "")
-    off = measured.get("gradients_off")
-    gradients = f"{off['whole']:.1e} {off['largest']:.1e}" if off else "-"
-    return (
-        f"{measured['ratio']:.3f} ({low:.3f}-{high:.3f}) {measured['seconds']:.4f} s, "
-        f"{peak / MEBIBYTE:.0f}, {saved}, {gradients}"
-    )
+def _ways(ways: Part) -> Iterator[str]:
+    stock = ways.get("stock", {}).get("peak_bytes", 0)
+    for way, found in ways.items():
+        if "error" in found:
+            yield f" {way}: {found['error'][:160]}"
+        elif "ratio" in found:
+            yield f" {way:13} {_way(found, stock)}"
 
 
-def _host(part: dict[str, Any]) -> Iterator[str]:
-    for passed, times in part.get("gelu", {}).items():
-        yield f"gelu {passed}: " + ", ".join(f"{who} {us:.1f} us" for who, us in times.items())
+def _way(found: Part, stock: int) -> str:
+    low, high = found["quartiles"]
+    cells = [f"{found['ratio']:.3f} ({low:.2f}-{high:.2f}) {1000 * found['seconds']:.1f}"]
+    if peak := found.get("peak_bytes"):
+        told = (found["report_bytes_before"] - found["report_bytes_after"]) if "report_bytes_before" in found else None
+        saved = f"{(stock - peak) / MEBIBYTE:.0f}" + (f" ({told / MEBIBYTE:.0f})" if told is not None else "")
+        cells.append(f"{peak / MEBIBYTE:.0f}, {saved}")
+    if "live_bytes" in found:
+        cells.append(f"live {found['live_bytes'] / MEBIBYTE:.0f}")
+    if off := found.get("gradients_off"):
+        cells.append(f"{off['whole']:.0e} {off['largest']:.0e}" if off["whole"] else "same gradients")
+    return "; ".join(cells)
+
+
+def _kernels(part: Part) -> Iterator[str]:
+    yield "us and x stock of forward, backward; both x stock; shares of a copy"
+    for name, found in part.items():
+        passes = [found["forward"], found["backward"]]
+        took = ", ".join(f"{each['microseconds']['invact']:.0f} {each['ratio']:.3f}" for each in passes)
+        shares = " ".join(f"{each['of_copy']:.2f}" for each in passes)
+        said = "; ".join(misses(found["verdict"]))
+        yield f"{name:18} {took}; {found['both']:.3f}; {shares}{'; not: ' + said if said else ''}"
+
+
+def _exact(part: Part) -> Iterator[str]:
+    """One line for every model."""
+    cells: dict[str, list[str]] = {}
+    for key, found in part.items():
+        name, _, precision = key.rpartition(" ")
+        exact, ours = found["exact"], found["invact"]
+        bits = "bit for bit" if exact["bit_for_bit"] else f"{exact['off']:.0e} off"
+        itself = "" if found["stock_repeats_itself"] else f" (stock itself {found['stock_off']:.0e})"
+        cells.setdefault(name, []).append(f"{precision}: exact {bits}{itself}, invact {ours['off']:.0e}")
+    yield from (f"{name}: {'; '.join(each)}" for name, each in cells.items())
+
+
+def _host(part: Part) -> Iterator[str]:
+    for passed, took in part.get("gelu", {}).items():
+        yield f"gelu {passed}: " + ", ".join(f"{who} {us:.1f} us" for who, us in took.items())
+    for what, took in part.get("tensors", {}).items():
+        yield f"a tensor {what}: " + ", ".join(f"{passed} {us:.1f} us" for passed, us in took.items())
+    if narrow := part.get("narrow"):
+        ways = {way: found for way, found in narrow.items() if isinstance(found, dict)}
+        yield "narrow BERT, x stock: " + ", ".join(f"{way} {found['ratio']:.3f}" for way, found in ways.items())
     if bert := part.get("bert"):
         ratios = ", ".join(f"{batch}: {found['ratio']:.3f}" for batch, found in bert["by_batch"].items())
         yield f"BERT x {bert['tokens']} tokens, invact x stock by batch: {ratios}"
         yield f"no slower than 1.02 x stock from batch {bert['smallest_batch_no_slower']} on"
 
 
-def _profile(part: dict[str, Any]) -> Iterator[str]:
+def _planner(part: Part) -> Iterator[str]:
     for name, found in part.items():
-        yield f"{name}: kernels {found['stock_us']:.0f} us stock, {found['invact_us']:.0f} us invact; by difference:"
-        for row in found["differences"]:
-            before, after = row["stock_us"], row["invact_us"]
-            yield f"  {after - before:+8.0f} us ({before:.0f} -> {after:.0f}) {row['name'][:70]}"
+        ways = found["ways"]
+        said = "; ".join(misses({way: each["verdict"] for way, each in ways.items()}))
+        cells = ", ".join(f"{way} {each['planned']} planned, {each['true']} true" for way, each in ways.items())
+        allocator = found["allocator"]["setting"] or "PyTorch's own setting"
+        yield f"{name} in {found['memory_bytes'] / (1 << 30):.1f} GiB, {allocator}: {cells}"
+        if said:
+            yield f"  not: {said}"
 
 
-def _planner(part: dict[str, Any]) -> Iterator[str]:
+def _compiled(part: Part) -> Iterator[str]:
     for name, found in part.items():
-        cells = (
-            f"{way} {each['planned']} planned, {each['true']} true"
-            for way, each in found.items()
-            if isinstance(each, dict)
-        )
-        yield f"{name} in {found['memory_bytes'] / (1 << 30):.1f} GiB: {'; '.join(cells)}"
+        yield f"{name} {found['inputs']}"
+        yield from _ways(found["ways"])
 
 
-def _ratio(value: float | None) -> str:
-    return "  -  " if value is None else f"{value:.3f}"
+def _profiles(part: Part) -> Iterator[str]:
+    """Of steps slower than they are to be, and always of two; last, for what is cut stands in the file."""
+    for name, found in part.items():
+        slow = not found.get("verdict", {}).get("invact", {}).get("time", {"holds": True})["holds"]
+        if "profile" in found and (slow or name in ALWAYS_PROFILED):
+            profile, ways = found["profile"], found["ways"]
+            walls = ", ".join(
+                f"{profile[f'{way}_us']:.0f} of {1e6 * ways[way]['seconds']:.0f} {way}" for way in ("stock", "invact")
+            )
+            yield f"== profile of {name}: us of kernels of a step: {walls}; by difference:"
+            for row in profile["differences"][:4]:
+                before, after = row["stock_us"], row["invact_us"]
+                yield f" {after - before:+.0f} us ({before:.0f} -> {after:.0f}) {row['name'][:60]}"
+
+
+MAKERS: dict[str, Callable[[Part], Iterator[str]]] = {
+    "card": _card,
+    "tests": _tests,
+    "kernels": _kernels,
+    "steps": _steps,
+    "exact": _exact,
+    "host": _host,
+    "planner": _planner,
+    "compiled": _compiled,
+}

@@ -1,26 +1,93 @@
-"""Ways to take a training step with one model: each is entered, steps are taken, and it is left as it was."""
+"""Ways to take a training step: each changes a model, once and for good, and says what is called in its stead."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from invact.bench_steps import loss_of
-from invact.checkpointing import checkpointed
-from invact.planning import Decided
-from invact.timing import wait_for, wall_seconds
+from invact.checkpointing import enable_checkpointing
+from invact.compiling import backend
+from invact.patching import patch
+from invact.report import Report
 
-STOCK, INVACT, CHECKPOINTING, SELECTIVE = "stock", "invact", "checkpointing", "selective"
+STOCK, INVACT, EXACT = "stock", "invact", "exact"
+CHECKPOINTING, SELECTIVE, LIGER = "checkpointing", "selective", "liger"
 COMPILE, COMPILE_INVACT = "compile", "compile+invact"
 
-# What selective checkpointing keeps: everything that multiplies matrices. The rest is made again in backward.
+
+class Changed(NamedTuple):
+    """A model that was changed.
+
+    Attributes:
+        forward: what is called to take a step.
+        report: where invact did it.
+    """
+
+    forward: Callable[..., Any]
+    report: Report | None = None
+
+
+Way = Callable[[nn.Module, Any], Changed]
+"""Given a model and its inputs."""
+
+
+def stock(model: nn.Module, inputs: Any) -> Changed:
+    return Changed(model)
+
+
+def patched(model: nn.Module, inputs: Any, exact: bool = False) -> Changed:
+    return Changed(model, patch(model, inputs, exact=exact))
+
+
+def checkpointed(model: nn.Module, inputs: Any) -> Changed:
+    """Every layer runs again in backward, by the library's own switch."""
+    enable_checkpointing(model)
+    return Changed(model)
+
+
+def selectively_checkpointed(model: nn.Module, inputs: Any) -> Changed:
+    """Every repeated block keeps its matrix products and attention, and makes the rest of its tensors again."""
+    contexts = partial(create_selective_checkpoint_contexts, _kept)
+    for block in repeated_blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+    return Changed(model)
+
+
+def compiled(model: nn.Module, inputs: Any, by: str | Callable[..., Any] = "inductor") -> Changed:
+    return Changed(torch.compile(model, backend=by))
+
+
+def eager_ways(model: nn.Module) -> dict[str, Way]:
+    """By name, stock first; Liger's kernels where they are installed and know the model."""
+    ways: dict[str, Way] = {
+        STOCK: stock,
+        INVACT: patched,
+        EXACT: partial(patched, exact=True),
+        CHECKPOINTING: checkpointed,
+        SELECTIVE: selectively_checkpointed,
+    }
+    return ways | {LIGER: with_liger} if liger_knows(model) else ways
+
+
+def compiled_ways(tiny: bool) -> dict[str, Way]:
+    """As a user compiles, and with invact's backend, which needs no patch. From a plain checkout PyTorch does not find
+    that one by its name."""
+    ways: dict[str, Way] = {STOCK: stock, COMPILE: compiled, COMPILE_INVACT: partial(compiled, by=backend)}
+    return ways | {COMPILE: partial(compiled, by="aot_eager")} if tiny else ways
+
+
+# --- what selective checkpointing keeps ---------------------------------------------------------------
+
+# Whatever multiplies matrices.
 _PRODUCTS = (
     "mm",
     "addmm",
@@ -30,43 +97,11 @@ _PRODUCTS = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 _KEPT = [getattr(torch.ops.aten, name).default for name in _PRODUCTS if hasattr(torch.ops.aten, name)]
 _ARGUMENTS = {operator: [argument.name for argument in operator._schema.arguments] for operator in _KEPT}
-
-
-def eager_ways(model: nn.Module, decided: Decided) -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """By name, what makes the model take its steps in that way for the length of a block; stock first."""
-    return {
-        STOCK: nullcontext,
-        INVACT: partial(inverted, model, decided),
-        CHECKPOINTING: partial(checkpointed, model),
-        SELECTIVE: partial(selectively_checkpointed, model),
-    }
-
-
-@contextmanager
-def inverted(model: nn.Module, decided: Decided) -> Iterator[None]:
-    swaps = decided.apply(model)
-    try:
-        yield
-    finally:
-        swaps.undo()
-
-
-@contextmanager
-def selectively_checkpointed(model: nn.Module) -> Iterator[None]:
-    """Every repeated block keeps its matrix products, and makes the rest of its tensors again."""
-    contexts = partial(create_selective_checkpoint_contexts, _kept)
-    blocks = repeated_blocks(model)
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 def _kept(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
@@ -94,53 +129,42 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for row in rows for block in row if type(block) is most_often]
 
 
-class Stepper:
-    """Takes steps with a model, forward, loss and backward, and knows how much memory the last one took."""
-
-    def __init__(self, forward: Callable[..., Any], model: nn.Module, inputs: Any) -> None:
-        self.forward, self.model, self.inputs = forward, model, inputs
-        self.device = next(model.parameters()).device
-        self.peak_bytes = 0
-
-    def seconds(self, way: Callable[[], AbstractContextManager[object]] = nullcontext) -> float:
-        """One step, the entering of the way not counted."""
-        with way():
-            return wall_seconds(lambda _: self._step(), self._before, self.device)
-
-    def gradients(self, way: Callable[[], AbstractContextManager[object]] = nullcontext) -> list[Tensor | None]:
-        with way():
-            self._before()
-            self.loss().backward()
-        found = [p.grad for p in self.model.parameters()]
-        self.model.zero_grad()
-        return found
-
-    def loss(self) -> Tensor:
-        inputs = self.inputs
-        return loss_of(self.forward(**inputs) if isinstance(inputs, dict) else self.forward(*inputs))
-
-    def _before(self) -> None:
-        torch.manual_seed(0)
-        if self.device.type == "cuda":
-            wait_for(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._allocated = torch.cuda.memory_allocated(self.device)
-
-    def _step(self) -> None:
-        self.loss().backward()
-        if self.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._allocated
-        self.model.zero_grad()
+# --- Liger --------------------------------------------------------------------------------------------
 
 
-def difference(found: list[Tensor | None], expected: list[Tensor | None]) -> dict[str, float]:
-    """Relative difference of all gradients as one vector, and the largest of one parameter's."""
-    pairs = [(a.float(), b.float()) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
-    off = torch.stack([(a - b).norm() for a, b in pairs]).cpu()
-    size = torch.stack([b.norm() for _, b in pairs]).cpu()
-    # A parameter whose gradient is nothing but rounding, as a key's bias, has no relative error to speak of.
-    tells = size > 1e-3 * size.max()
-    return {
-        "whole": float(off.norm() / size.norm()),
-        "largest": float((off / size)[tells].max()),
-    }
+def liger_knows(model: nn.Module) -> bool:
+    """Whether its kernels are here and are meant for the model."""
+    return find_spec("liger_kernel") is not None and _model_type(model) == "mistral"
+
+
+def with_liger(model: nn.Module, inputs: Any) -> Changed:
+    """All its kernels but those of the loss, so that the same loss is compared."""
+    from liger_kernel.transformers import apply_liger_kernel_to_mistral
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    source = vars(sys.modules[type(inner).__module__])
+    before = dict(source)
+    apply_liger_kernel_to_mistral(cross_entropy=False, fused_linear_cross_entropy=False, model=inner)
+    theirs = {name: value for name, value in source.items() if before.get(name) is not value}
+    source.update({name: before[name] for name in theirs})
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        with _in_place_of(source, theirs):
+            return model(*arguments, **named)
+
+    return Changed(forward)
+
+
+@contextmanager
+def _in_place_of(source: dict[str, Any], theirs: dict[str, Any]) -> Iterator[None]:
+    """The names of the model's file that Liger sets for every model in the process, for the length of a block."""
+    before = {name: source[name] for name in theirs}
+    source.update(theirs)
+    try:
+        yield
+    finally:
+        source.update(before)
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)

@@ -1,0 +1,167 @@
+"""Takes training steps with a copy of a model: how long they take, what they keep, which gradients they give."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from ways import Way, stock
+
+from invact.timing import Race, wait_for, wall_seconds
+
+
+class Stepper:
+    """A copy of a model that takes its steps in one way: forward, loss and backward.
+
+    Args:
+        way: changes the copy; see `ways`.
+        around: made anew and entered for every forward.
+
+    Attributes:
+        report: where invact changed it.
+        peak_bytes: on a GPU, of the last step: the most that was allocated beyond what was before it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        way: Way = stock,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.model, self.inputs, self.around = copy.deepcopy(model), inputs, around
+        self.device = next(model.parameters()).device
+        self.forward, self.report = way(self.model, inputs)
+        self.peak_bytes, self._allocated = 0, 0
+        self._directions: list[Tensor] = []
+
+    def seconds(self) -> float:
+        """Of one step."""
+        seconds = wall_seconds(lambda _: self.loss().backward(), self._before, self.device)
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._allocated
+        self.model.zero_grad()
+        return seconds
+
+    def gradients(self) -> list[Tensor | None]:
+        """Those of one step, which are then no longer the model's."""
+        self._before()
+        self.loss().backward()
+        found = [parameter.grad for parameter in self.model.parameters()]
+        self.model.zero_grad()
+        return found
+
+    def live_bytes(self) -> int:
+        """What lives at the end of forward that did not before; on a GPU as its allocator counts."""
+        gc.collect()
+        self._before()
+        if self.device.type == "cuda":
+            loss = self.loss()
+            return torch.cuda.memory_allocated(self.device) - self._allocated
+        with LivingStorages() as living:
+            loss = self.loss()
+        gc.collect()
+        found = living.nbytes()
+        del loss
+        return found
+
+    def loss(self) -> Tensor:
+        """The model's own; else what it gives along random directions, since of what a norm gave last, or of what has
+        the length 1, the mean square says nothing."""
+        with self.around():
+            output = self.forward(**self.inputs) if isinstance(self.inputs, dict) else self.forward(*self.inputs)
+            own: Tensor | None = getattr(output, "loss", None)
+        if own is not None:
+            return own
+        outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        if not self._directions:
+            generator = torch.Generator().manual_seed(0)
+            self._directions = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
+        pairs = zip(outputs, self._directions, strict=True)
+        return torch.stack([(t * direction).mean(dtype=torch.float32) for t, direction in pairs]).sum()
+
+    def _before(self) -> None:
+        torch.manual_seed(0)
+        if self.device.type == "cuda":
+            wait_for(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._allocated = torch.cuda.memory_allocated(self.device)
+
+
+class LivingStorages(TorchDispatchMode):
+    """Sees every tensor that is made inside it, whoever asks for it, and tells how much of them still lives.
+
+    What was there before, such as a weight of which a view is taken, is told from what is new by an operator's inputs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By a number, which a weak reference keeps from going to others.
+        self._found: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._there_before: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for reference, _ in _storages((args, kwargs)):
+            if reference.cdata not in self._found:
+                self._there_before.setdefault(reference.cdata, reference)
+        out = func(*args, **(kwargs or {}))
+        for reference, nbytes in _storages(out):
+            if reference.cdata not in self._there_before:
+                self._found.setdefault(reference.cdata, (reference, nbytes))
+        return out
+
+    def nbytes(self) -> int:
+        return sum(nbytes for reference, nbytes in self._found.values() if not reference.expired())
+
+
+def _storages(values: Any) -> Iterator[tuple[StorageWeakRef, int]]:
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            yield StorageWeakRef(storage), storage.nbytes()
+
+
+# --- figures ------------------------------------------------------------------------------------------
+
+
+def times(race: Race, name: str) -> dict[str, Any]:
+    return {
+        "seconds": race.median(name),
+        "ratio": race.ratio(name),
+        "quartiles": race.quartiles(name),
+        "rounds": race.rounds,
+    }
+
+
+def bits_equal(found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
+    return all(torch.equal(a, b) for a, b in _pairs(found, expected))
+
+
+def difference(found: list[Tensor | None], expected: list[Tensor | None]) -> dict[str, float]:
+    """Relative difference of all gradients as one vector, and the largest of one parameter's."""
+    pairs = [(a.float(), b.float()) for a, b in _pairs(found, expected)]
+    off = torch.stack([(a - b).norm() for a, b in pairs]).cpu()
+    size = torch.stack([b.norm() for _, b in pairs]).cpu()
+    # A parameter whose gradient is nothing but rounding, as a key's bias, has no relative error to speak of.
+    tells = size > 1e-3 * size.max()
+    return {
+        "whole": float(off.norm() / size.norm()),
+        "largest": float((off / size)[tells].max()),
+    }
+
+
+def _pairs(found: list[Tensor | None], expected: list[Tensor | None]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of the parameters that have a gradient; both must have it."""
+    for one, other in zip(found, expected, strict=True):
+        if (one is None) != (other is None):
+            raise ValueError("a parameter has a gradient in one of the two ways and none in the other")
+        if one is not None and other is not None:
+            yield one, other
