@@ -12,7 +12,7 @@ import pytest
 
 CARD = Path(__file__).parents[1] / "benchmarks" / "card"
 EAGER = ["bert", "mistral", "gpt2", "vit", "lora", "clip", "convnext", "openclip"]
-WAYS = ["stock", "invact", "exact", "checkpointing", "selective"]
+WAYS = ["stock", "invact", "exact", "inverting", "checkpointing", "selective"]
 
 
 def run(folder, *arguments):
@@ -308,6 +308,8 @@ def test_mistral_is_to_be_no_slower_than_stock_and_convnext_has_no_bound(module)
     verdict = module("verdicts").verdict_on_steps
     assert verdict("mistral", ways_of(ratio=1.0))["invact"]["time"]["holds"]
     assert not verdict("mistral", ways_of(ratio=1.01))["invact"]["time"]["holds"]
+    alone = {ratio: verdict("convnext", ways_of() | {"inverting": {"ratio": ratio}}) for ratio in (1.01, 1.02)}
+    assert [found["inverting"]["time"]["holds"] for found in alone.values()] == [True, False]
     assert "time" not in verdict("convnext", ways_of(ratio=1.5))["invact"]
 
 

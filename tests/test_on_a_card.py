@@ -212,7 +212,7 @@ def test_a_model_with_dropout_that_is_derived_has_stocks_gradients_in_every_bit(
 # --- gated products -----------------------------------------------------------------------------------
 
 
-class Gated(nn.Module):
+class GatedLayer(nn.Module):
     def __init__(self, activation: str) -> None:
         super().__init__()
         self.gate, self.up, self.down = nn.Linear(64, 192), nn.Linear(64, 192), nn.Linear(192, 64)
@@ -230,7 +230,7 @@ def test_gated_layers_that_are_derived_have_stocks_gradients_in_every_bit(
     if DEVICE.type == "cuda":  # if not, two operators do it
         record_property("one pass gives stock's every bit", gated.is_as_stock(name, dtype, DEVICE))
     torch.manual_seed(0)
-    stock = nn.Sequential(Gated(name), nn.LayerNorm(64), Gated(name)).to(DEVICE, dtype)
+    stock = nn.Sequential(GatedLayer(name), nn.LayerNorm(64), GatedLayer(name)).to(DEVICE, dtype)
     patched, x = copy.deepcopy(stock), torch.randn(40, 64, device=DEVICE, dtype=dtype)
     assert not invact.patch(patched, (x,), exact=True).inverted
     for model in (stock, patched):

@@ -56,15 +56,16 @@ class Spec:
     headless: bool = False
 
 
+# Of 15 to 35 GiB at stock's peak: they fill a good part of a card of 80 GiB, beside a copy of the model for each way.
 SPECS = {
-    "bert": Spec("bert-base-uncased", 32, 512, tiny=_TINY_TEXT),
-    "mistral": Spec("Mistral-7B-v0.1", 8, 512, {"num_hidden_layers": 4}, _TINY_LLAMA),
-    "gpt2": Spec("gpt2", 16, 1024, tiny=_TINY_GPT2),
-    "vit": Spec("timm/vit_base_patch16_224", 128, tiny="timm/test_vit"),
-    "clip": Spec("clip-vit-base-patch32", 256, tiny=_TINY_CLIP),
-    "openclip": Spec("open_clip/ViT-B-32", 256, tiny=_TINY_OPEN_CLIP),
-    "lora": Spec("Mistral-7B-v0.1", 8, 512, {"num_hidden_layers": 4}, _TINY_LLAMA, lora=True),
-    "convnext": Spec("timm/convnext_base", 64, tiny="timm/test_convnext"),
+    "bert": Spec("bert-base-uncased", 128, 512, tiny=_TINY_TEXT),
+    "mistral": Spec("Mistral-7B-v0.1", 32, 512, {"num_hidden_layers": 4}, _TINY_LLAMA),
+    "gpt2": Spec("gpt2", 32, 1024, tiny=_TINY_GPT2),
+    "vit": Spec("timm/vit_base_patch16_224", 512, tiny="timm/test_vit"),
+    "clip": Spec("clip-vit-base-patch32", 768, tiny=_TINY_CLIP),
+    "openclip": Spec("open_clip/ViT-B-32", 768, tiny=_TINY_OPEN_CLIP),
+    "lora": Spec("Mistral-7B-v0.1", 16, 512, {"num_hidden_layers": 4}, _TINY_LLAMA, lora=True),
+    "convnext": Spec("timm/convnext_base", 192, tiny="timm/test_convnext"),
     # Of a size for a CPU.
     "bert-cpu": Spec("bert-base-uncased", 8, 128, _NO_DROPOUT, _TINY_TEXT, headless=True),
     "llama-cpu": Spec(

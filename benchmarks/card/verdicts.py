@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 PEAK_OFF = 0.02  # how far, as a share of stock's peak, its fall may be from what the report says
+SLOWEST_INVERTING = 1.01  # x stock, of every model
 SLOWEST = {"bert": 1.03, "vit": 1.03, "gpt2": 1.03, "mistral": 1.00}  # x stock
 FASTER_THAN_CHECKPOINTING = 1.20  # how many times as long that takes
 KERNELS, OF_COPY = 1.05, 0.90  # forward and backward together x stock; share of a copy's bandwidth
@@ -29,6 +30,9 @@ def verdict_on_steps(name: str, ways: dict[str, dict[str, Any]]) -> dict[str, di
         ours = ways.get(way, {})
         if "ratio" in ours and "ratio" in ways.get("stock", {}):
             found[way] = _verdict_on_way(name, ours, ways)
+    alone = ways.get("inverting", {})
+    if "ratio" in alone:
+        found["inverting"] = {"time": _verdict(alone["ratio"], SLOWEST_INVERTING, alone["ratio"] <= SLOWEST_INVERTING)}
     return found
 
 

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from invact.checkpointing import enable_checkpointing
 from invact.compiling import backend
 from invact.patching import patch
+from invact.planning import decide
 from invact.report import Report
 
-STOCK, INVACT, EXACT = "stock", "invact", "exact"
+STOCK, INVACT, EXACT, INVERTING = "stock", "invact", "exact", "inverting"
 CHECKPOINTING, SELECTIVE, LIGER = "checkpointing", "selective", "liger"
 COMPILE, COMPILE_INVACT = "compile", "compile+invact"
 
@@ -48,6 +50,12 @@ def patched(model: nn.Module, inputs: Any, exact: bool = False) -> Changed:
     return Changed(model, patch(model, inputs, exact=exact))
 
 
+def inverting(model: nn.Module, inputs: Any) -> Changed:
+    """Activations are inverted as `patched` inverts them; nothing is derived and no norm is fused."""
+    replace(decide(model, inputs), derives={}, norms={}).apply(model)
+    return Changed(model)
+
+
 def checkpointed(model: nn.Module, inputs: Any) -> Changed:
     """Every layer runs again in backward, by the library's own switch."""
     enable_checkpointing(model)
@@ -72,6 +80,7 @@ def eager_ways(model: nn.Module) -> dict[str, Way]:
         STOCK: stock,
         INVACT: patched,
         EXACT: partial(patched, exact=True),
+        INVERTING: inverting,
         CHECKPOINTING: checkpointed,
         SELECTIVE: selectively_checkpointed,
     }

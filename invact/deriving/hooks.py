@@ -194,7 +194,8 @@ class Deriving:
     def _constant(self, tensor: Tensor, frame: Any) -> Handle:
         """Of what has neither history nor gradient, such as masks and the statistics of norms."""
         if tensor.dtype is torch.bool and tensor.numel() >= SMALLEST and _is_plain(tensor):
-            bits = None if frame.f_code is not _DROPOUT and self._is_weight(tensor) else self._bits(tensor)
+            dropped = frame.f_code is _DROPOUT  # by a mask that is nobody else's
+            bits = None if not dropped and self._is_weight(tensor) else self._bits(tensor, shared=not dropped)
             if bits is not None:
                 return bits
         handle = Kept(tensor, tensor._version, self.outer)
@@ -460,10 +461,13 @@ class Deriving:
             return "it would be added up from another sum that is not kept, and so on"
         return "what it would be made again from is not kept either"
 
-    def _bits(self, mask: Tensor) -> Handle | None:
+    def _bits(self, mask: Tensor, shared: bool) -> Handle | None:
+        """Of a dense mask; where it may be `shared`, one for all who keep it."""
         dense = mask.is_contiguous() or mask.is_contiguous(memory_format=torch.channels_last)
         if not dense or mask.untyped_storage().nbytes() != mask.numel():
             return None
+        if not shared:
+            return Bits(mask, mask._version, self.outer)
         storage = StorageWeakRef(mask.untyped_storage())
         key = storage.cdata
         known = _MASKS.get(key)
