@@ -61,9 +61,24 @@ def test_checkpointing_needs_one_block_besides_what_it_keeps(model, predicted, c
     assert predicted["checkpointing"].bytes_at(16) == pytest.approx(expected, rel=0.02)
 
 
-def test_every_way_needs_less_than_the_one_before(predicted):
-    per_sample = [predicted[way].per_sample for way in ("baseline", "invact", "checkpointing", "invact+checkpointing")]
-    assert per_sample == sorted(per_sample, reverse=True)
+def test_where_the_logits_are_larger_than_a_block_checkpointing_needs_the_block_when_they_are_gone(count_kept):
+    """As of BERT-base on an H200: 102.8 MiB a sample, where the block beside the logits' gradients made it 115.3."""
+    config = GPT2Config(
+        vocab_size=4096, n_positions=32, n_embd=64, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    model = GPT2LMHeadModel(config).train()
+    found = needs(model, inputs_of, Setting(device_of(model)), decide(model, inputs_of(2)))
+    with checkpointed(model):
+        between = count_kept(model, inputs_of(16))
+    logits = 16 * 32 * 4096 * 4
+    assert found["checkpointing"].bytes_at(16) == pytest.approx(resident(model, 4) + between + 2 * logits, rel=0.02)
+
+
+def test_each_way_needs_less_than_the_baseline_and_both_together_least(predicted):
+    need = {way: predicted[way].per_sample for way in predicted}
+    assert list(need) == ["baseline", "invact", "checkpointing", "invact+checkpointing"]
+    assert need["invact+checkpointing"] < min(need["invact"], need["checkpointing"])
+    assert max(need["invact"], need["checkpointing"]) < need["baseline"]
 
 
 def test_the_model_is_left_as_it_was(model, predicted):
@@ -185,7 +200,7 @@ def test_the_cheapest_way_that_fits_is_named(target, way, words):
     fit = Fit(1000, "adamw", WAYS, target)
     assert fit.way_for_target == way
     assert words in str(fit)
-    assert "On an H200 about a tenth fewer fitted" in str(fit)
+    assert "expandable_segments:True" in str(fit)
 
 
 def test_nothing_fits_where_the_weights_do_not():
