@@ -146,10 +146,11 @@ class Deriving:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
-        for place, reference in self._waiting:
-            kept = reference()
-            if kept is not None and kept.later is not None:
-                self._looked_in_vain(place)
+        if error[0] is None:  # else what they wait for may only not have come yet
+            for place, reference in self._waiting:
+                kept = reference()
+                if kept is not None and kept.later is not None:
+                    self._looked_in_vain(place)
         del self._hooks  # which hold a method of ours: a cycle, with the journal and the hooks outside in it
 
     # --- what autograd calls ---
@@ -227,7 +228,9 @@ class Deriving:
         if known is not None:
             return self._known(known, tensor, name, version)
         handle: Handle | None = None
-        place = self._place = hash((self._place, name, version, tensor.is_contiguous()))
+        # How large it is, roughly: whether some recipes pay depends on that.
+        size = tensor.numel().bit_length()
+        place = self._place = hash((self._place, name, version, size, tensor.is_contiguous()))
         if self._in_vain is None or place not in self._in_vain:
             if _made_by_a_rule(node, name) and (version == 0 or self._worked_in_place(node, name, version)):
                 handle = self._derived(tensor, node, number, version, frame)
