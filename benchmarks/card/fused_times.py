@@ -5,7 +5,7 @@ Masks in bits, gated products, and RMS norms by one operator instead of in steps
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ class Case:
     """
 
     moved: int
-    passes: dict[str, tuple[Call, Call]]
+    passes: Mapping[str, tuple[Call, Call]]
 
 
 def measure(item: str, record: Record, tiny: bool, prepared: None) -> None:
@@ -100,7 +100,7 @@ def _unpack(elements: int) -> Case:
 def _drop(elements: int) -> Case:
     x, bits, scale = _normal(elements), packing.packed(_mask(elements)), 1 / KEPT
 
-    def by_operators() -> Tensor:
+    def by_operators() -> object:
         return torch.ops.aten.native_dropout_backward(x, packing.unpacked(bits, elements), scale)
 
     passes = {"drop": (by_operators, lambda: masks.dropped(x, bits, x.stride(), scale))}
@@ -140,7 +140,7 @@ def _norm(module: nn.Module, norm: RmsNorm, elements: int) -> Case:
     def backward(y: Tensor) -> Call:
         return lambda: torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
 
-    passes: dict[str, tuple[Call, Call]] = {
+    passes = {
         "forward": (lambda: module(x), lambda: norm(x, weight)),
         "backward": (backward(module(x)), backward(norm(x, weight))),
     }
