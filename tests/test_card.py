@@ -12,6 +12,7 @@ import pytest
 
 CARD = Path(__file__).parents[1] / "benchmarks" / "card"
 EAGER = ["bert", "mistral", "gpt2", "vit", "lora", "clip", "convnext", "openclip"]
+NORMS = ["Llama's norm", "Gemma's norm"]
 WAYS = ["stock", "invact", "exact", "inverting", "checkpointing", "selective"]
 
 
@@ -58,7 +59,7 @@ def tiny(tmp_path_factory):
 @pytest.mark.slow
 def test_every_part_runs_without_an_error_and_writes_its_file(tiny):
     printed, parts, one_file = tiny
-    assert parts.keys() == {"card", "tests", "kernels", "steps", "exact", "host", "planner", "compiled"}
+    assert parts.keys() == {"card", "tests", "kernels", "fused", "steps", "exact", "host", "planner", "compiled"}
     assert not any(errors(parts).values()), printed
     assert "no table" not in printed
     assert len(printed) < 12_000
@@ -108,6 +109,21 @@ def test_exact_is_bit_for_bit_wherever_stock_repeats_itself(tiny):
         assert each["exact"]["bit_for_bit"] or not each["stock_repeats_itself"], name
         assert each["invact"]["off"] < (1e-5 if "fp32" in name else 0.02), name
         assert each["invact"]["saving"] > 0, name
+
+
+@pytest.mark.slow
+def test_what_is_fused_is_timed_against_several_operators_and_has_a_line(tiny):
+    printed, parts, _ = tiny
+    found = parts["fused"]
+    assert list(found) == ["mask to bits", "bits to mask", "dropped by bits", "silu(g) * u", *NORMS]
+    assert found.pop("silu(g) * u") == {"absent": "there is no Triton here"}
+    for name, each in found.items():
+        slowest = max(passed["ratio"] for passed in each["passes"].values())
+        assert each["verdict"]["time"]["figure"] == slowest > 0
+        assert each["of_copy"] > 0
+        assert f"\n{name:15} " in printed
+    for name in NORMS:
+        assert found[name]["passes"].keys() == {"forward", "backward"}
 
 
 @pytest.mark.slow
@@ -186,6 +202,15 @@ def test_what_fails_before_its_turn_is_told(tmp_path, module):
     child.start()
     child.measure(60)
     assert "KeyError: 'no such model'" in record.read()["error no such model"]
+
+
+def test_a_gated_product_is_timed_where_its_kernel_gives_stocks_bits(tmp_path, module, monkeypatch):
+    fused, record = module("fused_times"), module("record").Record(tmp_path / "fused.json")
+    monkeypatch.setattr(fused.gated, "gated", lambda g, u, name: (fused.F.silu(g), fused.F.silu(g) * u))
+    fused.measure("gated", record, True, None)
+    passes = record.read()["silu(g) * u"]["passes"]
+    assert all(us > 0 for us in passes["make"]["microseconds"].values())
+    assert "silu(g) * u     make " in module("summary").as_text(tmp_path)
 
 
 # --- wheels -------------------------------------------------------------------------------------------
@@ -333,6 +358,11 @@ def test_kernels_are_bound_in_bf16_alone(module):
     assert of["time"]["holds"]
     assert not of["share of a copy"]["holds"]
     assert not verdict("silu bfloat16", found | {"both": 1.06})["time"]["holds"]
+
+
+def test_one_kernel_is_to_take_no_longer_than_several_operators(module):
+    verdict = module("verdicts").verdict_on_fused
+    assert [verdict(slowest)["time"]["holds"] for slowest in (1.0, 1.01)] == [True, False]
 
 
 def test_a_planned_batch_may_be_a_twentieth_off(module):

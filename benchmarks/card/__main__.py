@@ -33,6 +33,7 @@ PARTS: Parts = {
         {"bert": 30, "mistral": 30, "gpt2": 30, "vit": 25, "lora": 30, "clip": 25, "convnext": 25, "openclip": 25},
     ),
     "kernels": ("kernel_times", {"alone": 25}),
+    "fused": ("fused_times", {"masks": 20, "gated": 15, "norms": 25}),
     "exact": ("exact_gradients", {"bert": 15, "llama": 15, "gpt2": 15, "t5 gated": 15}),
     "host": ("host_times", {"gelu": 10, "tensors": 10, "narrow": 20, "bert": 30}),
     "planner": ("planned_batches", {"bert": 40, "gpt2": 40}),

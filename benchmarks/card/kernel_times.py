@@ -63,12 +63,11 @@ def _alone(name: str, dtype: torch.dtype, elements: int, rounds: int) -> dict[st
     }
     found: dict[str, Any] = {}
     for passed, (moved, calls) in passes.items():
-        source = torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE).random_()
-        calls["copy"] = partial(torch.empty_like(source).copy_, source)
+        calls["copy"] = copy_of(moved)
         race = Race()
         for call in calls.values():
             call()
-        race.run({who: partial(_seconds, call) for who, call in calls.items()}, rounds)
+        race.run({who: partial(seconds_of, call) for who, call in calls.items()}, rounds)
         found[passed] = {
             "microseconds": {who: 1e6 * race.median(who) for who in calls},
             "ratio": race.ratio(INVACT),
@@ -81,5 +80,12 @@ def _alone(name: str, dtype: torch.dtype, elements: int, rounds: int) -> dict[st
     return found | {"both": ours / stocks}
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def copy_of(moved: int) -> Callable[[], object]:
+    """A copy within the device's memory that reads and writes `moved` bytes in all."""
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE).random_()
+    return partial(torch.empty_like(source).copy_, source)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """What the device takes for it."""
     return kernel_seconds(lambda _: call(), lambda: None, DEVICE)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kernel_tables import of_curves, of_fused
 from verdicts import misses
 
 LONGEST = 9800
@@ -114,16 +115,6 @@ def _way(found: Part, stock: int) -> str:
     return "; ".join(cells)
 
 
-def _kernels(part: Part) -> Iterator[str]:
-    yield "us and x stock of forward, backward; both x stock; shares of a copy"
-    for name, found in part.items():
-        passes = [found["forward"], found["backward"]]
-        took = ", ".join(f"{each['microseconds']['invact']:.0f} {each['ratio']:.3f}" for each in passes)
-        shares = " ".join(f"{each['of_copy']:.2f}" for each in passes)
-        said = "; ".join(misses(found["verdict"]))
-        yield f"{name:18} {took}; {found['both']:.3f}; {shares}{'; not: ' + said if said else ''}"
-
-
 def _exact(part: Part) -> Iterator[str]:
     """One line for every model."""
     cells: dict[str, list[str]] = {}
@@ -185,7 +176,8 @@ def _profiles(part: Part) -> Iterator[str]:
 MAKERS: dict[str, Callable[[Part], Iterator[str]]] = {
     "card": _card,
     "tests": _tests,
-    "kernels": _kernels,
+    "kernels": of_curves,
+    "fused": of_fused,
     "steps": _steps,
     "exact": _exact,
     "host": _host,

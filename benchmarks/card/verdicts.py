@@ -10,6 +10,7 @@ SLOWEST = {"bert": 1.03, "vit": 1.03, "gpt2": 1.03, "mistral": 1.00}  # x stock
 FASTER_THAN_CHECKPOINTING = 1.20  # how many times as long that takes
 KERNELS, OF_COPY = 1.05, 0.90  # forward and backward together x stock; share of a copy's bandwidth
 KERNELS_BOUND = ("gelu bfloat16", "silu bfloat16")
+FUSED = 1.00  # x PyTorch's way in several operators
 BATCH_OFF = 0.05
 HOST = 1.02
 
@@ -65,6 +66,11 @@ def verdict_on_kernels(name: str, found: dict[str, Any]) -> dict[str, Verdict]:
         "time": _verdict(both, KERNELS, both <= KERNELS),
         "share of a copy": _verdict(least, OF_COPY, least >= OF_COPY),
     }
+
+
+def verdict_on_fused(slowest: float) -> dict[str, Verdict]:
+    """Of a kernel in the place of several operators; the figure: the largest of its passes' ratios to those."""
+    return {"time": _verdict(slowest, FUSED, slowest <= FUSED)}
 
 
 def verdict_on_batch(planned: int, true: int) -> Verdict:
