@@ -82,8 +82,8 @@ class Fit:
         if self.target_batch is not None:
             lines.append(self._target_in_words())
         lines.append(
-            "Predicted from the count of what a step allocates, within 1% on an H200. PyTorch's allocator reserved a tenth "
-            "more there: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is against that."
+            "Predicted from the count of what a step allocates, within 1% on an H200. There PyTorch's allocator "
+            "reserved a tenth more: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is against that."
         )
         return "\n".join(lines)
 

@@ -29,8 +29,10 @@ from invact.pytorch_inside import (
 from invact.recognition import Rounding
 from invact.settings import Settings, UnseenError, settings_of_module
 
-_TOLERANCE = 2e-5  # of what is worked out in fp32; an eps of 1e-5 in the place of 1e-6 shows by 1e-2 in the small grid
-_SAMPLE = (4, 16)  # rows of a grid, beside the width of the norm
+_TOLERANCE = 5e-6  # of what is worked out in fp32, element by element: ten times its own error
+_SLOPE_TOLERANCE = 1e-5  # of gradients, which add up
+_SMALLEST_EPS = 1e-12  # of less nothing is seen in fp32
+_RANKS = (2, 3, 4)  # of tensors that a norm is tried with
 _ACCESSES = 7
 """Of each element by the fused operator: x and y forward; x and dy, each for dx and for dw, and dx backward."""
 
@@ -84,6 +86,8 @@ class Fusion:
         """Whether `x`, which lies on `device` or is planned to, is to be normed here and not by the stock code."""
         if not isinstance(x, Tensor) or not has_fused_rms_norm(device) or x.layout is not torch.strided or x.is_nested:
             return False
+        if x.dim() not in _RANKS:
+            return False  # it was not looked at
         weight = getattr(module, self.norm.weight, None)
         if not isinstance(weight, Tensor) or weight.dtype is not x.dtype or x.shape[-1:] != weight.shape:
             return False  # of two dtypes: what stock gives has the wider one
@@ -154,7 +158,8 @@ def recognise_norm(module: nn.Module) -> RmsNorm | None:
     """The RMS norm that `module` computes in steps, or None: it computes something else, or by the fused operator.
 
     A leaf with one vector as its parameter is evaluated on the CPU, as a copy with other weights, in training and in
-    evaluation mode; its values, its gradients and that nothing about it has changed are compared with the formula.
+    evaluation mode, on tensors of two to four dimensions, in fp32, bf16 and fp16: its values and gradients must be
+    those of the formula, and nothing about it may have changed.
 
     Example:
         >>> from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -172,8 +177,13 @@ def recognise_norm(module: nn.Module) -> RmsNorm | None:
         try:
             with torch.no_grad():
                 norm = _guess(bare, name, weight)
-                found = norm is not None and all(_agrees(norm, bare, weight, x) for x in _grids(weight.numel()))
-            found = found and norm is not None and _has_gradients_of(norm, bare, weight) and not _is_fused(bare, weight)
+                if norm is None or _is_fused(bare, weight):
+                    return None
+                found = all(
+                    _agrees(norm, bare, weight, x) for x in (*_grids(weight.numel()), _with_nan(weight.numel()))
+                )
+                found = found and all(_agrees_in(dtype, norm, module) for dtype in (torch.bfloat16, torch.float16))
+            found = found and all(_has_gradients_of(norm, bare, weight, training) for training in (True, False))
         except RaisedError:
             return None
         return norm if found and state is not None and state_of(bare) == state else None
@@ -183,7 +193,7 @@ def own_rounding_of(found: FoundNorm, dtype: torch.dtype) -> Rounding:
     """How the module's own steps in 16 bits and the norm rounded once differ from float64, over x ~ N(0, 1)."""
     with torch.no_grad(), torch.device("cpu"):
         bare, weight = _with_known_weight(found.computes, found.fusion.norm.weight, dtype)
-        x = _normal((*_SAMPLE, weight.numel()), seed=1).to(dtype)
+        x = _normal((4, 15, weight.numel()), seed=1).to(dtype)
         exact = found.fusion.norm.in_float64(x, weight)
         steps, once = output_of(bare, x.clone()), exact.to(dtype)
     own_error, once_error = (((y.double() - exact).norm() / exact.norm()).item() for y in (steps, once))
@@ -194,7 +204,7 @@ def accesses_in_steps(found: FoundNorm, dtype: torch.dtype) -> float:
     """Bytes that the module's own operators read and write for each element, forward and backward."""
     with torch.enable_grad(), torch.device("cpu"):
         bare, weight = _with_known_weight(found.computes, found.fusion.norm.weight, dtype)
-        x = _normal((*_SAMPLE, weight.numel()), seed=1).to(dtype).requires_grad_()
+        x = _normal((4, 15, weight.numel()), seed=1).to(dtype).requires_grad_()
         with _Accesses() as accesses:
             y = output_of(bare, x)
             y.backward(torch.ones_like(y))
@@ -231,11 +241,12 @@ def _only_parameter(module: nn.Module) -> str | None:
 
 
 def _with_known_weight(module: nn.Module, name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    """A copy whose parameter has values that are near neither 0 nor 1."""
-    bare = bare_copy(module)
-    weight = nn.Parameter((0.5 * _normal(module.get_parameter(name).shape, seed=0) + 3).to(dtype))
-    bare.__dict__["_parameters"] = dict.fromkeys(bare._parameters) | {name: weight}
-    return bare, weight
+    """A copy whose parameter has values of both signs and many sizes, none of them near 0 or -1."""
+    bare, shape = bare_copy(module), module.get_parameter(name).shape
+    signs = 1 - 2 * (torch.arange(shape[0]) % 2)
+    weight = signs * (1.2 + (1.5 * _normal(shape, seed=0)).exp())
+    bare.__dict__["_parameters"] = dict.fromkeys(bare._parameters) | {name: nn.Parameter(weight.to(dtype))}
+    return bare, bare.get_parameter(name)
 
 
 def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -243,28 +254,35 @@ def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def _grids(width: int) -> list[Tensor]:
-    """Of several sizes and means, with which an RMS norm is no layer norm, and with a few numbers far from the rest."""
-    x = _normal((*_SAMPLE, width), seed=1)
-    return [x, 1e-3 * x, 1e3 * x, x + 2, x[:, :1], x.sort(-1).values - 5, x.pow(7)]
+    """Of several sizes, ranks and means, with which an RMS norm is no layer norm, and with a few numbers far out."""
+    x = _normal((4, 15, width), seed=1)
+    sizes = [1e-6 * x, 1e-3 * x, x, 1e3 * x, 1e6 * x]
+    return [*sizes, x + 2, x.sort(-1).values - 5, x.pow(3), x[:, 0], x[:, :1], x.view(2, 2, 3, 5, width)[:, 0]]
+
+
+def _with_nan(width: int) -> Tensor:
+    x = _normal((4, 15, width), seed=1)
+    x[2, 3, 5 % width] = torch.nan
+    return x
 
 
 def _guess(bare: nn.Module, name: str, weight: Tensor) -> RmsNorm | None:
     """From what it does to large numbers, where eps is nothing, and then to small ones, where it is all."""
-    ones = torch.ones(*_SAMPLE, weight.numel())
+    ones = torch.ones(4, 15, weight.numel())
     large, small = _output(bare, 1e4 * ones), _output(bare, 1e-4 * ones)
     if large is None or small is None:
         return None
     for offset in (0, 1):
         if torch.allclose(large, (offset + weight).expand_as(large), rtol=_TOLERANCE):
             ratio = (small / (1e-4 * (offset + weight))).double().mean().item()  # 1 / sqrt(1e-8 + eps)
-            eps = ratio**-2 - 1e-8 if ratio > 0 else -1.0
-            if eps > 1e-14:
+            eps = ratio**-2 - 1e-8 if ratio > 0 else 0.0
+            if eps >= _SMALLEST_EPS:
                 return RmsNorm(name, _as_written(bare, eps), offset)
     return None
 
 
 def _as_written(module: nn.Module, eps: float) -> float:
-    """The number that the module has, where it has one like that: what was measured has seven digits."""
+    """The number that the module has, where it has one like that: what was measured has few digits."""
     written = [value for value in vars(module).values() if type(value) is float]
     return next((value for value in written if abs(value - eps) <= 1e-3 * eps), eps)
 
@@ -274,32 +292,44 @@ def _output(bare: nn.Module, x: Tensor, *, training: bool = True) -> Tensor | No
     return y if isinstance(y, Tensor) and y.shape == x.shape and y.dtype is x.dtype else None
 
 
-def _agrees(norm: RmsNorm, bare: nn.Module, weight: Tensor, x: Tensor) -> bool:
-    expected = norm.in_float64(x, weight)
+def _agrees(norm: RmsNorm, bare: nn.Module, weight: Tensor, x: Tensor, tolerance: float = _TOLERANCE) -> bool:
+    """Element by element: each is one number times what is the same along its row."""
+    expected, smallest = norm.in_float64(x, weight), torch.finfo(x.dtype).tiny  # of less the last digits are gone
     given = (_output(bare, x), _output(bare, x, training=False))
-    return all(y is not None and torch.allclose(y.double(), expected, rtol=_TOLERANCE, atol=1e-6) for y in given)
+    return all(
+        y is not None and torch.allclose(y.double(), expected, rtol=tolerance, atol=smallest, equal_nan=True)
+        for y in given
+    )
 
 
-def _has_gradients_of(norm: RmsNorm, bare: nn.Module, weight: Tensor) -> bool:
-    def gradients(compute: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        x = x.to(dtype).requires_grad_()
-        dy = _normal(tuple(x.shape), seed=2).to(dtype)
-        return [gradient.double() for gradient in torch.autograd.grad(compute(x), (x, weight), dy)]
+def _agrees_in(dtype: torch.dtype, norm: RmsNorm, module: nn.Module) -> bool:
+    """Whether it is the same norm in 16 bits, as far as a rounding at every step lets that be seen."""
+    bare, weight = _with_known_weight(module, norm.weight, dtype)
+    return _agrees(norm, bare, weight, _normal((4, 15, weight.numel()), seed=1).to(dtype), 4 * torch.finfo(dtype).eps)
 
-    x = _grids(weight.numel())[0]
+
+def _has_gradients_of(norm: RmsNorm, bare: nn.Module, weight: Tensor, training: bool) -> bool:
+    def tried(compute: Callable[[Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The output and both gradients, with gradients wanted."""
+        x = _normal((4, 15, weight.numel()), seed=1).to(dtype).requires_grad_()
+        y = compute(x)
+        gradients = torch.autograd.grad(y, (x, weight), _normal(tuple(x.shape), seed=2).to(dtype))
+        return [each.detach().double() for each in (y, *gradients)]
+
     with torch.enable_grad():
         try:
-            own = gradients(lambda x: output_of(bare, x), x, torch.float32)
+            own = tried(lambda x: output_of(bare, x, training=training), torch.float32)
         except RuntimeError:  # it passes no gradient on
             return False
-        true = gradients(lambda x: norm.in_float64(x, weight), x, torch.float64)
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(own, true, strict=True))
+        true = tried(lambda x: norm.in_float64(x, weight), torch.float64)
+    pairs = zip(own, true, strict=True)
+    return all((a - b).abs().max() <= _SLOPE_TOLERANCE * b.abs().max() for a, b in pairs)
 
 
 def _is_fused(bare: nn.Module, weight: Tensor) -> bool:
     """Whether it calls the fused operator itself."""
     with _Calls() as calls, torch.no_grad():
-        output_of(bare, torch.ones(*_SAMPLE, weight.numel()))
+        output_of(bare, torch.ones(4, 15, weight.numel()))
     return not calls.seen.isdisjoint((F.rms_norm, torch.rms_norm))
 
 

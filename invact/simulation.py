@@ -101,7 +101,9 @@ class AsOnGpu(TorchFunctionMode):
         if self._on_cpu and func is F.dropout:
             return users_call(_dropout, *args, **kwargs)
         if self._on_cpu and func in (F.rms_norm, torch.rms_norm) and has_fused_rms_norm(self._device):
-            return users_call(_fused_rms_norm, *args, **kwargs)
+            # Whose frame it is called in tells deriving its eps, or that nothing does.
+            imitation = F.layer_norm if func is F.rms_norm else torch.layer_norm
+            return users_call(_fused_rms_norm, imitation, *args, **kwargs)
         if func is stock_attention:
             return (_fused_attention if self._fused else _math_attention)(*args, **kwargs)
         if func in (stock_multi_head_attention, F.multi_head_attention_forward):
@@ -126,13 +128,17 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 def _fused_rms_norm(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+    imitation: Callable[..., Tensor],
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
     """As a layer norm, which keeps the same and a mean."""
     if weight is not None and weight.dtype is not input.dtype:  # then there is no kernel on a GPU either
         return torch.rms_norm(input, normalized_shape, weight, eps)
     with _WithoutMean():
-        return F.layer_norm(input, normalized_shape, weight, None, torch.finfo(input.dtype).eps if eps is None else eps)
+        return imitation(input, normalized_shape, weight, None, torch.finfo(input.dtype).eps if eps is None else eps)
 
 
 class _WithoutMean(TorchDispatchMode):
@@ -253,7 +259,7 @@ class AsRealKernels(TorchDispatchMode):
                     normed = normed.contiguous(memory_format=suggest_memory_format(args[0]))
                 on_gpu = norm is torch.ops.aten.native_layer_norm and not self._for_cpu
                 if on_gpu or any(args[place] is not None and args[place].dtype is torch.float32 for place in places):
-                    statistics = [statistic.float() for statistic in statistics]
+                    statistics = [s.float() if s.dtype.itemsize == 2 else s for s in statistics]
                 return (normed, *statistics)
         return out
 

@@ -335,14 +335,12 @@ def _deriving_class(below: type[nn.Module], allowed: bool, by_call: bool) -> typ
 
 
 def _deriving_method(below: type[nn.Module], name: str, allowed: bool) -> Callable[..., Any]:
-    in_vain: set[int] = set()  # of all modules of this class, whose code is the same
-
     @functools.wraps(getattr(below, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         traced = torch.compiler.is_compiling()
         if traced or is_deriving(allowed) or not may_derive() or not _is_patched(self):
             return users_call(getattr(below, name), self, *args, **kwargs)
-        with Deriving(allowed, self, in_vain):
+        with Deriving(allowed, self):
             return users_call(getattr(below, name), self, *args, **kwargs)
 
     return method

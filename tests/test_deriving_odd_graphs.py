@@ -377,3 +377,38 @@ def test_keys_that_are_parts_of_one_projection_are_made_again_from_it(put_togeth
     measured = kept_bytes(ours, (x,))
     assert measured == pytest.approx(report.bytes_after, rel=0.01)
     assert (measured - 2 * one) / one == pytest.approx(3, abs=0.3)
+
+
+class WithAnEmptyOperand(nn.Module):
+    """A cat whose empty operand has a dtype and a layout of its own, which are then those of what it gives."""
+
+    def __init__(self, put_together):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.put_together = nn.Conv2d(16, 16, 3, padding=1), put_together
+
+    def forward(self, x):
+        h = self.conv(x)
+        return self.put_together(h).sum() + torch.sin(h).sum()
+
+
+def spread(c):
+    return torch.exp(c - c.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "put_together",
+    [
+        lambda h: torch.cos(torch.cat([torch.empty(4, 0, 7, 7), h.bfloat16()], 1)),
+        lambda h: spread(torch.cat([torch.empty(4, 0, 7, 7), h], 1)),
+        lambda h: spread(torch.cat([h, torch.empty(4, 0, 7, 7)], 1)).float(),
+    ],
+    ids=["wider", "contiguous", "at the end"],
+)
+def test_an_empty_operand_of_a_cat_that_tells_how_it_lies_or_its_dtype(put_together):
+    stock = WithAnEmptyOperand(put_together)
+    ours, x = copy.deepcopy(stock), torch.randn(4, 16, 7, 7).to(memory_format=torch.channels_last)
+    invact.patch(ours, (x,), exact=True)
+    for model in (stock, ours):
+        model(x).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(stock.parameters(), ours.parameters(), strict=True))

@@ -141,7 +141,52 @@ class OfTwoVectors(InSteps):
 
 class Clipped(InSteps):
     def forward(self, x):
-        return super().forward(x).clamp(-20, 20)
+        return super().forward(x).clamp(-100, 100)
+
+
+class ClippedFarOut(InSteps):
+    def forward(self, x):
+        return super().forward(x.clamp(-65504, 65504))
+
+
+class WithoutNan(InSteps):
+    def forward(self, x):
+        return super().forward(torch.nan_to_num(x))
+
+
+class EpsOutsideOfTheRoot(InSteps):
+    def forward(self, x):
+        return x / (self.mean_square(x).sqrt() + 1e-8) * self.scale
+
+
+class EpsAsTheLeast(InSteps):
+    def forward(self, x):
+        return x * torch.rsqrt(self.mean_square(x).clamp(min=1e-6)) * self.scale
+
+
+class OfTheSizeOfItsWeight(InSteps):
+    def forward(self, x):
+        return x * torch.rsqrt(self.mean_square(x) + 1e-6) * self.scale.abs()
+
+
+class OfImagesOverTheirChannels(InSteps):
+    def mean_square(self, x):
+        return x.square().mean(1 if x.dim() == 4 else -1, keepdim=True)
+
+
+class OtherwiseIn16Bits(InSteps):
+    def forward(self, x):
+        return super().forward(x) if x.dtype is torch.float32 else x * self.scale
+
+
+class WidensIts16Bits(InSteps):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class WithoutGradientInEvaluation(InSteps):
+    def forward(self, x):
+        return super().forward(x) if self.training else super().forward(x).detach()
 
 
 def test_a_norm_written_by_the_user_is_recognised_by_any_name_of_its_weight():
@@ -159,6 +204,15 @@ def test_a_norm_written_by_the_user_is_recognised_by_any_name_of_its_weight():
         OnlyInTraining,
         OfTwoVectors,
         Clipped,
+        ClippedFarOut,
+        WithoutNan,
+        EpsOutsideOfTheRoot,
+        EpsAsTheLeast,
+        OfTheSizeOfItsWeight,
+        OfImagesOverTheirChannels,
+        OtherwiseIn16Bits,
+        WidensIts16Bits,
+        WithoutGradientInEvaluation,
         lambda: nn.LayerNorm(48, bias=False),
         lambda: nn.PReLU(48),
     ],
@@ -169,6 +223,15 @@ def test_a_lookalike_is_not(kind):
 
 def test_a_norm_that_is_the_fused_operator_already_is_left_alone():
     assert recognise_norm(nn.RMSNorm(48)) is None
+
+
+def test_a_tensor_of_more_dimensions_than_it_was_tried_with_takes_its_steps(fused_here, monkeypatch):
+    model = nn.Sequential(nn.Linear(48, 48), LlamaRMSNorm(48))
+    invact.patch(model, (torch.randn(8, 48),))
+    monkeypatch.setattr(F, "rms_norm", None)  # whoever calls it fails
+    with pytest.raises(TypeError):
+        model(torch.randn(2, 2, 2, 48))
+    model(torch.randn(2, 2, 2, 2, 48))
 
 
 # --- computed -----------------------------------------------------------------------------------------
@@ -309,6 +372,18 @@ def test_norms_in_16_bits_under_autocast_keep_their_steps():
     assert not planned_for_a_gpu(model, inputs, autocast=torch.bfloat16).report.fused
     model, inputs = trained(llama)
     assert len(planned_for_a_gpu(model, inputs, autocast=torch.bfloat16).report.fused) == 5
+
+
+@NEEDS_FUSED
+def test_a_fused_norm_that_is_called_past_functional_is_planned_as_kept_since_nothing_tells_its_eps():
+    class Direct(nn.RMSNorm):
+        def forward(self, x):
+            return torch.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+    x = torch.randn(128, 64, dtype=torch.bfloat16, requires_grad=True)
+    for kind, derived in ((nn.RMSNorm, 1), (Direct, 0)):
+        model = nn.Sequential(kind(64, eps=1e-6), nn.Linear(64, 64, bias=False)).bfloat16()
+        assert len(planned_for_a_gpu(model, (x,)).report.derived) == derived
 
 
 @NEEDS_FUSED

@@ -36,6 +36,7 @@ class GatedProduct(Derived):
             return tensor
         activated, other = self.sources[self.place], self.sources[1 - self.place]
         assert isinstance(activated, Derived)
+        # Where something else has asked for act(g) first, it is there.
         a = None if activated.shared is None else activated.shared.taken()
         if a is None:
             g, u = activated.sources[0].made(), other.made()

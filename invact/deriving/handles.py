@@ -120,7 +120,7 @@ class Kept(Handle):
 
     Attributes:
         stands_for_another: it was taken from another tensor, and may lie differently.
-        beside: a handle that lives as long as this one.
+        beside: of the same memory; others find it as long as this one lives.
         setting: what the operation that keeps it was told and autograd does not record, such as a norm's eps.
         asked: how many keep it.
         later: a recipe that waits for what it reads; `instead`, once that is there: the tensor is let go.
@@ -341,10 +341,11 @@ class Awaited(Handle):
     def filled(self, handle: Handle) -> None:
         """Somebody keeps it."""
         fits = not handle.version and handle.may_be_read and not handle.joins and handle.outside is self.outside
+        fits = fits and not handle.unsure
         kept = self.kept() if self.kept is not None and self.target is None else None
         if not fits or kept is None or kept.later is None or handle is kept:
             return
-        if handle.steps + kept.later.steps > MOST_STEPS:
+        if handle.steps + kept.later.steps > MOST_STEPS or handle.depth + kept.later.depth > DEEPEST:
             return
         self.target = handle
         if all(other.target is not None for other in kept.later.awaited()):

@@ -49,8 +49,6 @@ SMALLEST = 1024
 MOST_SEARCHED = 64
 """Operators that are looked at for one tensor: the longest recipe that pays has a quarter of them, views included."""
 
-_MOST_IN_VAIN = 1 << 16
-
 _PLAIN = (Tensor, FakeTensor)
 
 
@@ -102,7 +100,15 @@ _TOLD_IN_THEIR_CALL = {
 # notes: its handle; what waits for it; that no recipe was found, and by which hooks.
 _FOUND, _AWAITED, _NOT_FOUND = "invact found", "invact awaited", "invact not found"
 
-_COPIES = ("CloneBackward0", "ToCopyBackward0")
+_COPIES = ("CloneBackward0", "ToCopyBackward0", "CatBackward0")
+_EXACT = {*VIEWS, "AddBackward0", "DivBackward0", "MulBackward0", "NegBackward0", "SubBackward0"}
+_OF_TWO = ("AddBackward0", "SubBackward0")
+_PARTS = {
+    *("SelectBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0"),
+    *("UnsafeSplitBackward0", "UnsafeSplitWithSizesBackward0"),
+}
+# Made of one operand, if at all; what else they read they keep themselves.
+_OF_ONE = {*VIEWS, "CloneBackward0", "NativeDropoutBackward0", "ToCopyBackward0"}
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
@@ -112,8 +118,6 @@ class Deriving:
     Args:
         allowed: False keeps everything as it is, in the midst of a part where this is derived.
         module: runs inside; what lies in its buffers and parameters is there anyway.
-        in_vain: is filled with where recipes were looked for and not found, and tells where not to look again: the
-            next forward pass of the same code keeps the same tensors in the same order.
 
     Example:
         >>> norm, linear = torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)
@@ -124,7 +128,7 @@ class Deriving:
         'Derived'
     """
 
-    def __init__(self, allowed: bool = True, module: nn.Module | None = None, in_vain: set[int] | None = None) -> None:
+    def __init__(self, allowed: bool = True, module: nn.Module | None = None) -> None:
         self.allowed, self.journal = allowed, journal_here()
         self._module = None if module is None else weakref.ref(module)  # which may hold a graph, as the graph does us
         self._weights: set[int] | None = None
@@ -134,10 +138,6 @@ class Deriving:
         self._token = object()  # for notes with nodes, which must hold nothing
         self._left = 0  # of the operators that may still be looked at for a tensor
         self._parts_wait = False  # whether something waits for a tensor of which it reads a part
-        # A plan asks why what is kept is kept.
-        self._in_vain = in_vain if in_vain is not None and self.journal is None else None
-        self._place = hash((self.outer is None, self.parameters_may_go))  # in forward, by all that was kept so far
-        self._waiting: list[tuple[int, weakref.ref[Kept]]] = []
         self._hooks = saved_tensors_hooks(self.pack if allowed else self.pass_on, remade)
 
     def __enter__(self) -> Deriving:
@@ -146,11 +146,6 @@ class Deriving:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
-        if error[0] is None:  # else what they wait for may only not have come yet
-            for place, reference in self._waiting:
-                kept = reference()
-                if kept is not None and kept.later is not None:
-                    self._looked_in_vain(place)
         del self._hooks  # which hold a method of ours: a cycle, with the journal and the hooks outside in it
 
     # --- what autograd calls ---
@@ -228,20 +223,12 @@ class Deriving:
         if known is not None:
             return self._known(known, tensor, name, version)
         handle: Handle | None = None
-        # How large it is, roughly: whether some recipes pay depends on that.
-        size = tensor.numel().bit_length()
-        place = self._place = hash((self._place, name, version, size, tensor.is_contiguous()))
-        if self._in_vain is None or place not in self._in_vain:
-            if _made_by_a_rule(node, name) and (version == 0 or self._worked_in_place(node, name, version)):
-                handle = self._derived(tensor, node, number, version, frame)
-            if handle is None:
-                self._looked_in_vain(place)
-            elif type(handle) is Kept and handle.later is not None:
-                self._waiting.append((place, weakref.ref(handle)))
+        if _made_by_a_rule(node, name) and (version == 0 or self._worked_in_place(node, name, version)):
+            handle = self._derived(tensor, node, number, version, frame)
+        if handle is None and self._parts_wait:
+            handle = self._part_of_what_is_awaited(tensor, node, number)
         if handle is None:
             handle = self._kept(tensor)
-            if self._parts_wait:
-                self._keep_whole_beside(handle, tensor)
             if number:
                 self._tell_of_norm(handle, node, frame)
         if name == "CloneBackward0" and frame.f_code in _IN_PLACE and frame.f_locals["inplace"]:
@@ -249,32 +236,39 @@ class Deriving:
         self._note(metadata, number, handle)
         return handle
 
-    def _looked_in_vain(self, place: int) -> None:
-        if self._in_vain is not None:
-            if len(self._in_vain) >= _MOST_IN_VAIN:
-                self._in_vain.clear()
-            self._in_vain.add(place)
+    def _part_of_what_is_awaited(self, view: Tensor, node: Any, number: int) -> Handle | None:
+        """Keeps all of a tensor of which a part is kept, if something waits for it, and the part as a view of that.
 
-    def _keep_whole_beside(self, part: Kept, view: Tensor) -> None:
-        """Keeps all of a tensor of which a part is kept, which takes no more memory, if something waits for it."""
+        It takes no more memory: a view keeps all of it anyway.
+        """
         whole = view._base
-        if whole is None or whole.grad_fn is None or whole.numel() <= view.numel() or not _is_plain(whole):
-            return
-        above: list[tuple[Any, int]] = []
-        node: Any = view.grad_fn
-        number = view.output_nr
-        while node is not whole.grad_fn and node is not None and node.name() in VIEWS:
-            above.append((node, number))
-            node, number = node.next_functions[0]
-        awaited = [(node, number) for node, number in above if (_AWAITED, number) in node.metadata]
-        own: dict[Any, Any] = whole.grad_fn.metadata  # type: ignore[assignment]
-        if awaited or (_AWAITED, whole.output_nr) in own:
-            part.beside = self._kept(whole)
-            self._note(own, whole.output_nr, part.beside)
-            self._token = object()  # what was not found before may be now
-            for node, number in awaited:
-                if (handle := self._find(node, number)) is not None:
-                    self._note(node.metadata, number, handle)
+        if whole is None or whole.grad_fn is None or not _is_plain(whole):
+            return None
+        if whole._version or whole.numel() <= view.numel():
+            return None
+        base: Any = whole.grad_fn
+        between: list[tuple[Any, int]] = []
+        above, output = node, number
+        while above is not base and above is not None and above.name() in VIEWS:
+            between.append((above, output))
+            above, output = above.next_functions[0]
+        awaited = [(above, output) for above, output in between if _is_awaited(above, output)]
+        if above is not base or not (awaited or _is_awaited(base, whole.output_nr)):
+            return None
+        kept = self._kept(whole)
+        self._note(base.metadata, whole.output_nr, kept)
+        self._token, self._left = object(), MOST_SEARCHED  # what was not found before may be now
+        for above, output in awaited:
+            if (handle := self._find(above, output)) is not None:
+                self._note(above.metadata, output, handle)
+        part = self._find(node, number)
+        if not isinstance(part, Derived):  # a view without a rule
+            same = self._kept(view)
+            same.beside = kept
+            return same
+        part.stride = view.stride()
+        part.wanted_again()
+        return part
 
     def _known(self, known: Handle, tensor: Tensor, name: str, version: int) -> Handle:
         """The handle of a value that somebody else has kept before."""
@@ -310,6 +304,8 @@ class Deriving:
 
     def _derived(self, tensor: Tensor, node: Any, number: int, version: int, frame: Any) -> Handle | None:
         name = node.name()
+        if name in _OF_TWO and any(self._is_surely_not_at_hand(*edge) for edge in node.next_functions):
+            return self._later(tensor, node, number)
         rule, self._left = RULES[name], MOST_SEARCHED
         handle = FILLED[name](tensor, node, self._find) if name in FILLED else rule(node, number, self._find)
         if handle is None and (stead := stead_of(tensor, node, frame)) is not None:
@@ -332,6 +328,18 @@ class Deriving:
         handle.version, handle.stride = version, tensor.stride()
         handle.wanted_again()
         return handle
+
+    def _is_surely_not_at_hand(self, node: Any, number: int) -> bool:
+        """Of an operand of a sum, most of which are residual sums: what a matrix product or another sum gave, or what
+        one operand alone was made of that. Told in a few steps, where a search would take long to fail."""
+        while node is not None:
+            if self._noted(node.metadata, (_FOUND, number)) is not None:
+                return False
+            name = node.name()
+            if name not in _OF_ONE and not (name == "MulBackward0" and kept_by(node, "self") is None):
+                return name in SUMS or (name not in RULES and name != _LEAF)
+            node, number = node.next_functions[0]
+        return True
 
     @staticmethod
     def _laid_out_alike(handle: Handle, tensor: Tensor, name: str) -> bool:
@@ -395,21 +403,25 @@ class Deriving:
 
     def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
         """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does, the sigmoid first."""
-        summed = node.name() in SUMS
-        if summed and not _adds_up_products(node):  # most are residual sums, of which nothing would come
+        name = node.name()
+        if name in SUMS and not _turns_a_part(node):  # most are residual sums, of which nothing would come
             return None
         self._left = MOST_SEARCHED
         recipe = RULES[node.name()](node, number, self._find_or_await)
         if recipe is None or not recipe.steps or not self._can_be_run(recipe):
             return None
-        if recipe.joins and any(awaited.count <= tensor.numel() for awaited in recipe.awaited()):
+        if recipe.unsure and not (_is_exact_down_to_copies(node) or self._laid_out_alike(recipe, tensor, name)):
+            return None
+        waiting = recipe.awaited()
+        if recipe.joins and any(awaited.count <= tensor.numel() for awaited in waiting):
             return None  # but of parts of what is kept whole, as rotated keys are of one projection
+        self._parts_wait = self._parts_wait or any(awaited.count > tensor.numel() for awaited in waiting)
         kept = self._kept(tensor)
         recipe.stride = tensor.stride()
         kept.later = recipe
         if self.journal is not None:
             self.journal.recipe(recipe, node, number)
-        for awaited in recipe.awaited():
+        for awaited in waiting:
             awaited.kept = weakref.ref(kept)
         return kept
 
@@ -421,7 +433,7 @@ class Deriving:
         name = node.name()
         rule = RULES.get(name)
         summed = name in SUMS
-        if name == _LEAF or (summed and not _adds_up_products(node)):
+        if name == _LEAF or (summed and not _turns_a_part(node)):
             return None  # a note at a leaf would stay
         if rule is not None and self._left:
             self._left -= 1
@@ -429,7 +441,6 @@ class Deriving:
             waiting = handle.awaited() if handle is not None and not handle.steps else []
             count = math.prod(node._input_metadata[number].shape)
             of_a_part = any(awaited.count > count for awaited in waiting)  # who keeps a part keeps all of its memory
-            self._parts_wait = self._parts_wait or of_a_part
             if summed or of_a_part or not waiting:  # else a view, which may itself be kept
                 if handle is not None and self.journal is not None:
                     self.journal.recipe(handle, node, number)
@@ -482,8 +493,9 @@ class Deriving:
                 return handle
         handle = Bits(mask, mask._version, self.outer)
 
-        def forget(_: Any) -> None:
-            _MASKS.pop(key, None)
+        def forget(reference: weakref.ref[Bits]) -> None:
+            if key in _MASKS and _MASKS[key][1] is reference:  # else another mask lies there by now
+                del _MASKS[key]
 
         _MASKS[key] = storage, weakref.ref(handle, forget)
         return handle
@@ -515,9 +527,33 @@ def _made_by_a_rule(node: Any, name: str) -> bool:
     return name in RULES and name not in ON_THE_WAY
 
 
-def _adds_up_products(node: Any) -> bool:
-    """As where something is turned: `x * cos + y * sin`."""
-    return all(producer is not None and producer.name() == "MulBackward0" for producer, _ in node.next_functions[:2])
+def _is_exact_down_to_copies(node: Any) -> bool:
+    """Whether all that was done to copies since is right to the last digit however they lay."""
+    left, nodes = MOST_SEARCHED, [node]
+    while nodes and left:
+        left, node = left - 1, nodes.pop()
+        name = None if node is None else node.name()
+        if name in _EXACT:
+            nodes += [producer for producer, _ in node.next_functions]
+        elif name in RULES and name not in _COPIES:
+            return False
+    return not nodes
+
+
+def _is_awaited(node: Any, number: int) -> bool:
+    return any(waiting() is not None for waiting in node.metadata.get((_AWAITED, number), ()))
+
+
+def _turns_a_part(node: Any) -> bool:
+    """Whether a sum is as of the queries and keys of one projection: `x * cos + y * sin`, of a part x of a tensor."""
+    if not all(producer is not None and producer.name() == "MulBackward0" for producer, _ in node.next_functions[:2]):
+        return False
+    while node is not None:
+        name = node.name()
+        if name in _PARTS or not (name in SUMS or name in _OF_ONE or name == "MulBackward0"):
+            return name in _PARTS
+        node = node.next_functions[0][0]
+    return False
 
 
 def may_derive() -> bool:

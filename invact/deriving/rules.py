@@ -543,14 +543,20 @@ def cat_or_stack(node: Node, number: int, find: Find) -> Derived | None:
     if len(edges) < len(node.next_functions) and not _fill(node, dim, edges):
         return None
     operator = torch.stack if stacked else torch.cat
-    return derived(lambda *parts: operator(parts, dim), *[produced(node, edge, find) for edge in edges])
+    handle = derived(lambda *parts: operator(parts, dim), *[produced(node, edge, find) for edge in edges])
+    if handle is not None and len(edges) < len(node.next_functions):
+        handle.unsure = True  # the empty one may have told how all lies
+    return handle
 
 
 def _fill(node: Node, dim: int, edges: list[int]) -> bool:
     """Whether these operands are all of what a cat gave: a cache of keys, say, begins with an empty tensor."""
-    shapes = [producer._input_metadata[output].shape for producer, output in (node.next_functions[e] for e in edges)]
-    whole = node._input_metadata[0].shape
-    return all(len(shape) == len(whole) for shape in shapes) and sum(shape[dim] for shape in shapes) == whole[dim]
+    whole = node._input_metadata[0]
+    parts = [producer._input_metadata[output] for producer, output in (node.next_functions[edge] for edge in edges)]
+    if any(part.dtype is not whole.dtype or len(part.shape) != len(whole.shape) for part in parts):
+        return False
+    filled: int = sum(part.shape[dim] for part in parts)
+    return filled == int(whole.shape[dim])
 
 
 @rule("RollBackward0")
