@@ -16,7 +16,7 @@ from invact.cli import app
 from invact.deriving.journal import DerivedTensor
 from invact.layers import Layer, layer_name
 from invact.page import memory_chart, plan_page, trial_page
-from invact.report import Report, Site
+from invact.report import FusedNorm, Report, Site
 from invact.trial import train_in_ways
 from invact.trial_task import make_task
 
@@ -130,6 +130,16 @@ def test_what_is_made_again_is_told_by_kind_with_its_cost_and_the_distance_from_
     assert re.findall(r'class="number">([^<]+)<', row) == ["2", "2.0 MiB", "4.0 MiB"]
     assert "this plan is 100.0% above it" in html
     assert "i0: &lt;b&gt;no recipe" in html
+
+
+def test_norms_in_one_operator_are_told_together_with_what_both_ways_move():
+    fused = [FusedNorm(f"{n}.norm", "<b>Norm", "its steps move more", 2**23, 2**20) for n in range(3)]
+    html = " ".join(plan_page(Report([], fused=fused), [], "invact patch").html().split())
+    assert "3 norms in one operator" in html
+    row = next(row for row in html.split("<tr") if "its steps move more" in row)
+    assert "<code>0.norm</code> &lt;b&gt;Norm" in row
+    assert re.findall(r'class="number">([^<]+)<', row) == ["3", "24.0 MiB", "3.0 MiB"]
+    assert "norms in one operator" not in plan_page(Report([]), [], "invact patch").html()
 
 
 def test_layers_are_told_by_their_first_number():

@@ -24,7 +24,7 @@ from invact.deriving.hooks import Deriving
 from invact.timing import Race, wait_for
 
 NOTHING = "hooks of nothing"
-BATCHES = (1, 2, 4, 8, 16, 32)
+BATCHES = (1, 8, 32, 64, 128, 256)
 TOKENS = 128
 PRODUCTS = 20  # in a row: on a busy machine one that takes longer than a time slice is seldom left alone
 
