@@ -15,7 +15,7 @@ from invact.simulation import Setting
 def fused_norms(
     found: Sequence[FoundNorm], calls: Mapping[str, Sequence[Call]], allowed: set[str], setting: Setting
 ) -> list[FusedNorm]:
-    """What is said of each norm that is to be fused, in the model's order.
+    """The norms that are to be fused, in the model's order, with why and what is moved for them.
 
     Args:
         found: the norms that the model writes out in steps.
@@ -50,7 +50,7 @@ def _can_be_fused(norm: FoundNorm, calls: Sequence[Call], setting: Setting) -> b
     return (
         bool(calls)
         and not under_autocast
-        and all(call.simple and call.needs_grad and call.dtype is dtype for call in calls)
+        and all(call.simple and call.needs_grad and call.input_contiguous and call.dtype is dtype for call in calls)
         and not any(call.input_changed_later or call.in_place or call.elsewhere for call in calls)
     )
 

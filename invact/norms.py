@@ -52,7 +52,10 @@ class RmsNorm:
     offset: int = 0
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The norm of x by the fused operator, in x's dtype and rounded once."""
+        """The norm of x, of (..., width), by the fused operator, in x's dtype and rounded once.
+
+        `weight` is of (width,) and, without an offset, of x's dtype.
+        """
         shape = weight.shape
         if not self.offset:
             return F.rms_norm(x, shape, weight, self.eps)
@@ -66,6 +69,7 @@ class RmsNorm:
         return dtype.itemsize * _ACCESSES
 
     def in_float64(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same by the formula, worked out and given in fp64."""
         x, weight = x.double(), weight.double()
         return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (self.offset + weight)
 
@@ -86,8 +90,8 @@ class Fusion:
         """Whether `x`, which lies on `device` or is planned to, is to be normed here and not by the stock code."""
         if not isinstance(x, Tensor) or not has_fused_rms_norm(device) or x.layout is not torch.strided or x.is_nested:
             return False
-        if x.dim() not in _RANKS:
-            return False  # it was not looked at
+        if x.dim() not in _RANKS or not x.is_contiguous():
+            return False  # not looked at; and the fused operator does not give the steps' strides
         weight = getattr(module, self.norm.weight, None)
         if not isinstance(weight, Tensor) or weight.dtype is not x.dtype or x.shape[-1:] != weight.shape:
             return False  # of two dtypes: what stock gives has the wider one

@@ -71,6 +71,7 @@ class Call:
     bit_nbytes: int  # of one bit per element
     changed_later: bool
     input_changed_later: bool
+    input_contiguous: bool
     in_place: bool  # the output is the input, changed
     hooked: bool  # a hook changes the output, or gives another
     elsewhere: bool  # in another thread than the probe's
@@ -335,9 +336,8 @@ class _OpenCall:
     def closed(self) -> Call:
         """The call as it turned out."""
         if self.x is None or self.y is None:
-            return Call(
-                self.path, self.simple, False, 0, 0, False, torch.float32, 0, False, False, False, False, self.elsewhere
-            )
+            nothing = (False, 0, 0, False, torch.float32, 0, False, False, False, False, False)
+            return Call(self.path, self.simple, *nothing, self.elsewhere)
         ((key, nbytes),) = storage_sizes(self.y).items()
         numel = sum(part.numel() for part in dense_parts(self.x))  # of a DTensor, what is here
         return Call(
@@ -351,6 +351,7 @@ class _OpenCall:
             bit_nbytes=-(-numel // 8),
             changed_later=changes_in_place(self.y) != self.version,
             input_changed_later=changes_in_place(self.x) != self.version_of_input,
+            input_contiguous=self.x.is_contiguous(),
             in_place=self.in_place,
             hooked=self.hooked,
             elsewhere=self.elsewhere,

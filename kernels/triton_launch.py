@@ -69,21 +69,23 @@ def launch_here(
 ) -> None:
     """Triton's own launch takes some 50 us to find what it has built; here the address of the constants finds it.
 
-    Triton builds another kernel for other dtypes, where an address or the length is no multiple of 16, and where the
-    length is 1 or takes 64 bits.
+    Triton builds another kernel for other dtypes, where an address or the length is no multiple of 16, where the length
+    is 1 or takes 64 bits, and on ROCm where the memory of a tensor takes more than 31 bits to address.
     """
+    global REUSED
     grid = (-(-n // (8 * rows)), 1, 1)
     fixed = (*numbers, *constants.values(), rows, wide(n, rows), CHIP)
     kept = REUSED and n > 1 and not any(tensor.data_ptr() % 16 for tensor in tensors)
     device, dtypes = tensors[0].get_device(), tuple([tensor.dtype for tensor in tensors])
-    key = (kernel, id(constants), dtypes, rows, n % 16 == 0, wide(n, rows), n < 2**31, device)
+    short = [tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors] if CHIP == "hip" else [n < 2**31]
+    key = (kernel, id(constants), dtypes, rows, n % 16 == 0, wide(n, rows), *short, device)
     if kept and key in built:
         try:
             built[key][1][grid](*tensors, n, *fixed)
             return
         except TypeError:  # another Triton may want other arguments of what it has built; nothing has run
             built.clear()
-            kept = False
+            kept = REUSED = False
     found = kernel[grid](*tensors, n, *fixed)
     if kept:
         if len(built) >= KEPT_CONSTANTS:

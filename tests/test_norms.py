@@ -366,6 +366,28 @@ def test_a_norm_whose_input_is_changed_later_keeps_its_steps_which_keep_a_copy(c
     assert len(planned_for_a_gpu(model, (x,)).report.fused) == (0 if changes else 1)
 
 
+class NormsHeads(nn.Module):
+    """A view at the end goes by the strides that a norm in steps leaves as they are."""
+
+    def __init__(self, turned):
+        super().__init__()
+        self.q, self.norm, self.turned = nn.Linear(64, 64), LlamaRMSNorm(16), turned
+
+    def forward(self, x):
+        q = self.q(x).view(*x.shape[:2], 4, 16)
+        q = self.norm(q.transpose(1, 2)).transpose(1, 2) if self.turned else self.norm(q)
+        return q.view(x.shape)
+
+
+@NEEDS_FUSED
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_norm_of_what_is_not_contiguous_keeps_its_steps_and_its_strides(turned, fused_here):
+    model, x = NormsHeads(turned), torch.randn(2, 8, 64)
+    assert len(planned_for_a_gpu(model, (x,)).report.fused) == (0 if turned else 1)
+    invact.patch(model, (x,))
+    model(x).sum().backward()
+
+
 @NEEDS_FUSED
 def test_norms_in_16_bits_under_autocast_keep_their_steps():
     model, inputs = trained(llama, torch.bfloat16)

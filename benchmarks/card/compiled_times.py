@@ -36,6 +36,7 @@ def measure(item: str, record: Record, tiny: bool, prepared: tuple[Any, dict[str
     steppers[STOCK].gradients()
     found["ways"][STOCK] = {"live_bytes": steppers[STOCK].live_bytes()}
     by_default: list[Tensor | None] = []
+    gradients: list[Tensor | None] = []
     for name in [name for name in steppers if name != STOCK]:
         try:
             start = time.perf_counter()
@@ -52,9 +53,8 @@ def measure(item: str, record: Record, tiny: bool, prepared: tuple[Any, dict[str
             del steppers[name]
             found["ways"][name] = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
         record[item] = found
-    del by_default
-    race(steppers, found["ways"], tiny)
-    record[item] = found
+    by_default, gradients = [], []
+    race(steppers, found["ways"], tiny, lambda: record.__setitem__(item, found))
 
 
 @contextmanager

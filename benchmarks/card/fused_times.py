@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,8 +19,6 @@ from invact.kernels.dispatch import may_run_triton
 from kernel_times import ELEMENTS, copy_of, seconds_of
 from record import Record
 from torch import Tensor, nn
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from verdicts import verdict_on_fused
 from ways import INVACT, STOCK
 
@@ -130,8 +129,12 @@ def _gated(elements: int) -> Case | str:
 # --- norms --------------------------------------------------------------------------------------------
 
 
-def _norm(module: nn.Module, norm: RmsNorm, elements: int) -> Case:
-    """Forward with autograd, and backward of a graph that is kept; no gradient is added to another."""
+def _norm(name: str, offset: int, elements: int) -> Case:
+    """A norm of transformers, imported only here, in steps and fused; through autograd, and backward of a graph that is
+    kept: no gradient is added to another."""
+    place, _, kind = name.rpartition(".")
+    module: nn.Module = getattr(import_module(f"transformers.models.{place}"), kind)(WIDTH, EPS)
+    norm = RmsNorm("weight", EPS, offset)
     module = module.to(DEVICE, DTYPE)
     weight = module.get_parameter(norm.weight)
     x, dy = (_normal(elements).view(-1, WIDTH) for _ in range(2))
@@ -155,7 +158,7 @@ CASES: dict[str, dict[str, Callable[[int], Case | str]]] = {
     "masks": {"mask to bits": _pack, "bits to mask": _unpack, "dropped by bits": _drop},
     "gated": {"silu(g) * u": _gated},
     "norms": {
-        "Llama's norm": lambda elements: _norm(LlamaRMSNorm(WIDTH, EPS), RmsNorm("weight", EPS), elements),
-        "Gemma's norm": lambda elements: _norm(GemmaRMSNorm(WIDTH, EPS), RmsNorm("weight", EPS, offset=1), elements),
+        "Llama's norm": lambda elements: _norm("llama.modeling_llama.LlamaRMSNorm", 0, elements),
+        "Gemma's norm": lambda elements: _norm("gemma.modeling_gemma.GemmaRMSNorm", 1, elements),
     },
 }

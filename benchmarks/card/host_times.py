@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,12 +40,13 @@ def measure(item: str, record: Record, tiny: bool, prepared: Any) -> None:
     if item in ("narrow", "tensors"):
         torch.set_num_threads(1)
     try:
-        record[item] = MEASURED[item](tiny, prepared)
+        for found in MEASURED[item](tiny, prepared):  # each with more than the one before
+            record[item] = found
     finally:
         torch.set_num_threads(threads)
 
 
-def _gelu(tiny: bool, _: None) -> dict[str, Any]:
+def _gelu(tiny: bool, _: None) -> Iterator[dict[str, Any]]:
     """Microseconds until a call returns."""
     bench = Bench.on(DEVICE, "")
     time_kernels(
@@ -58,7 +59,7 @@ def _gelu(tiny: bool, _: None) -> dict[str, Any]:
         device=DEVICE,
         with_copy=False,
     )
-    return {
+    yield {
         each.passed: {who: 1e6 * each.race.median(who) for who in each.race.seconds}
         for each in bench.kernels
         if "host" in each.passed
@@ -74,11 +75,13 @@ def _bert_by_batch(tiny: bool) -> dict[int, dict[str, Stepper]]:
     }
 
 
-def _smallest_batch(tiny: bool, by_batch: dict[int, dict[str, Stepper]]) -> dict[str, Any]:
+def _smallest_batch(tiny: bool, by_batch: dict[int, dict[str, Stepper]]) -> Iterator[dict[str, Any]]:
     """Ratios of a patched step of BERT to a stock one by batch, and the smallest from which on none is too slow."""
-    found = {batch: _raced(steppers, 2 if tiny else 15)[INVACT] for batch, steppers in by_batch.items()}
-    smallest = smallest_batch_no_slower({batch: each["ratio"] for batch, each in found.items()})
-    return {"by_batch": found, "tokens": TOKENS, "smallest_batch_no_slower": smallest}
+    found = {}
+    for batch, steppers in by_batch.items():
+        found[batch] = _raced(steppers, 2 if tiny else 15)[INVACT]
+        smallest = smallest_batch_no_slower({batch: each["ratio"] for batch, each in found.items()})
+        yield {"by_batch": found, "tokens": TOKENS, "smallest_batch_no_slower": smallest}
 
 
 def _narrow_bert(tiny: bool) -> dict[str, Stepper]:
@@ -90,9 +93,9 @@ def _narrow_bert(tiny: bool) -> dict[str, Stepper]:
     return steppers | {NOTHING: Stepper(model, inputs, around=_hooks_of_nothing)}
 
 
-def _narrow(tiny: bool, steppers: dict[str, Stepper]) -> dict[str, Any]:
+def _narrow(tiny: bool, steppers: dict[str, Stepper]) -> Iterator[dict[str, Any]]:
     """A step that waits for nothing but the host."""
-    return {"inputs": "1 x 8 tokens"} | _raced(steppers, 3 if tiny else 60)
+    yield {"inputs": "1 x 8 tokens"} | _raced(steppers, 3 if tiny else 60)
 
 
 def _raced(steppers: dict[str, Stepper], rounds: int) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def _hooks_of_nothing() -> saved_tensors_hooks:
     return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
-def _tensors(tiny: bool, _: None) -> dict[str, dict[str, float]]:
+def _tensors(tiny: bool, _: None) -> Iterator[dict[str, dict[str, float]]]:
     """Microseconds per tensor, above what stock takes for keeping it: packed in forward, unpacked in backward.
 
     A row of products keeps two tensors for each; with an activation after each, a third, and one of the three is
@@ -162,11 +165,11 @@ def _tensors(tiny: bool, _: None) -> dict[str, dict[str, float]]:
         found["by hooks of nothing"][direction] = beyond(NOTHING, False, side) / 2
         found["kept"][direction] = kept
         found["derived"][direction] = beyond("deriving", True, side) - 2 * kept
-    return found
+    yield found
 
 
 PREPARED: dict[str, Callable[[bool], Any]] = {"bert": _bert_by_batch, "narrow": _narrow_bert}
-MEASURED: dict[str, Callable[[bool, Any], dict[str, Any]]] = {
+MEASURED: dict[str, Callable[[bool, Any], Iterator[dict[str, Any]]]] = {
     "gelu": _gelu,
     "bert": _smallest_batch,
     "narrow": _narrow,

@@ -51,7 +51,7 @@ class Child:
             self.process.communicate(b"\n", timeout=limit)
             wrong = f"ended with {self.process.returncode}" if self.process.returncode else ""
         except subprocess.TimeoutExpired:
-            wrong = f"stopped after {max(0, limit):.0f} s"
+            wrong = f"stopped after {limit:.0f} s" if limit > 0 else "not begun, there was no time left"
         self._end()
         name = " ".join(self.items)
         self.record.leave_out(f"error {name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -52,7 +52,7 @@ def measure(item: str, record: Record, tiny: bool, prepared: dict[str, Any] | No
         warm_up(name, steppers, stock, found["ways"])
         record[item] = found
     del stock
-    race(steppers, found["ways"], tiny)
+    race(steppers, found["ways"], tiny, lambda: record.__setitem__(item, found))
     found["verdict"] = verdict_on_steps(item, found["ways"])
     record[item] = found
     if DEVICE.type == "cuda" or tiny:
@@ -101,16 +101,24 @@ def warm_up(name: str, steppers: dict[str, Stepper], stock: list[Tensor | None],
         found[name] = _error(error)
 
 
-def race(steppers: Mapping[str, Stepper], found: dict[str, Any], tiny: bool) -> None:
-    """Adds times and, on a GPU, peaks."""
+def race(steppers: Mapping[str, Stepper], found: dict[str, Any], tiny: bool, write: Callable[[], None]) -> None:
+    """Adds times and, on a GPU, peaks, and writes them after every round: who is stopped in the midst leaves those."""
     once = sum(stepper.seconds() for stepper in steppers.values())
     rounds = 2 if tiny else max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_OF_TURNS / once)))
-    turns = Race()
-    turns.run({name: stepper.seconds for name, stepper in steppers.items()}, rounds)
-    for name, stepper in steppers.items():
-        found[name] |= times(turns, name)
-        if stepper.peak_bytes:
-            found[name]["peak_bytes"] = stepper.peak_bytes
+    turns, written = Race(), 0
+
+    def after(_: str) -> None:
+        nonlocal written
+        if turns.rounds == written:
+            return
+        written = turns.rounds
+        for name, stepper in steppers.items():
+            found[name] |= times(turns, name)
+            if stepper.peak_bytes:
+                found[name]["peak_bytes"] = stepper.peak_bytes
+        write()
+
+    turns.run({name: stepper.seconds for name, stepper in steppers.items()}, rounds, after)
 
 
 def _error(error: Exception) -> dict[str, str]:

@@ -97,13 +97,15 @@ def _ways(ways: Part) -> Iterator[str]:
     for way, found in ways.items():
         if "error" in found:
             yield f" {way}: {found['error'][:160]}"
-        elif "ratio" in found:
+        elif found:
             yield f" {way:13} {_way(found, stock)}"
 
 
 def _way(found: Part, stock: int) -> str:
-    low, high = found["quartiles"]
-    cells = [f"{found['ratio']:.3f} ({low:.2f}-{high:.2f}) {1000 * found['seconds']:.1f}"]
+    cells = ["not timed"]
+    if "ratio" in found:
+        low, high = found["quartiles"]
+        cells = [f"{found['ratio']:.3f} ({low:.2f}-{high:.2f}) {1000 * found['seconds']:.1f}"]
     if peak := found.get("peak_bytes"):
         told = (found["report_bytes_before"] - found["report_bytes_after"]) if "report_bytes_before" in found else None
         saved = f"{(stock - peak) / MEBIBYTE:.0f}" + (f" ({told / MEBIBYTE:.0f})" if told is not None else "")
