@@ -393,6 +393,7 @@ rank = int(os.environ["RANK"])
 weights = torch.cat([p.detach().flatten() for p in run.model.parameters()])
 print("RESULT", rank, torch.distributed.get_backend(), torch.distributed.get_world_size(), watch.while_training,
       len(inverted(run.model)), float(weights.double().sum()))
+torch.distributed.destroy_process_group()  # else its threads end with an abort
 """
 
 

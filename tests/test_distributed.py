@@ -13,7 +13,7 @@ import invact
 
 pytestmark = pytest.mark.distributed
 
-WIDTH, HIDDEN, ROWS = 16, 64, 8
+WIDTH, HIDDEN, ROWS = 16, 64, 32
 
 
 class Feed(nn.Module):
@@ -184,16 +184,17 @@ def tensor_parallel(rank, patch_first, local):
     plan = {"up": column(), "up2": column(), "down": RowwiseParallel(), "down2": RowwiseParallel()}
     for block in model.blocks:
         parallelize_module(block, mesh, plan)
+    sites = 2
     if not patch_first:
         report = invact.patch(model, (batches[0],))
         assert_inverted(report)
+        sites = len(report.inverted)  # what is split is not derived: there the expressions are inverted too
         # each rank keeps its half of every hidden layer
         one_call = ROWS * HIDDEN // RANKS
-        inverted = [site.bytes_saved for site in report.sites if site.action == "invert"]
-        assert inverted == [4 * one_call - one_call // 8] * 2
+        assert {site.bytes_saved for site in report.inverted} == {4 * one_call - one_call // 8}
     loss_of(model(batches[0])).backward()
     assert_gradients(model, expected)
-    assert invact.unpatch(model) == 2
+    assert invact.unpatch(model) == sites
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["local tensors", "DTensors"])

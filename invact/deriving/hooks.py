@@ -159,7 +159,9 @@ class Deriving:
             handle = self._kept(tensor) if tensor.requires_grad else self._constant(tensor, sys._getframe(1))
         elif tensor.numel() < SMALLEST or (name := node.name()) == "TBackward0" or not _is_plain(tensor):
             # Of that name are the weights of linear layers.
-            handle = Kept(tensor.detach(), tensor._version, self.outer)
+            # Where training is distributed, it may be a part of a parameter, as FSDP1 has them.
+            go = self.parameters_may_go
+            handle = self._kept(tensor) if go else Kept(tensor.detach(), tensor._version, self.outer)
             if tensor.output_nr:
                 self._tell_of_norm(handle, node, sys._getframe(1))
         else:
