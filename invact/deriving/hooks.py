@@ -409,7 +409,7 @@ class Deriving:
         if name in SUMS and not _turns_a_part(node):  # most are residual sums, of which nothing would come
             return None
         self._left = MOST_SEARCHED
-        recipe = RULES[node.name()](node, number, self._find_or_await)
+        recipe = RULES[name](node, number, self._find_or_await)
         if recipe is None or not recipe.steps or not self._can_be_run(recipe):
             return None
         if recipe.unsure and not (_is_exact_down_to_copies(node) or self._laid_out_alike(recipe, tensor, name)):
