@@ -116,7 +116,6 @@ class FoundNorm:
         path: of the module.
         label: its class name.
         fusion: how it can be run by the fused operator.
-        width: of what is normed.
         computes: the module.
         replaced: whether somebody has put another forward on this one module.
     """
@@ -124,7 +123,6 @@ class FoundNorm:
     path: str
     label: str
     fusion: Fusion
-    width: int
     computes: nn.Module
     replaced: bool
     written: None = None  # unlike an activation, it is only looked for as a module
@@ -155,7 +153,7 @@ def walk_norms(modules: Iterator[tuple[str, nn.Module]]) -> Iterator[FoundNorm]:
         norm = known[key]
         if norm is not None:
             replaced = "forward" in vars(module)
-            yield FoundNorm(path, type(module).__name__, Fusion(norm, settings), width, module, replaced)
+            yield FoundNorm(path, type(module).__name__, Fusion(norm, settings), module, replaced)
 
 
 def recognise_norm(module: nn.Module) -> RmsNorm | None:

@@ -94,12 +94,10 @@ def checkpoint_generator() -> str:
 
 def has_fused_rms_norm(device: torch.device) -> bool:
     """Whether `F.rms_norm` is one kernel there: on a GPU from PyTorch 2.9 on, whichever build plans for it."""
-    return device.type == "cuda" and _RELEASE >= (2, 9)
+    return device.type == "cuda" and RELEASE >= (2, 9)
 
 
-_RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
-
-
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 checkpoint_generator()  # at import, like the others
 _all_modules_forward_hooks: dict[int, Any] = _found(torch_module, "_global_forward_hooks")
 _found(forward_ad, "_current_level")
@@ -258,6 +256,7 @@ def as_if_compiling() -> Iterator[None]:
 
 
 __all__ = [
+    "RELEASE",
     "CheckpointFunction",
     "FakeTensor",
     "FakeTensorMode",

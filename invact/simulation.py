@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from invact.own_errors import ImitatedError, users_call
 from invact.pytorch_inside import (
+    RELEASE,
     CheckpointFunction,
     TorchDispatchMode,
     checkpoint_generator,
@@ -76,8 +77,7 @@ def stand_in(device: torch.device) -> torch.device:
     """
     if device.type != "cuda" or torch.cuda.is_available():
         return device
-    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return device if torch.version.cuda is not None and release >= (2, 15) else torch.device("cpu")
+    return device if torch.version.cuda is not None and RELEASE >= (2, 15) else torch.device("cpu")
 
 
 class AsOnGpu(TorchFunctionMode):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -345,23 +347,29 @@ def test_moved_to_the_cpu_and_back_a_patched_model_still_gets_stocks_gradients()
         assert_same_gradients(patched, stock)
 
 
-def test_sharded_over_one_process_a_patched_model_gets_stocks_gradients(tmp_path) -> None:
+@contextmanager
+def sharding_over_one_process(folder) -> Iterator[Callable[[nn.Module], object]]:
+    """FSDP2's `fully_shard` over a mesh of one device."""
     if DEVICE.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("FSDP2 of this PyTorch runs on GPUs alone")
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
     backend = "nccl" if DEVICE.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{tmp_path}/meeting_point", rank=0, world_size=1)
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting_point", rank=0, world_size=1)
     try:
+        yield partial(fully_shard, mesh=dist.device_mesh.init_device_mesh(DEVICE.type, (1,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sharded_over_one_process_a_patched_model_gets_stocks_gradients(tmp_path) -> None:
+    with sharding_over_one_process(tmp_path) as fully_shard:
         stock, patched, x = stock_and_patched()
-        mesh = dist.device_mesh.init_device_mesh(DEVICE.type, (1,))
-        fully_shard(patched, mesh=mesh)
+        fully_shard(patched)
         for model in (stock, patched):
             model(x).square().mean().backward()
         assert_same_gradients(patched, stock)
-    finally:
-        dist.destroy_process_group()
 
 
 # --- functions of functions ---------------------------------------------------------------------------
@@ -538,24 +546,14 @@ def test_a_scaler_takes_the_same_steps_in_fp16_where_a_model_derives() -> None:
 
 
 def test_sharded_layer_by_layer_a_model_that_derives_gets_stocks_gradients(tmp_path) -> None:
-    if DEVICE.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("FSDP2 of this PyTorch runs on GPUs alone")
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    backend = "nccl" if DEVICE.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{tmp_path}/meeting_point", rank=0, world_size=1)
-    try:
+    with sharding_over_one_process(tmp_path) as fully_shard:
         stock, patched, x = derives_and_stock()
-        mesh = dist.device_mesh.init_device_mesh(DEVICE.type, (1,))
         for layer in patched:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(patched, mesh=mesh)
+            fully_shard(layer)
+        fully_shard(patched)
         for model in (stock, patched):
             step(model, x)
         assert_same_gradients(patched, stock)
-    finally:
-        dist.destroy_process_group()
 
 
 def small_bert() -> nn.Module:

@@ -159,9 +159,7 @@ class Deriving:
             handle = self._kept(tensor) if tensor.requires_grad else self._constant(tensor, sys._getframe(1))
         elif tensor.numel() < SMALLEST or (name := node.name()) == "TBackward0" or not _is_plain(tensor):
             # Of that name are the weights of linear layers.
-            # Where training is distributed, it may be a part of a parameter, as FSDP1 has them.
-            go = self.parameters_may_go
-            handle = self._kept(tensor) if go else Kept(tensor.detach(), tensor._version, self.outer)
+            handle = self._kept(tensor)
             if tensor.output_nr:
                 self._tell_of_norm(handle, node, sys._getframe(1))
         else:
@@ -437,11 +435,11 @@ class Deriving:
         summed = name in SUMS
         if name == _LEAF or (summed and not _turns_a_part(node)):
             return None  # a note at a leaf would stay
+        count = math.prod(node._input_metadata[number].shape)
         if rule is not None and self._left:
             self._left -= 1
             handle = rule(node, number, self._find_or_await)
             waiting = handle.awaited() if handle is not None and not handle.steps else []
-            count = math.prod(node._input_metadata[number].shape)
             of_a_part = any(awaited.count > count for awaited in waiting)  # who keeps a part keeps all of its memory
             if summed or of_a_part or not waiting:  # else a view, which may itself be kept
                 if handle is not None and self.journal is not None:
@@ -449,7 +447,7 @@ class Deriving:
                 return handle
         if summed:
             return None  # it may have been added up in place, as linear layers do
-        awaited = Awaited(self.outside, math.prod(node._input_metadata[number].shape))
+        awaited = Awaited(self.outside, count)
         node.metadata.setdefault((_AWAITED, number), []).append(weakref.ref(awaited))
         return awaited
 
