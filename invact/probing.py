@@ -54,7 +54,7 @@ TIME_LIMIT = 120.0
 _NO_HOOKS: Mapping[str, bool] = types.MappingProxyType({})
 
 # A probe swaps a model's parameters for fake ones and back: one at a time in a process.
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def observe(
         Exception: the model's own, if it fails in its forward with these inputs on real tensors as well.
     """
     probe = _Probe(model, inputs, setting, watch, checkpointing, computed, derived, derives)
-    with _ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         at_first = references_to(mode)
         found = probe.on_simulated_tensors(mode)
@@ -241,7 +241,7 @@ class _Probe:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
             stack.enter_context(checkpoints_counted(checkpoints, run_them=self.checkpointing))
-            stack.enter_context(hooks_standing_aside(_packs_for_us, without_hooks))
+            stack.enter_context(hooks_standing_aside(packs_for_us, without_hooks))
             stack.enter_context(autocast_as_set(self.setting))
             stack.enter_context(_recorded(self.model, self.watch, ledger, calls, self.derives))
             stack.enter_context(TimeLimit(TIME_LIMIT))
@@ -282,7 +282,7 @@ def simulated(
         yield weights, tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device, moved), inputs)
 
 
-def _packs_for_us(pack: Any) -> bool:
+def packs_for_us(pack: Any) -> bool:
     return isinstance(getattr(pack, "__self__", None), Ledger | Deriving)
 
 

@@ -131,6 +131,8 @@ hooks_allowed: Callable[[], bool] = _found(torch._C._autograd, "_saved_tensors_h
 # The number of the backward pass that is running, or -1, and what is to be done at its end: a tensor that several want
 # would be made for each of them, or held until the graph goes.
 current_backward: Callable[[], int] = _found(torch._C, "_current_graph_task_id")
+# The node of the graph that is running: what backward allocates could not be put down to a module.
+current_node: Callable[[], Any] = _found(torch._C, "_current_autograd_node")
 # The function that starts a backward pass: whoever else asks for a kept tensor is code written in Python.
 engine_call: types.FunctionType = _found(torch.autograd.graph, "_engine_run_backward")
 _engine: Any = _found(torch.autograd.Variable, "_execution_engine")
@@ -269,6 +271,7 @@ __all__ = [
     "changes_in_place",
     "checkpoint_generator",
     "current_backward",
+    "current_node",
     "current_stream",
     "efficient_attention",
     "engine_call",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import pytorch
 from .curve import Curve
+from .imitated import imitates
 from .rounding import widened
 
 # Triton decides when it is imported whether it runs on CPU tensors
@@ -74,6 +75,8 @@ def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
     """
     if not curve.has_side:
         return curve.f(x), x.new_empty(0, dtype=torch.uint8)
+    if imitates("cuda", x):
+        return torch.empty_like(x), x.new_empty(curve.side_nbytes(x.numel()), dtype=torch.uint8)
     if triton_pair := triton_pair_for(x, curve):
         if x.is_contiguous():  # then nothing needs to be made flat, and each view costs the host of a GPU some 2 us
             result: tuple[Tensor, Tensor] = triton_pair.forward(x, curve)
@@ -98,6 +101,8 @@ def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int
     Returns:
         dx, of y's shape and dtype, laid out as y was.
     """
+    if imitates("cuda", y):
+        return torch.empty_like(y)
     triton_pair = triton_pair_for(y, curve) if pytorch.has_memory(dy) else None
     if triton_pair and dy.is_contiguous() and y.is_contiguous() and order == tuple(range(y.dim())):
         flat_dx: Tensor = triton_pair.backward(dy, y, side, curve)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import packing
 from .dispatch import TRITON_DTYPES, may_run_triton
+from .imitated import imitates
 
 
 def packed(mask: Tensor) -> Tensor:
@@ -18,6 +19,8 @@ def packed(mask: Tensor) -> Tensor:
         from . import triton_masks
 
         return triton_masks.packed(mask)
+    if imitates("cuda", mask):
+        return mask.new_empty(-(-mask.numel() // 8), dtype=torch.uint8)
     return packing.packed(mask)
 
 
@@ -27,6 +30,8 @@ def unpacked(bits: Tensor, count: int) -> Tensor:
         from . import triton_masks
 
         return triton_masks.unpacked(bits, count)
+    if imitates("cuda", bits):
+        return bits.new_empty(count, dtype=torch.bool)
     return packing.unpacked(bits, count)
 
 
@@ -46,5 +51,7 @@ def dropped(x: Tensor, bits: Tensor, stride: tuple[int, ...], scale: float) -> T
         from . import triton_masks
 
         return triton_masks.dropped(x, bits, scale)
+    if x.stride() == stride and imitates("cuda", x):
+        return torch.empty_like(x)
     mask = unpacked(bits, x.numel()).as_strided(x.shape, stride)
     return torch.ops.aten.native_dropout_backward(x, mask, scale)  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ curve has none.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import tables
 from .curve import Curve
+from .imitated import imitates
 from .packing import packed, unpacked
 from .rounding import widened
 from .two_sided import TwoSided
@@ -22,20 +24,20 @@ CHUNK = 1 << 16  # elements that a thread of the CPU works on at a time, so that
 
 def packed_sides(x: Tensor, curve: Curve) -> Tensor:
     """Of a curve that has any. This is all of forward that is not the stock operator."""
-    if not on_real_cpu(x):
+    if not (on_real_cpu(x) or imitates("cpu", x)):
         return packed(curve.sides(x))
     side = x.new_empty(curve.side_nbytes(x.numel()), dtype=torch.uint8)
-    for elements, bytes_ in chunks(x.numel()):
+    for elements, bytes_ in _chunks_of(x):
         side[bytes_] = packed(curve.sides(x[elements]))
     return side
 
 
 def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
     """``dy * f'(x)``, from y and the packed sides alone."""
-    if not (on_real_cpu(y) and on_real_cpu(dy)):
+    if not ((on_real_cpu(y) and on_real_cpu(dy)) or imitates("cpu", y)):
         return scaled(dy, y, sides_in(side, y.numel(), curve), curve)
     dx = torch.empty_like(y)
-    for elements, bytes_ in chunks(y.numel()):
+    for elements, bytes_ in _chunks_of(y):
         part = y[elements]
         of_part = sides_in(side[bytes_], part.numel(), curve)
         torch.mul(dy[elements], slope_on_cpu(part, of_part, curve), out=dx[elements])
@@ -80,6 +82,11 @@ def has_memory(tensor: Tensor) -> bool:
     except RuntimeError:  # what stands for a batch has no storage
         return False
     return True
+
+
+def _chunks_of(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
+    """All pieces; of a simulated tensor two, which allocate what all do."""
+    return itertools.islice(chunks(tensor.numel()), 2 if imitates("cpu", tensor) else None)
 
 
 def chunks(count: int) -> Iterator[tuple[slice, slice]]:

@@ -1,0 +1,173 @@
+"""When each storage of a step is made and when it is freed, by whom, and what it holds."""
+
+from __future__ import annotations
+
+import bisect
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from invact.ledger import Key, dense_parts, module_hooks
+from invact.own_errors import users_call
+from invact.pytorch_inside import TorchDispatchMode, cast_operation, current_node, nodes_made, storage_identity
+
+NEVER = sys.maxsize
+WEIGHT = "weight"
+WEIGHT_CAST = "cast of a weight"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One storage in the course of a step.
+
+    Attributes:
+        nbytes: of the storage.
+        born, died: the numbers of the operation that made it and of the first one after it was freed.
+        path: the dotted path of the innermost module for which it was made; in backward, of the module whose
+            forward made the graph's node.
+        operator: what made it, in backward the name of the graph's node.
+    """
+
+    nbytes: int
+    born: int
+    died: int
+    path: str
+    operator: str
+
+
+class Lifetimes(TorchDispatchMode):
+    """Follows every storage that operations make inside it, from being made to being freed.
+
+    What one operation allocates for itself and frees before it ends is not seen.
+
+    Args:
+        device: whose storages are followed, if not those of all devices.
+
+    Example:
+        >>> with Lifetimes() as lifetimes:
+        ...     x = torch.ones(4).exp()
+        >>> [(a.nbytes, a.operator, a.died) for a in lifetimes.allocations()]
+        [(16, 'ones', 1), (16, 'exp', 9223372036854775807)]
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self._device = device
+        self.now = 0
+        self._made: list[tuple[int, int, str, str]] = []
+        self._died: dict[int, int] = {}
+        self._alive: dict[Key, tuple[int, Any]] = {}
+        self._running: list[str] = []
+        self._nodes: list[int] = []  # how many the graph had when the module at the same place in `_paths` began or ended
+        self._paths: list[str] = []
+        self._in_backward = False
+
+    def allocations(self) -> list[Allocation]:
+        """All that were made so far, in this order."""
+        return [
+            Allocation(nbytes, born, self._died.get(number, NEVER), path, operator)
+            for number, (nbytes, born, path, operator) in enumerate(self._made)
+        ]
+
+    def see(self, tensor: Tensor, what: str) -> None:
+        """Follows a tensor that was there before, under a name of its own in the place of an operator's."""
+        self._see(tensor, what)
+
+    def numbers(self, tensor: Tensor) -> Iterator[int]:
+        """Which of `allocations` hold what a tensor holds."""
+        for part in dense_parts(tensor):
+            known = self._alive.get(storage_identity(part))
+            if known is not None:
+                yield known[0]
+
+    def alive(self) -> set[int]:
+        """Which of `allocations` were not freed so far."""
+        return {number for number, _ in self._alive.values()}
+
+    @contextmanager
+    def by_module(self, model: nn.Module) -> Iterator[dict[str, tuple[int, int]]]:
+        """In the block it is told who allocates; gives when each module's first forward began and ended, by path."""
+        spans: dict[str, tuple[int, int]] = {}
+        began: dict[str, int] = {}
+
+        def before(path: str, *_: Any) -> None:
+            if path not in spans:
+                began.setdefault(path, self.now)
+            self._running.append(path)
+            self._note_nodes()
+
+        def after(path: str, *_: Any) -> None:
+            if self._running:
+                self._running.pop()
+            if path in began:
+                spans[path] = began.pop(path), self.now
+            self._note_nodes()
+
+        with module_hooks(model, before, after):
+            yield spans
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """In the block it is told whose part of backward allocates."""
+        self._running.clear()
+        self._in_backward = True
+        try:
+            yield
+        finally:
+            self._in_backward = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = users_call(func, *args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self._see(out, WEIGHT_CAST if func is cast_operation and self._is_weight(args[0]) else func)
+        elif isinstance(out, (tuple, list)):
+            for part in out:
+                if isinstance(part, Tensor):
+                    self._see(part, func)
+        self.now += 1
+        return out
+
+    def _see(self, tensor: Tensor, made_by: Any) -> None:
+        for part in dense_parts(tensor):
+            key = storage_identity(part)
+            if key in self._alive or not self._is_followed(part):
+                continue
+            number, storage = len(self._made), part.untyped_storage()
+            # The storage's own end calls this, whoever holds it: PyTorch keeps its Python object as long as it lives.
+            self._alive[key] = number, weakref.ref(storage, lambda _, key=key: self._gone(key))
+            path, node = self._place()
+            operator = made_by if isinstance(made_by, str) else node or made_by.overloadpacket.__name__
+            self._made.append((storage.nbytes(), self.now, path, operator))
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return any(self._made[number][3] == WEIGHT for number in self.numbers(tensor))
+
+    def _is_followed(self, part: Tensor) -> bool:
+        return self._device is None or part.device.type == self._device.type
+
+    def _gone(self, key: Key) -> None:
+        number, _ = self._alive.pop(key)
+        self._died[number] = self.now
+
+    def _place(self) -> tuple[str, str]:
+        """For which module something is made now and, in backward, by which node of the graph."""
+        if not self._in_backward or (node := current_node()) is None:
+            return (self._running[-1] if self._running else ""), ""
+        if self._running:  # a region that is run once more
+            return self._running[-1], ""
+        place = bisect.bisect_right(self._nodes, node._sequence_nr()) - 1
+        return (self._paths[place] if place >= 0 else ""), node.name()
+
+    def _note_nodes(self) -> None:
+        """From this node of the graph on, nodes are of the module that runs now."""
+        if not self._in_backward:
+            self._nodes.append(nodes_made())
+            self._paths.append(self._running[-1] if self._running else "")

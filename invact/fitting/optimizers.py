@@ -1,0 +1,148 @@
+"""What an optimizer holds besides the parameters, and what its step allocates: PyTorch's own, run on simulated tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
+
+from invact.fitting.lifetimes import Lifetimes
+from invact.ledger import storage_sizes
+from invact.pytorch_inside import TorchDispatchMode
+
+OptimizerLike: TypeAlias = str | Optimizer
+
+Make: TypeAlias = Callable[[list[nn.Parameter], bool], Optimizer]
+
+
+class AdamW8bit(Optimizer):
+    """Holds what bitsandbytes' AdamW8bit does, and computes nothing: its step is one kernel, in place.
+
+    Two bytes a parameter and two fp32 scales for each block of 256; parameters of fewer than 4096 elements have states
+    in fp32 (bitsandbytes, optim/optimizer.py: `min_8bit_size`, `blocksize`).
+    """
+
+    _BLOCK = 256
+    _SMALLEST = 4096
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not self.state[p]:
+                    self._add_states(p)
+
+    def _add_states(self, p: Tensor) -> None:
+        state = self.state[p]
+        for number in (1, 2):
+            if p.numel() < self._SMALLEST:
+                state[f"state{number}"] = torch.zeros_like(p, dtype=torch.float32)
+            else:
+                state[f"state{number}"] = torch.zeros_like(p, dtype=torch.uint8)
+                state[f"absmax{number}"] = p.new_zeros(-(-p.numel() // self._BLOCK), dtype=torch.float32)
+
+
+# `at_once`: all parameters in one call, as is PyTorch's default on a GPU; it takes temporaries for all of them.
+OPTIMIZERS: dict[str, Make] = {
+    "adamw": lambda parameters, at_once: AdamW(parameters, foreach=at_once),
+    "adamw-fused": lambda parameters, at_once: AdamW(parameters, fused=True),
+    "adamw-8bit": lambda parameters, at_once: AdamW8bit(parameters),
+    "adafactor": lambda parameters, at_once: Adafactor(parameters, foreach=at_once),
+    "momentum": lambda parameters, at_once: SGD(parameters, momentum=0.9, foreach=at_once),
+    "sgd": lambda parameters, at_once: SGD(parameters, foreach=at_once),
+}
+"""By name; "none" stands for gradients without an optimizer. States have the dtype of their parameters, as PyTorch's."""
+
+NONE = "none"
+NAMES = (*OPTIMIZERS, NONE)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, Optimizer):
+        return
+    if not isinstance(optimizer, str):
+        raise TypeError(
+            f"optimizer is of type {type(optimizer).__name__}, but must be a name or a torch.optim.Optimizer. "
+            f"Pass one of {', '.join(NAMES)}."
+        )
+    if optimizer not in NAMES:
+        raise ValueError(f"There is no optimizer {optimizer!r} here. Pass one of {', '.join(NAMES)}, or your own.")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of an optimizer: between steps, and at the most in a step besides that."""
+
+    states: int
+    temporary: int
+
+
+def held_by(optimizer: OptimizerLike, parameters: Sequence[nn.Parameter], device: torch.device) -> Held:
+    """Runs two steps of the optimizer on simulated parameters: the first makes its states, the second is watched.
+
+    Args:
+        optimizer: a name, or one of the user's, of whose kind and with whose settings another is made.
+        parameters: simulated ones, that take a gradient; they have none afterwards.
+        device: that is planned for.
+    """
+    if optimizer == NONE or not parameters:
+        return Held(0, 0)
+    with Lifetimes() as lifetimes, _NumbersToldAsOne():
+        made = _made(optimizer, list(parameters), device.type == "cuda")
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        made.step()
+        began = lifetimes.now
+        made.step()
+    states = [value for state in made.state.values() for value in state.values() if isinstance(value, Tensor)]
+    for parameter in parameters:
+        parameter.grad = None
+    alive = [0] * (lifetimes.now + 1)
+    for allocation in lifetimes.allocations():
+        if allocation.born >= began and allocation.died <= lifetimes.now:
+            alive[allocation.born - began] += allocation.nbytes
+            alive[allocation.died - began] -= allocation.nbytes
+    return Held(_bytes_of(states), _highest(alive))
+
+
+class _NumbersToldAsOne(TorchDispatchMode):
+    """Adafactor asks its tensors for a number, which simulated ones do not have; what is allocated is the same."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
+def _made(optimizer: OptimizerLike, parameters: list[nn.Parameter], at_once: bool) -> Optimizer:
+    if isinstance(optimizer, str):
+        return OPTIMIZERS[optimizer](parameters, at_once)
+    settings = optimizer.defaults
+    if at_once and not settings.get("fused") and settings.get("foreach", False) is None:
+        settings = {**settings, "foreach": True}
+    kind: Callable[..., Optimizer] = type(optimizer)
+    try:
+        return kind(parameters, **settings)
+    except TypeError as error:
+        raise TypeError(
+            f"What {kind.__name__} holds can not be told, since another one can not be made from its defaults "
+            f"({error}). Pass the name of the nearest: {', '.join(NAMES)}."
+        ) from None
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum({key: nbytes for tensor in tensors for key, nbytes in storage_sizes(tensor).items()}.values())
+
+
+def _highest(changes: Iterable[int]) -> int:
+    highest = level = 0
+    for change in changes:
+        level += change
+        highest = max(highest, level)
+    return highest

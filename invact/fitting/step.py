@@ -1,0 +1,259 @@
+"""One whole training step of a model on simulated tensors: forward, loss, backward, optimizer, and what is alive in it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from invact.arguments import Inputs
+from invact.fitting.lifetimes import WEIGHT, WEIGHT_CAST, Allocation, Lifetimes
+from invact.fitting.optimizers import Held, OptimizerLike, held_by
+from invact.fitting.work import Work
+from invact.kernels.imitated import imitated_on
+from invact.leftovers import check_no_leftovers, references_to
+from invact.own_errors import first_line, raised_by_invact, users_call
+from invact.patchers import as_on_real_tensors
+from invact.probing import ONE_AT_A_TIME, TIME_LIMIT, packs_for_us, simulated
+from invact.pytorch_inside import FakeTensorMode, tree_leaves
+from invact.simulation import (
+    AsOnGpu,
+    AsRealKernels,
+    Setting,
+    autocast_as_set,
+    fake_tensor_log_silent,
+    hooks_standing_aside,
+    stand_in,
+)
+from invact.swapping import as_on
+from invact.time_limit import TimeLimit, TookTooLongError
+
+WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY = (
+    "weights",
+    "optimizer states",
+    "gradients",
+    "casts of weights",
+    "kept for backward",
+    "temporary",
+)
+"""What bytes are for, in a step. Inputs count to what is kept."""
+
+_INPUT = "input"
+
+
+class NotSimulatedError(ValueError):
+    """A model whose training step can not run on simulated tensors."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is alive in the course of a step that is one of many: the optimizer has its states, gradients are None.
+
+    A moment is the number of an operation; the last one stands for the optimizer's step as a whole.
+
+    Attributes:
+        allocations: of forward and backward.
+        forward_ended, backward_ended: the moments.
+        gradients, kept: which of the allocations are parameters' gradients, and are alive when forward ends.
+        weights: bytes of parameters and buffers.
+        held: by the optimizer.
+        spans: when the forward of each module began and ended, by path.
+        work: what forward computes; only where it was asked for.
+    """
+
+    allocations: list[Allocation]
+    forward_ended: int
+    backward_ended: int
+    gradients: frozenset[int]
+    kept: frozenset[int]
+    weights: int
+    held: Held
+    spans: dict[str, tuple[int, int]]
+    work: Work | None = None
+
+    @cached_property
+    def alive(self) -> list[int]:
+        """Bytes of the allocations alive at each moment, without weights and optimizer states."""
+        changes = [0] * (self.backward_ended + 2)
+        for allocation in self.allocations:
+            if allocation.operator != WEIGHT:
+                changes[min(allocation.born, self.backward_ended)] += allocation.nbytes
+                changes[min(allocation.died, self.backward_ended + 1)] -= allocation.nbytes
+        levels = list(itertools.accumulate(changes[:-1]))
+        levels[-1] += self.held.temporary
+        return levels
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are there all the time: weights and optimizer states."""
+        return self.weights + self.held.states
+
+    @cached_property
+    def highest(self) -> int:
+        """The moment at which most is alive."""
+        return max(range(len(self.alive)), key=self.alive.__getitem__)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.resident + self.alive[self.highest]
+
+    def kinds_at(self, moment: int) -> dict[str, int]:
+        """What is alive at a moment, by what it is for; the sum of it is all."""
+        found = Counter({WEIGHTS: self.weights, STATES: self.held.states})
+        for number, allocation in enumerate(self.allocations):
+            if allocation.operator != WEIGHT and allocation.born <= moment < allocation.died:
+                found[self._kind(number, allocation)] += allocation.nbytes
+        if moment == self.backward_ended:
+            found[TEMPORARY] += self.held.temporary
+        return {kind: found[kind] for kind in (WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY) if found[kind]}
+
+    def _kind(self, number: int, allocation: Allocation) -> str:
+        if allocation.operator == WEIGHT_CAST:
+            return CASTS
+        if number in self.gradients:
+            return GRADIENTS
+        return KEPT if number in self.kept else TEMPORARY
+
+    def where(self, moment: int) -> str:
+        """What a moment is in words, such as "in backward, NllLossBackward0 of lm_head"."""
+        if moment >= self.backward_ended:
+            return "in the optimizer's step"
+        phase = "in forward" if moment < self.forward_ended else "in backward"
+        made = next((a for a in self.allocations if a.born == moment and a.operator not in (WEIGHT, _INPUT)), None)
+        return f"{phase}, {made.operator} of {made.path or 'the model itself'}" if made else phase
+
+
+@contextmanager
+def simulated_training(
+    model: nn.Module, inputs: Inputs, setting: Setting, optimizer: OptimizerLike
+) -> Iterator[TakeStep]:
+    """Gives what takes a step of the model, as often as it is called, each time as the model is patched then.
+
+    Backward begins at the model's own loss where its output has one, else at the sum of all that it gives. Afterwards
+    all that can be reached from the model is what it was; see `invact.snapshot`.
+
+    Args:
+        model: on any device or on meta.
+        inputs: as `invact.plan` takes them, with labels where the model computes its loss.
+        optimizer: a name of `invact.fitting.optimizers.NAMES`, or one of the user's.
+
+    Raises:
+        NotSimulatedError: from the step that does not run.
+        TimeoutError: a step takes longer than `invact.probing.TIME_LIMIT`.
+    """
+    with ONE_AT_A_TIME:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        at_first = references_to(mode)
+        with as_on_real_tensors(inputs), simulated(model, inputs, setting, mode) as simulated_tensors:
+            take_step = TakeStep(model, *simulated_tensors, setting, optimizer)
+            del simulated_tensors
+            try:
+                yield take_step
+            finally:
+                take_step.let_go()
+        if references_to(mode) > at_first:
+            check_no_leftovers(mode)
+
+
+class TakeStep:
+    """Takes a step of a model on simulated weights and inputs; see `simulated_training`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: dict[str, Tensor],
+        inputs: Any,
+        setting: Setting,
+        optimizer: OptimizerLike,
+    ) -> None:
+        self._model, self._weights, self._inputs, self._setting = model, weights, inputs, setting
+        self._held = held_by(optimizer, self._trained(), setting.device)
+
+    def __call__(self, *, with_work: bool = False) -> Step:
+        """The step, on the model as it is patched now.
+
+        Args:
+            with_work: whether to count what forward computes.
+        """
+        try:
+            return self._step(with_work)
+        except Exception as error:
+            if isinstance(error, (TookTooLongError, NotSimulatedError)) or raised_by_invact(error):
+                raise
+            raise NotSimulatedError(
+                f"A training step of {type(self._model).__name__} can not be simulated, so its peak can not be told: "
+                f"{type(error).__name__}: {first_line(error)[:200]}. Use invact.patch, which needs the forward alone."
+            ) from error
+
+    def let_go(self) -> None:
+        """Of the simulated tensors."""
+        self._weights, self._inputs = {}, ()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [w for w in self._weights.values() if isinstance(w, nn.Parameter) and w.requires_grad]
+
+    def _step(self, with_work: bool) -> Step:
+        lifetimes = self._seen()
+        work = Work(lifetimes) if with_work else None
+        with ExitStack() as stack:
+            stack.enter_context(AsOnGpu(self._setting) if self._setting.device.type == "cuda" else nullcontext())
+            stack.enter_context(AsRealKernels(self._setting))
+            stack.enter_context(fake_tensor_log_silent())
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(hooks_standing_aside(packs_for_us, [0]))
+            stack.enter_context(as_on(self._setting.device))
+            stack.enter_context(imitated_on(self._setting.device))
+            stack.enter_context(TimeLimit(TIME_LIMIT))
+            spans = stack.enter_context(lifetimes.by_module(self._model))
+            stack.enter_context(lifetimes)
+            with autocast_as_set(self._setting), work or nullcontext():
+                loss = self._loss()
+            forward_ended, kept = lifetimes.now, frozenset(lifetimes.alive())
+            with lifetimes.backward():
+                users_call(loss.backward)
+            del loss
+        trained = self._trained()
+        gradients = [n for weight in trained if weight.grad is not None for n in lifetimes.numbers(weight.grad)]
+        for weight in trained:
+            weight.grad = None
+        allocations = lifetimes.allocations()
+        weights = sum(allocation.nbytes for allocation in allocations if allocation.operator == WEIGHT)
+        ended = forward_ended, lifetimes.now
+        return Step(allocations, *ended, frozenset(gradients), kept, weights, self._held, spans, work)
+
+    def _seen(self) -> Lifetimes:
+        """What will follow the step, and knows what is there before."""
+        device = stand_in(self._setting.device)
+        lifetimes = Lifetimes(device if device.type == "cuda" else None)
+        for weight in self._weights.values():
+            lifetimes.see(weight, WEIGHT)
+        for tensor in tree_leaves(self._inputs):
+            if isinstance(tensor, Tensor):
+                lifetimes.see(tensor, _INPUT)
+        return lifetimes
+
+    def _loss(self) -> Tensor:
+        args, kwargs = ((), self._inputs) if isinstance(self._inputs, dict) else (self._inputs, {})
+        output = users_call(torch.func.functional_call, self._model, self._weights, args, kwargs)
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            return loss.sum()
+        given = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        if not given:
+            raise NotSimulatedError("nothing that the model gives takes a gradient")
+        return _summed(given)
+
+
+def _summed(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0].sum()
+    for tensor in tensors[1:]:
+        total = total + tensor.sum()
+    return total
