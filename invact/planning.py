@@ -114,10 +114,11 @@ class Decided:
     expressions: dict[str, dict[Written, InvertedExpression]]  # by the path of the module in whose methods they stand
     derives: dict[str, bool]  # by the path of the module, whether tensors are derived inside it
     norms: dict[str, Fusion] = field(default_factory=dict)  # by path
+    checkpointed: list[str] = field(default_factory=list)  # the paths of blocks
 
     def apply(self, model: nn.Module) -> Swaps:
-        """Inverts what the report calls "invert", fuses norms, sets hooks to derive; all or, after an error, none."""
-        return swap_in(model, self.modules, self.expressions, self.derives, self.norms)
+        """Inverts what the report calls "invert", fuses, sets hooks to derive, checkpoints; or, after an error, nothing."""
+        return swap_in(model, self.modules, self.expressions, self.derives, self.norms, self.checkpointed)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

@@ -15,13 +15,14 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from invact import functional
 from invact.deriving.hooks import SMALLEST, Deriving, is_deriving, may_derive
@@ -215,6 +216,7 @@ _CLASSES: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValue
 # By the class under it, which is weak here too: those of a probe hold what it saw, and go with it in one collection.
 _DERIVING: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[tuple[bool, bool], type]]
 _DERIVING = weakref.WeakKeyDictionary()
+_CHECKPOINTED: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[str, type]] = weakref.WeakKeyDictionary()
 
 
 def _inverted_class(stock: type[nn.Module], inversion: Inversion) -> type:
@@ -346,6 +348,72 @@ def _deriving_method(below: type[nn.Module], name: str, allowed: bool) -> Callab
     return method
 
 
+def _checkpointed_class(below: type[nn.Module], by_call: bool) -> type:
+    """Of a block whose forward is run once more in backward instead of keeping what it keeps.
+
+    Args:
+        by_call: as of `_deriving_class`.
+    """
+    if has_own_switch(below):
+        return _switched_class(below)
+    name = "__call__" if by_call else "forward"
+    return _checkpointed(below, name, lambda: {name: _checkpointed_method(below, name)})
+
+
+def _switched_class(below: type[nn.Module]) -> type:
+    """Of a layer of transformers with its switch on, or of the model around it, which makes no cache then."""
+    return _checkpointed(below, "", lambda: {"gradient_checkpointing": _ON, "_gradient_checkpointing_func": _CHECKPOINT})
+
+
+def _checkpointed(below: type[nn.Module], how: str, methods: Callable[[], Mapping[str, Any]]) -> type:
+    over = _CHECKPOINTED.setdefault(below, weakref.WeakValueDictionary())
+    kind = over.get(how)
+    if kind is None:
+        sites = below._invact_sites if issubclass(below, Patched) else ()
+        kind = over[how] = _class_over(below, Patched, methods(), sites)
+    return kind
+
+
+def has_own_switch(kind: type) -> bool:
+    """Whether a module of this class can be checkpointed by an attribute: a layer of transformers can.
+
+    It knows what it must not be given when it is run once more, such as a cache to write to.
+    """
+    layer = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", None)
+    return layer is not None and issubclass(kind, layer)
+
+
+class _Switch:
+    """An attribute that reads as ours whatever the module's own is, which can be set all the same."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __set_name__(self, kind: type, name: str) -> None:
+        self._name = name  # the same in all classes
+
+    def __get__(self, module: Any, kind: type) -> Any:
+        return self._value
+
+    def __set__(self, module: Any, value: Any) -> None:
+        module.__dict__[self._name] = value
+
+
+_ON = _Switch(True)
+_CHECKPOINT = _Switch(functools.partial(checkpoint, use_reentrant=False))
+
+
+def _checkpointed_method(below: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(below, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        method_below = getattr(below, name)
+        if not (torch.is_grad_enabled() and _is_patched(self)):
+            return users_call(method_below, self, *args, **kwargs)
+        return users_call(checkpoint, method_below, self, *args, use_reentrant=False, **kwargs)
+
+    return method
+
+
 def _is_patched(module: Any) -> bool:
     """Asked of what calls a method of ours: it may have its own class again."""
     return isinstance(module, Patched)
@@ -417,14 +485,16 @@ def swap_in(
     expressions: Mapping[str, Mapping[Written, Runner]],
     derives: Mapping[str, bool] = types.MappingProxyType({}),
     norms: Mapping[str, Fusion] = types.MappingProxyType({}),
+    checkpointed: Sequence[str] = (),
 ) -> Swaps:
-    """Inverts modules and expressions, fuses norms, and sets hooks; all of them or, after an error, none.
+    """Inverts modules and expressions, fuses norms, sets hooks, checkpoints; all of it or, after an error, nothing.
 
     Args:
         modules: by the path of the module.
         expressions: by the path of the module in whose methods they stand, what runs in their place.
         derives: by the path of the module, whether tensors are derived inside it.
         norms: by the path of the module.
+        checkpointed: the paths of blocks.
     """
     swaps = Swaps()
     try:
@@ -440,15 +510,36 @@ def swap_in(
         for path, allowed in derives.items():
             module = model.get_submodule(path)
             _swap(module, _deriving_class(type(module), allowed, "forward" in vars(module)), swaps)
+        for path in checkpointed:
+            module = model.get_submodule(path)
+            _swap(module, _checkpointed_class(type(module), "forward" in vars(module)), swaps)
+        for module in _with_a_switch_around(model, checkpointed):
+            _swap(module, _switched_class(type(module)), swaps)
     except BaseException:
         swaps.undo()
         raise
     return swaps
 
 
+def _with_a_switch_around(model: nn.Module, checkpointed: Sequence[str]) -> Iterator[nn.Module]:
+    """The models of transformers around their layers that are checkpointed: a cache would be written to twice."""
+    layers = [path for path in checkpointed if has_own_switch(type(model.get_submodule(path)))]
+    for path, module in model.named_modules():
+        within = f"{path}." if path else ""
+        around = not has_own_switch(type(module)) and any(layer.startswith(within) for layer in layers)
+        if around and "gradient_checkpointing" in vars(module):
+            yield module
+
+
 def _swap(module: nn.Module, kind: type, swaps: Swaps) -> None:
     _set_class(module, kind)
     swaps.modules.append((module, kind))
+
+
+def stock_class(module: nn.Module) -> type:
+    """The class that a module had before any of ours."""
+    kind = type(module)
+    return kind._invact_stock if issubclass(kind, Patched) else kind
 
 
 def inverted_in(module: nn.Module) -> tuple[str, tuple[tuple[str, str], ...]]:

@@ -15,11 +15,33 @@ from torch import Tensor, nn
 
 from invact.ledger import Key, dense_parts, module_hooks
 from invact.own_errors import users_call
-from invact.pytorch_inside import TorchDispatchMode, cast_operation, current_node, nodes_made, storage_identity
+from invact.pytorch_inside import (
+    TorchDispatchMode,
+    cast_operation,
+    current_node,
+    nodes_made,
+    storage_identity,
+    tree_leaves,
+)
 
 NEVER = sys.maxsize
 WEIGHT = "weight"
 WEIGHT_CAST = "cast of a weight"
+
+
+@dataclass(frozen=True)
+class Call:
+    """The first forward of a module.
+
+    Attributes:
+        began, ended: the numbers of the first operation in it and of the first one after it.
+        given, gives: which of the allocations hold its arguments and its output.
+    """
+
+    began: int
+    ended: int
+    given: frozenset[int]
+    gives: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -91,26 +113,27 @@ class Lifetimes(TorchDispatchMode):
         return {number for number, _ in self._alive.values()}
 
     @contextmanager
-    def by_module(self, model: nn.Module) -> Iterator[dict[str, tuple[int, int]]]:
-        """In the block it is told who allocates; gives when each module's first forward began and ended, by path."""
-        spans: dict[str, tuple[int, int]] = {}
-        began: dict[str, int] = {}
+    def by_module(self, model: nn.Module) -> Iterator[dict[str, Call]]:
+        """In the block it is told who allocates; gives the first call of each module, by path."""
+        calls: dict[str, Call] = {}
+        began: dict[str, tuple[int, frozenset[int]]] = {}
 
-        def before(path: str, *_: Any) -> None:
-            if path not in spans:
-                began.setdefault(path, self.now)
+        def before(path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+            if path not in calls and path not in began:
+                began[path] = self.now, self._held(args)
             self._running.append(path)
             self._note_nodes()
 
-        def after(path: str, *_: Any) -> None:
-            if self._running:
+        def after(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+            if self._running:  # not where a region that is run once more stops as soon as all is there
                 self._running.pop()
             if path in began:
-                spans[path] = began.pop(path), self.now
+                at, given = began.pop(path)
+                calls[path] = Call(at, self.now, given, self._held(output))
             self._note_nodes()
 
         with module_hooks(model, before, after):
-            yield spans
+            yield calls
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -146,6 +169,10 @@ class Lifetimes(TorchDispatchMode):
             path, node = self._place()
             operator = made_by if isinstance(made_by, str) else node or made_by.overloadpacket.__name__
             self._made.append((storage.nbytes(), self.now, path, operator))
+
+    def _held(self, values: Any) -> frozenset[int]:
+        tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+        return frozenset(number for tensor in tensors for number in self.numbers(tensor))
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return any(self._made[number][3] == WEIGHT for number in self.numbers(tensor))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from invact.arguments import Inputs
-from invact.fitting.lifetimes import WEIGHT, WEIGHT_CAST, Allocation, Lifetimes
+from invact.fitting.lifetimes import WEIGHT, WEIGHT_CAST, Allocation, Call, Lifetimes
 from invact.fitting.optimizers import Held, OptimizerLike, held_by
 from invact.fitting.work import Work
 from invact.kernels.imitated import imitated_on
@@ -64,7 +64,7 @@ class Step:
         gradients, kept: which of the allocations are parameters' gradients, and are alive when forward ends.
         weights: bytes of parameters and buffers.
         held: by the optimizer.
-        spans: when the forward of each module began and ended, by path.
+        calls: the first forward of each module, by path.
         work: what forward computes; only where it was asked for.
     """
 
@@ -75,7 +75,7 @@ class Step:
     kept: frozenset[int]
     weights: int
     held: Held
-    spans: dict[str, tuple[int, int]]
+    calls: dict[str, Call]
     work: Work | None = None
 
     @cached_property
@@ -212,7 +212,7 @@ class TakeStep:
             stack.enter_context(as_on(self._setting.device))
             stack.enter_context(imitated_on(self._setting.device))
             stack.enter_context(TimeLimit(TIME_LIMIT))
-            spans = stack.enter_context(lifetimes.by_module(self._model))
+            calls = stack.enter_context(lifetimes.by_module(self._model))
             stack.enter_context(lifetimes)
             with autocast_as_set(self._setting), work or nullcontext():
                 loss = self._loss()
@@ -227,7 +227,7 @@ class TakeStep:
         allocations = lifetimes.allocations()
         weights = sum(allocation.nbytes for allocation in allocations if allocation.operator == WEIGHT)
         ended = forward_ended, lifetimes.now
-        return Step(allocations, *ended, frozenset(gradients), kept, weights, self._held, spans, work)
+        return Step(allocations, *ended, frozenset(gradients), kept, weights, self._held, calls, work)
 
     def _seen(self) -> Lifetimes:
         """What will follow the step, and knows what is there before."""

@@ -1,0 +1,166 @@
+"""What checkpointing a block changes in a step, foreseen from a step in which none is checkpointed.
+
+A step with other blocks checkpointed would have to be simulated for each choice. This composes it from one: in forward a
+chosen block keeps what it was given; before its part of backward, its forward stands once more.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from invact.fitting.lifetimes import WEIGHT, Allocation, Call
+from invact.fitting.step import Step
+from invact.fitting.work import FLOPS_A_BYTE
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a step in which it is not checkpointed.
+
+    Attributes:
+        path: of the module.
+        call: its forward.
+        backward: the moments at which its part of backward begins, and has ended.
+        bytes_won: what it keeps between forward and backward, less what it is given, which is kept then.
+        share: of what forward computes and moves; so much of a forward is run once more.
+    """
+
+    path: str
+    call: Call
+    backward: tuple[int, int]
+    bytes_won: int
+    share: float
+
+
+def blocks_of(step: Step, paths: Iterable[str]) -> list[Block]:
+    """The blocks that run in a step and keep more than they are given, in the order of forward.
+
+    Args:
+        step: one taken with work counted.
+        paths: of the modules; see `invact.fitting.blocks`.
+    """
+    costs = {path: _cost(step, call.began, call.ended) for path in paths if (call := step.calls.get(path))}
+    whole = _cost(step, 0, step.forward_ended)
+    backward = _spans_in_backward(step, list(costs))
+    blocks = []
+    for path, cost in costs.items():
+        if path in backward:
+            call = step.calls[path]
+            block = Block(path, call, backward[path], _bytes_won(step, call), cost / whole)
+            if block.bytes_won > 0:
+                blocks.append(block)
+    return sorted(blocks, key=lambda block: block.call.began)
+
+
+def in_order(blocks: Sequence[Block]) -> list[Block]:
+    """Those first that win most bytes for the time they take; of those that are alike, the first in forward.
+
+    What is run once more then is run when most of the others has been let go.
+    """
+
+    def worth(block: Block) -> float:
+        return float(f"{block.bytes_won / max(block.share, 1e-9):.2g}")
+
+    return sorted(blocks, key=lambda block: (-worth(block), block.call.began))
+
+
+def foreseen_peak(step: Step, chosen: Collection[Block]) -> int:
+    """About the peak of the step, in bytes, if these blocks were checkpointed."""
+    in_backward = sorted(chosen, key=lambda block: block.backward[0])
+    starts = [block.backward[0] for block in in_backward]
+    lengths = [block.call.ended - block.call.began for block in in_backward]
+    inserted = list(itertools.accumulate(lengths, initial=0))
+
+    def shifted(moment: int) -> int:
+        """Where a moment of the step is in the longer one; a block's backward after its second forward."""
+        return moment + inserted[bisect.bisect_right(starts, moment)]
+
+    again = {block.path: block.backward[0] + inserted[number] for number, block in enumerate(in_backward)}
+    in_forward = sorted(chosen, key=lambda block: block.call.began)
+    began = [block.call.began for block in in_forward]
+    held_until: dict[int, int] = {}
+    for block in chosen:
+        for number in block.call.given:
+            held_until[number] = max(held_until.get(number, 0), block.backward[1])
+    end = shifted(step.backward_ended)
+    changes = [0] * (end + 2)
+
+    def count(nbytes: int, born: int, died: int) -> None:
+        changes[min(born, end)] += nbytes
+        changes[min(died, end + 1)] -= nbytes
+
+    for number, allocation in enumerate(step.allocations):
+        if allocation.operator == WEIGHT:
+            continue
+        died = max(allocation.died, held_until.get(number, 0))
+        born, nbytes = allocation.born, allocation.nbytes
+        place = bisect.bisect_right(began, born) - 1
+        block_around = in_forward[place] if place >= 0 and born < in_forward[place].call.ended else None
+        if block_around is None or born >= step.forward_ended:
+            count(nbytes, shifted(born), shifted(min(died, step.backward_ended + 1)))
+            continue
+        call, second = block_around.call, again[block_around.path]
+        outlives = number in call.gives or number in held_until
+        count(nbytes, born, shifted(min(died, step.backward_ended + 1)) if outlives else min(died, call.ended))
+        born_again = second + born - call.began
+        if died <= call.ended:
+            count(nbytes, born_again, second + died - call.began)
+        elif died > block_around.backward[0] and not outlives:
+            count(nbytes, born_again, shifted(min(died, step.backward_ended + 1)))
+        else:
+            count(nbytes, born_again, second + call.ended - call.began)
+    levels = list(itertools.accumulate(changes[:-1]))
+    levels[-1] += step.held.temporary
+    return step.resident + max(levels)
+
+
+def _cost(step: Step, began: int, ended: int) -> float:
+    """Bytes moved and operations of a stretch of forward, in bytes; what is written is read as well."""
+    written = sum(a.nbytes for a in step.allocations if began <= a.born < ended and a.operator != WEIGHT)
+    flops = step.work.flops((began, ended)) if step.work is not None else 0
+    return 2 * written + flops / FLOPS_A_BYTE
+
+
+def _bytes_won(step: Step, call: Call) -> int:
+    made = range(*_births(step.allocations, call.began, call.ended))
+    kept = sum(step.allocations[n].nbytes for n in made if n in step.kept and n not in call.gives)
+    given = sum(step.allocations[n].nbytes for n in call.given if n not in step.kept and not _is_weight(step, n))
+    return kept - given
+
+
+def _is_weight(step: Step, number: int) -> bool:
+    return step.allocations[number].operator == WEIGHT
+
+
+def _births(allocations: Sequence[Allocation], began: int, ended: int) -> tuple[int, int]:
+    """The numbers from the first allocation of a stretch to the first after it."""
+    def key(allocation: Allocation) -> int:
+        return allocation.born
+
+    return bisect.bisect_left(allocations, began, key=key), bisect.bisect_left(allocations, ended, key=key)
+
+
+def _spans_in_backward(step: Step, paths: Collection[str]) -> dict[str, tuple[int, int]]:
+    """From the first to the last allocation in backward for each of the modules and what is inside it."""
+    known = set(paths)
+    owner: dict[str, str | None] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    for allocation in step.allocations[_births(step.allocations, step.forward_ended, 0)[0] :]:
+        path = allocation.path
+        if path not in owner:
+            owner[path] = _nearest(path, known)
+        block = owner[path]
+        if block is not None:
+            first, _ = spans.get(block, (allocation.born, 0))
+            spans[block] = first, allocation.born + 1
+    return spans
+
+
+def _nearest(path: str, known: Collection[str]) -> str | None:
+    """The module of `known` that a path is in, or None."""
+    while path and path not in known:
+        path = path.rpartition(".")[0]
+    return path or None
