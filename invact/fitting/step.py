@@ -132,7 +132,7 @@ class Step:
 
 @contextmanager
 def simulated_training(
-    model: nn.Module, inputs: Inputs, setting: Setting, optimizer: OptimizerLike
+    model: nn.Module, inputs: Inputs, setting: Setting, optimizer: OptimizerLike, *, accumulating: bool = False
 ) -> Iterator[TakeStep]:
     """Gives what takes a step of the model, as often as it is called, each time as the model is patched then.
 
@@ -143,6 +143,7 @@ def simulated_training(
         model: on any device or on meta.
         inputs: as `invact.plan` takes them, with labels where the model computes its loss.
         optimizer: a name of `invact.fitting.optimizers.NAMES`, or one of the user's.
+        accumulating: gradients of earlier batches are there when the step begins.
 
     Raises:
         NotSimulatedError: from the step that does not run.
@@ -152,7 +153,7 @@ def simulated_training(
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         at_first = references_to(mode)
         with as_on_real_tensors(inputs), simulated(model, inputs, setting, mode) as simulated_tensors:
-            take_step = TakeStep(model, *simulated_tensors, setting, optimizer)
+            take_step = TakeStep(model, *simulated_tensors, setting, optimizer, accumulating)
             del simulated_tensors
             try:
                 yield take_step
@@ -172,8 +173,10 @@ class TakeStep:
         inputs: Any,
         setting: Setting,
         optimizer: OptimizerLike,
+        accumulating: bool,
     ) -> None:
         self._model, self._weights, self._inputs, self._setting = model, weights, inputs, setting
+        self._accumulating = accumulating
         self._held = held_by(optimizer, self._trained(), setting.device)
 
     def __call__(self, *, with_work: bool = False) -> Step:
@@ -238,6 +241,10 @@ class TakeStep:
         for tensor in tree_leaves(self._inputs):
             if isinstance(tensor, Tensor):
                 lifetimes.see(tensor, _INPUT)
+        if self._accumulating:
+            for weight in self._trained():
+                weight.grad = torch.empty_like(weight)
+                lifetimes.see(weight.grad, GRADIENTS)
         return lifetimes
 
     def _loss(self) -> Tensor:

@@ -1,0 +1,160 @@
+"""The fewest blocks whose checkpointing lets a training step fit a budget."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from invact.arguments import Inputs
+from invact.fitting.blocks import repeated_blocks
+from invact.fitting.optimizers import OptimizerLike
+from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, in_order
+from invact.fitting.step import GRADIENTS, STATES, WEIGHTS, Step, TakeStep, simulated_training
+from invact.planning import Decided
+from invact.simulation import Setting
+from invact.sizes import format_bytes
+
+_CLEARLY = 1.01
+"""A foreseen peak that is above the budget by more than this is not simulated: foreseen are most to a thousandth, and
+none was seen to be off by more than this relative to its neighbours."""
+
+
+class DoesNotFitError(ValueError):
+    """No choice of blocks lets the step fit; the message says what would."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A training step before and after.
+
+    Attributes:
+        before: the step as the model was given.
+        after: with all that was decided, and these blocks checkpointed.
+        blocks: in the order of forward.
+    """
+
+    before: Step
+    after: Step
+    blocks: list[Block]
+
+
+def fitted(
+    model: nn.Module,
+    inputs: Inputs,
+    setting: Setting,
+    decided: Decided,
+    *,
+    optimizer: OptimizerLike = "adamw",
+    memory: int | None = None,
+    accumulating: bool = False,
+) -> Fitted:
+    """Simulates the step, and checkpoints the fewest blocks with which it fits; sets `decided.checkpointed`.
+
+    Args:
+        model: on any device or on meta.
+        inputs: best with labels.
+        decided: what invact does to the model.
+        optimizer: a name of `invact.fitting.optimizers.NAMES`, or one of the user's.
+        memory: bytes for all of a step; None checkpoints nothing.
+        accumulating: gradients of earlier batches are there all the time.
+
+    Raises:
+        DoesNotFitError: the step does not fit with all blocks checkpointed, or there are none.
+        NotSimulatedError: the step does not run on simulated tensors.
+    """
+    paths = repeated_blocks(model) if memory is not None else []
+    with simulated_training(model, inputs, setting, optimizer, accumulating=accumulating) as take_step:
+        before = take_step()
+        with decided.applied(model):
+            patched = take_step(with_work=bool(paths))
+        if memory is None or patched.peak_bytes <= memory:
+            return Fitted(before, patched, [])
+        search = _Search(model, decided, take_step, patched, in_order(blocks_of(patched, paths)), memory)
+        after, blocks = search.fewest()
+    decided.checkpointed[:] = [block.path for block in blocks]
+    return Fitted(before, after, blocks)
+
+
+class _Search:
+    """Among the first so many of some blocks; simulates where what is foreseen does not tell."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decided: Decided,
+        take_step: TakeStep,
+        patched: Step,
+        blocks: Sequence[Block],
+        memory: int,
+    ) -> None:
+        self._model, self._decided, self._take_step = model, decided, take_step
+        self._patched, self._blocks, self._memory = patched, blocks, memory
+        self._off = 0  # how far the last foreseen peak was below the simulated one
+
+    def fewest(self) -> tuple[Step, list[Block]]:
+        """The step with the fewest blocks checkpointed that fits, and these blocks in the order of forward."""
+        most = len(self._blocks)
+        count = self._foreseen_count(1)
+        step = self._simulated(self._blocks[:count])
+        while step.peak_bytes > self._memory and count < most:
+            count = self._foreseen_count(count + 1)
+            step = self._simulated(self._blocks[:count])
+        if step.peak_bytes > self._memory:
+            raise DoesNotFitError(_why_not(step, self._memory, most))
+        chosen = list(self._blocks[:count])
+        while chosen and (fewer := self._without_one(chosen)) is not None:
+            step, chosen = fewer
+        return step, sorted(chosen, key=lambda block: block.call.began)
+
+    def _foreseen_count(self, least: int) -> int:
+        """The smallest number of blocks, of at least so many, with which the step will probably fit, or all."""
+        most = len(self._blocks)
+        found = bisect_left(range(most + 1), True, lo=min(least, most), key=lambda n: self._may_fit(self._blocks[:n]))
+        return min(found, most)
+
+    def _may_fit(self, chosen: Sequence[Block], margin: float = 1.0) -> bool:
+        return foreseen_peak(self._patched, chosen) + self._off <= self._memory * margin
+
+    def _without_one(self, chosen: list[Block]) -> tuple[Step, list[Block]] | None:
+        """The step with one block fewer, if that fits: the last that was added, or another that is dispensable now."""
+        for dispensable in reversed(chosen):
+            others = [block for block in chosen if block is not dispensable]
+            last = dispensable is chosen[-1]
+            if self._may_fit(others, _CLEARLY if last else 1.0):
+                step = self._simulated(others)
+                if step.peak_bytes <= self._memory:
+                    return step, others
+        return None
+
+    def _simulated(self, chosen: Sequence[Block]) -> Step:
+        self._decided.checkpointed[:] = [block.path for block in chosen]
+        try:
+            with self._decided.applied(self._model):
+                step = self._take_step()
+        finally:
+            self._decided.checkpointed.clear()
+        self._off = step.peak_bytes - foreseen_peak(self._patched, chosen)
+        return step
+
+
+def _why_not(step: Step, memory: int, blocks: int) -> str:
+    """What does not fit, and what would."""
+    kinds = step.kinds_at(step.highest)
+    fixed = sum(kinds.get(kind, 0) for kind in (WEIGHTS, STATES))
+    gradients = sum(step.allocations[number].nbytes for number in step.gradients)
+    checkpointed = f"with all of its {blocks} blocks checkpointed" if blocks else "and it has no blocks to checkpoint"
+    words = (
+        f"A step takes {format_bytes(step.peak_bytes)} at the least, {checkpointed}, and {format_bytes(memory)} were "
+        f"given. Of that, {format_bytes(fixed + gradients)} are weights, gradients and optimizer states, whatever the "
+        "batch. "
+    )
+    if fixed + gradients >= memory:
+        return words + (
+            "Train fewer parameters, as with LoRA (invact patch --lora-rank 16, --quantize 4bit), or take an optimizer "
+            "that holds less, such as adamw-8bit or adafactor."
+        )
+    rest = (memory - fixed - gradients) / max(1, step.peak_bytes - fixed - gradients)
+    return words + f"About {rest:.0%} of the batch would fit, or of its length."
