@@ -23,7 +23,12 @@ from invact.functional import wants_gradient
 from invact.kernels import Curve, codes, dispatch
 from invact.kernels import steps as best_steps
 from invact.kernels.steps import Steps
-from invact.pytorch_inside import constant_when_compiled, forward_ad_active, transforms_active
+from invact.pytorch_inside import (
+    constant_when_compiled,
+    forward_ad_active,
+    is_traceable_wrapper_subclass,
+    transforms_active,
+)
 
 steps = constant_when_compiled(best_steps.steps)
 
@@ -72,7 +77,7 @@ def few_bits(x: Tensor, curve: Curve, bits: int, inplace: bool = False) -> Tenso
 
 def may_approximate(x: Tensor) -> bool:
     """Whether a gradient is wanted that a few bits can give."""
-    if not wants_gradient(x) or x.is_nested or type(x) not in (Tensor, torch.nn.Parameter):
+    if not wants_gradient(x) or x.is_nested or (type(x) is not Tensor and is_traceable_wrapper_subclass(x)):
         return False
     return torch.compiler.is_compiling() or not (transforms_active() or forward_ad_active())
 
@@ -83,7 +88,8 @@ def _gradient(dy: Tensor, kept: Tensor, by: Steps, order: tuple[int, ...], name:
             f"The second derivative of {name} in steps of {len(by.values)} values (few_bits) is not supported: a step "
             "function has none. Use the stock activation where you need it; invact.unpatch(model) brings it back."
         )
-    return dispatch.shaped(codes.scaled(dispatch.flat(dy, order), kept, by), dy, order)
+    dx: Tensor = dispatch.shaped(codes.scaled(dispatch.flat(dy, order), kept, by), dy, order)
+    return dx
 
 
 class FewBitsEagerly(torch.autograd.Function):
@@ -91,7 +97,7 @@ class FewBitsEagerly(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, curve: Curve, by: Steps, inplace: bool) -> Tensor:
-        y = curve.f(x)
+        y: Tensor = curve.f(x)
         ctx.by, ctx.name, ctx.order = by, curve.name, dispatch.storage_order(y)
         ctx.save_for_backward(codes.packed_codes(dispatch.flat(x, ctx.order), by))
         if inplace:
