@@ -85,7 +85,7 @@ def best_steps(
         best = _best_edges(candidates, sums)
         around = torch.arange(-window, window + 1) * stride
         candidates = [best[:1], *((edge + around).clamp(0, CELLS) for edge in best[1:-1]), best[-1:]]
-    best = _best_edges(candidates, sums)
+    best = _without_idle(_best_edges(candidates, sums), sums)
     values = sums.mean(best[:-1], best[1:])
     bounds = [
         _crossing(derivative, sums.position(edge), sums.width, (left + right) / 2)
@@ -125,25 +125,30 @@ class _Sums:
 
 
 def _best_edges(candidates: list[Tensor], sums: _Sums) -> Tensor:
-    """One of each edge's candidates, so that the steps between them cost least; no more edges than gain anything."""
-    totals = [torch.zeros(1, dtype=torch.float64)]
+    """One of each edge's candidates, so that the steps between them cost least together."""
+    total = torch.zeros(1, dtype=torch.float64)
     came_from: list[Tensor] = []
-    ends: list[Tensor] = []  # what it costs if the step after so many edges is the last
-    last = candidates[-1]
-    for before, now in itertools.pairwise(candidates[:-1]):
-        ends.append(totals[-1] + sums.error(before, last))
-        total, source = (totals[-1][:, None] + sums.error(before[:, None], now[None, :])).min(0)
-        totals.append(total)
+    for before, now in itertools.pairwise(candidates):
+        total, source = (total[:, None] + sums.error(before[:, None], now[None, :])).min(0)
         came_from.append(source)
-    ends.append(totals[-1] + sums.error(candidates[-2], last))
-    least = [end.min().item() for end in ends]
-    used = next(number for number, cost in enumerate(least) if cost <= min(least) + NO_GAIN)
-    chosen = int(ends[used].argmin())
-    edges = [last[0]]
-    for number in range(used, 0, -1):
-        edges.append(candidates[number][chosen])
-        chosen = int(came_from[number - 1][chosen])
-    return torch.stack([*edges, candidates[0][0]][::-1])
+    chosen = 0  # of the last edge there is one candidate
+    edges = [candidates[-1][chosen]]
+    for candidate, source in zip(candidates[-2::-1], came_from[::-1], strict=True):
+        chosen = int(source[chosen])
+        edges.append(candidate[chosen])
+    return torch.stack(edges[::-1])
+
+
+def _without_idle(edges: Tensor, sums: _Sums) -> Tensor:
+    """The edges without those between steps that would do as well as one."""
+    while len(edges) > 2:
+        before, here, after = edges[:-2], edges[1:-1], edges[2:]
+        gains = sums.error(before, after) - sums.error(before, here) - sums.error(here, after)
+        if gains.min() > NO_GAIN:
+            break
+        idle = int(gains.argmin()) + 1
+        edges = torch.cat([edges[:idle], edges[idle + 1 :]])
+    return edges
 
 
 def _crossing(derivative: Callable[[Tensor], Tensor], near: float, width: float, level: float) -> float:
