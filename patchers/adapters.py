@@ -98,7 +98,7 @@ def _check_targets(model: nn.Module, targets: str | Sequence[str]) -> None:
             raise AdapterError(f"{type(model).__name__} has no linear layer, so {ALL_LINEAR} has nothing to adapt.")
         return
     paths = [f".{path}" for path, _ in model.named_modules() if path]
-    missing = [name for name in targets if not name or not any(path.endswith(f".{name}") for path in paths)]
+    missing = [name for name in targets if not any(path.endswith(f".{name}") for path in paths)]
     if missing or not targets:
         called = f"is called {' or '.join(missing)}" if missing else "was named"
         raise AdapterError(f"No layer of {type(model).__name__} {called}. {_layers_in_words(model)}")
@@ -113,9 +113,10 @@ def _layers_in_words(model: nn.Module) -> str:
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Those that PEFT's "all-linear" goes by: GPT-2's `Conv1D` is one."""
+    """Those that PEFT's "all-linear" takes: GPT-2's `Conv1D` is one, the output embeddings are none."""
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        if module is not embeddings and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
             yield path, module
 
 

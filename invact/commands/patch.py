@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from invact.commands.options import MODEL_NAMES, Dtype, Exact, GpuMemory, HtmlFile, one_name, torch_dtype
+from invact.commands.adapters import Adapters, asked_for
+from invact.commands.options import (
+    MODEL_NAMES,
+    Dtype,
+    Exact,
+    GpuMemory,
+    HtmlFile,
+    LoraDropout,
+    LoraRank,
+    LoraTargets,
+    Quantize,
+    one_name,
+    torch_dtype,
+)
 from invact.commands.output import check_page_can_be_made, command, fail, library_chatter_on_stderr, print_report, write
 from invact.own_errors import first_line, own_error
 from invact.sizes import size_in_words
@@ -69,6 +82,10 @@ def patch(
         Attention, typer.Option(help="Count attention as a fused kernel, or with its N x N matrix.")
     ] = Attention.fused,
     exact: Exact = False,
+    lora_rank: LoraRank = None,
+    lora_dropout: LoraDropout = None,
+    lora_targets: LoraTargets = None,
+    quantize: Quantize = None,
     gpu_memory: GpuMemory = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Whose states share the GPU; with --gpu-memory.")] = (
         Optimizer.adamw
@@ -86,6 +103,7 @@ def patch(
         fail("No model was named. Pass its name, as in invact patch bert-base-uncased, or --model and its name.")
     if target_batch is not None and gpu_memory is None:
         fail("--target-batch asks what fits, and needs to know where. Add --gpu-memory, as in --gpu-memory 24GiB.")
+    adapters = asked_for(lora_rank, lora_dropout, lora_targets, quantize and quantize.value)
     check_page_can_be_made(html)
     with library_chatter_on_stderr():
         report, fit, page = _dry_run(
@@ -98,6 +116,7 @@ def patch(
             autocast=autocast and autocast.value,
             attention=attention.value,
             exact=exact,
+            adapters=adapters,
             gpu_memory=gpu_memory,
             optimizer=optimizer.value,
             target_batch=target_batch,
@@ -123,6 +142,7 @@ def _dry_run(
     autocast: str | None,
     attention: str,
     exact: bool,
+    adapters: Adapters | None,
     gpu_memory: int | None,
     optimizer: str,
     target_batch: int | None,
@@ -135,7 +155,9 @@ def _dry_run(
     precision = f"{dtype}, autocast {autocast}" if autocast else dtype
     autocast_dtype = torch_dtype(autocast) if autocast else None
     try:
-        model = _loaded(name, torch_dtype(dtype), library, image_size)
+        loaded = _loaded(name, torch_dtype(dtype), library, image_size)
+        title = [name, type(loaded).__name__, *([str(adapters)] if adapters else [])]
+        model = adapters.put_into(loaded) if adapters else loaded
         inputs = patchers.example_inputs(model, batch_size, seq_len, image_size)
     except patchers.RequestError as error:
         fail(str(error))
@@ -146,7 +168,7 @@ def _dry_run(
             autocast=autocast_dtype,
             attention=attention,
             exact=exact,
-            title=" · ".join([name, type(model).__name__, size_in_words(inputs), precision]),
+            title=" · ".join([*title, size_in_words(inputs), precision]),
         )
     except Exception:
         # A size that only the model itself can reject is bad input; anything else is a fault, with its traceback.
@@ -168,7 +190,9 @@ def _dry_run(
         from invact.trial_task import with_labels
 
         def training_inputs(size: int) -> Any:
-            return with_labels(model, patchers.example_inputs(model, size, seq_len, image_size))
+            return with_labels(
+                patchers.without_adapters(model), patchers.example_inputs(model, size, seq_len, image_size)
+            )
 
         fit = Fit(
             gpu_memory, optimizer, needs(model, training_inputs, setting, decided, optimizer=optimizer), target_batch
