@@ -43,17 +43,18 @@ class Adapters:
 
 
 def asked_for(rank: int | None, dropout: float | None, targets: str | None, quantize: str | None) -> Adapters | None:
-    """What the options say, or None where they ask for no adapters; fails with a sentence where they do not go together."""
+    """What the options say, or None where they ask for no adapters; fails where they do not go together."""
     if rank is not None:
-        names = "all-linear" if targets in (None, "all-linear") else [name.strip() for name in str(targets).split(",")]
-        return Adapters(rank, dropout or 0.0, names, in_4bit=quantize is not None)
+        return Adapters(rank, dropout or 0.0, _names(targets), in_4bit=quantize is not None)
     if quantize is not None:
-        fail(
-            "--quantize 4bit makes weights that do not train by themselves. Add adapters that do, as in --lora-rank 16."
-        )
+        fail(f"Weights in {quantize} do not train by themselves. Add adapters that do, as in --lora-rank 16.")
     for option, given in {"--lora-dropout": dropout, "--lora-targets": targets}.items():
         if given is not None:
-            fail(
-                f"{option} says how LoRA adapters are to be, and there are none. Add --lora-rank, as in --lora-rank 16."
-            )
+            fail(f"{option} says how LoRA adapters are to be, and there are none. Add their rank: --lora-rank 16.")
     return None
+
+
+def _names(targets: str | None) -> str | list[str]:
+    if targets is None or targets == "all-linear":
+        return "all-linear"
+    return [name.strip() for name in targets.split(",") if name.strip()]
