@@ -71,6 +71,8 @@ class Report:
         remains: bytes after, by what made them, largest first: "matrix products", "attention", "residual sums".
         not_derived: of these, what could have been made again from less, by operator and why it was not.
         weight_cast_bytes: low-precision copies of weights that autocast keeps; the same before and after.
+        loss_bytes_before, loss_bytes: of `bytes_before` and `bytes_after`, the logits of a model that computes its loss
+            and whatever of them is kept for it; 0 without a loss.
         kept_by_class: bytes after, by the class of the module that keeps them, largest first.
         setting: what was planned for, in words.
         compiled: bytes that a compiled step keeps, counted as those above: with torch.compile's own backend under
@@ -92,6 +94,8 @@ class Report:
     not_derived: dict[str, int] = field(default_factory=dict)
     compiled: dict[str, int] = field(default_factory=dict)
     fused: list[FusedNorm] = field(default_factory=list)
+    loss_bytes_before: int = 0
+    loss_bytes: int = 0
 
     @property
     def saving(self) -> float:

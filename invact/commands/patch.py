@@ -69,6 +69,9 @@ def patch(
         Attention, typer.Option(help="Count attention as a fused kernel, or with its N x N matrix.")
     ] = Attention.fused,
     exact: Exact = False,
+    no_loss: Annotated[
+        bool, typer.Option("--no-loss", help="Leave the loss out, which Hugging Face models compute.")
+    ] = False,
     gpu_memory: GpuMemory = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Whose states share the GPU; with --gpu-memory.")] = (
         Optimizer.adamw
@@ -98,6 +101,7 @@ def patch(
             autocast=autocast and autocast.value,
             attention=attention.value,
             exact=exact,
+            loss=not no_loss,
             gpu_memory=gpu_memory,
             optimizer=optimizer.value,
             target_batch=target_batch,
@@ -123,6 +127,7 @@ def _dry_run(
     autocast: str | None,
     attention: str,
     exact: bool,
+    loss: bool,
     gpu_memory: int | None,
     optimizer: str,
     target_batch: int | None,
@@ -136,7 +141,7 @@ def _dry_run(
     autocast_dtype = torch_dtype(autocast) if autocast else None
     try:
         model = _loaded(name, torch_dtype(dtype), library, image_size)
-        inputs = patchers.example_inputs(model, batch_size, seq_len, image_size)
+        inputs = patchers.example_inputs(model, batch_size, seq_len, image_size, loss=loss)
     except patchers.RequestError as error:
         fail(str(error))
     try:
@@ -165,10 +170,9 @@ def _dry_run(
     fit = page = None
     if gpu_memory is not None:
         from invact.fitting_batch import Fit, needs
-        from invact.trial_task import with_labels
 
         def training_inputs(size: int) -> Any:
-            return with_labels(model, patchers.example_inputs(model, size, seq_len, image_size))
+            return patchers.example_inputs(model, size, seq_len, image_size, loss=loss)
 
         fit = Fit(
             gpu_memory, optimizer, needs(model, training_inputs, setting, decided, optimizer=optimizer), target_batch
