@@ -1,5 +1,7 @@
 """What a loss keeps: logits in 16 bits, from which its log-probabilities are made again, and no more at the turn."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from typer.testing import CliRunner
 
 import invact
+from invact.cli import app
 from invact.ledger import Ledger
 
 VOCABULARY, BATCH, LENGTH = 1000, 4, 32
@@ -226,3 +230,96 @@ def test_logits_may_be_changed_between_forward_and_backward():
     stock = gradients()
     with invact.patched(model, (tokens,)):
         assert all(torch.equal(a, b) for a, b in zip(gradients(), stock, strict=True))
+
+
+# --- a model's own loss, in the report ------------------------------------------------------------------
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=2000, bos_token_id=0, eos_token_id=0))
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=2000,
+        )
+    )
+
+
+def bert():
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(
+        BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=2000)
+    )
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2, vocab_size=2000, decoder_start_token_id=0)
+    )
+
+
+def step_of_transformers(model, inputs, autocast):
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Ledger(model) as ledger:
+        loss = model(**inputs).loss
+    nbytes = ledger.memory().total_bytes
+    model.zero_grad()
+    loss.backward()
+    return nbytes, [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["16 bits", "autocast"])
+@pytest.mark.parametrize("build", [gpt2, llama, bert, t5], ids=lambda build: build.__name__)
+def test_a_language_model_with_its_loss_keeps_what_is_said_and_gets_stocks_gradients(build, autocast):
+    torch.manual_seed(0)
+    model = build().train()
+    model = model if autocast else model.bfloat16()
+    inputs = invact.patchers.example_inputs(model, 4, 64)
+    stock = step_of_transformers(model, inputs, autocast)
+    with invact.patched(model, inputs, autocast=torch.bfloat16 if autocast else None, exact=True) as report:
+        ours = step_of_transformers(model, inputs, autocast)
+    assert (stock[0], ours[0]) == pytest.approx((report.bytes_before, report.bytes_after), rel=0.01)
+    assert all(torch.equal(a, b) for a, b in zip(ours[1], stock[1], strict=True))
+    logits = 4 * 64 * 2000
+    wide = 4 if autocast or build in (gpt2, llama) else 2
+    assert report.loss_bytes_before == pytest.approx(wide * logits, rel=0.03)
+    assert report.loss_bytes == pytest.approx(2 * logits, rel=0.03)
+    (note,) = [note for note in report.notes if "the loss keeps" in note]
+    assert f"{report.loss_bytes / report.bytes_after:.1%}" in note
+    assert "256 tokens for 2,000 entries" in note
+
+
+def test_without_labels_nothing_is_said_of_a_loss():
+    model = gpt2().train()
+    report = invact.plan(model, invact.patchers.example_inputs(model, 4, 64, loss=False))
+    assert (report.loss_bytes_before, report.loss_bytes) == (0, 0)
+    assert "without a loss" in report.setting
+    assert not any("the loss" in note for note in report.notes)
+
+
+def test_a_dry_run_leaves_the_loss_out_on_demand(tmp_path):
+    config = gpt2().config
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path)
+    sizes = ["--batch-size", "2", "--seq-len", "32", "--json"]
+    counted, left_out = (
+        json.loads(CliRunner().invoke(app, ["patch", str(tmp_path), *sizes, *option]).stdout)
+        for option in ([], ["--no-loss"])
+    )
+    assert counted["loss_bytes"] == pytest.approx(2 * 2 * 32 * 2000, rel=0.05)
+    assert left_out["loss_bytes"] == 0
+    assert counted["bytes_before"] - left_out["bytes_before"] == pytest.approx(counted["loss_bytes_before"], rel=0.05)
