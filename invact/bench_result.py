@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from invact.amounts import format_bytes
 from invact.contenders import INVACT, STOCK
 from invact.machine import installed_versions, machine
-from invact.report import format_bytes
 from invact.timing import Race
 
 COPY = "copy"

@@ -22,7 +22,6 @@ from invact.pytorch_inside import tree_leaves
 from invact.real_models import with_weights
 from invact.sizes import size_in_words
 from invact.timing import wait_for, wall_seconds
-from invact.trial_task import with_labels
 
 # By the type of the device, or the longest sequence that the model takes where that is shorter.
 DEFAULT_TOKENS = {"cpu": 128, "cuda": 512}
@@ -68,14 +67,14 @@ def time_steps(
 def training_inputs(
     model: nn.Module, batch_size: int, seq_len: int | None, image_size: int | None, device: torch.device
 ) -> Inputs:
-    """Made-up inputs on the device, with labels where the model has a loss of its own."""
-    read = [x for x in tree_leaves(patchers.example_inputs(model)) if isinstance(x, Tensor)]
+    """Made-up inputs on the device, with labels where the model computes its loss itself."""
+    read = [x for x in tree_leaves(patchers.example_inputs(model, loss=False)) if isinstance(x, Tensor)]
     if any(x.is_floating_point() for x in read):
         seq_len = None
     else:
         image_size = None
         seq_len = seq_len or min(DEFAULT_TOKENS[device.type], read[0].shape[1])
-    return with_labels(model, patchers.example_inputs(model, batch_size, seq_len, image_size, device))
+    return patchers.example_inputs(model, batch_size, seq_len, image_size, device)
 
 
 def loss_of(output: Any) -> Tensor:

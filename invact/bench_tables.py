@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from invact.amounts import format_bytes
 from invact.bench_result import COPY, Bench, KernelTimes, StepTimes
 from invact.contenders import STOCK
 from invact.machine import machine_in_words
-from invact.report import format_bytes
 from invact.tables import Column, print_table
 from invact.timing import Race
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from invact.amounts import format_bytes
 from invact.arguments import Inputs
 from invact.checkpointing import can_checkpoint, checkpointed
 from invact.planning import Decided
 from invact.probing import Observation, observe
-from invact.report import format_bytes
 from invact.simulation import Setting
 
 STATES = {"adamw": 2, "momentum": 1, "sgd": 0}

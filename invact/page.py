@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from invact.amounts import format_bytes
 from invact.layers import Layer
 from invact.machine import installed_versions
-from invact.report import Report, format_bytes
+from invact.report import Report
 from invact.trial_result import Trial
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from invact.amounts import format_bytes
 from invact.arguments import (
     Inputs,
     check_autocast,
@@ -29,6 +30,7 @@ from invact.fusing import fused_norms
 from invact.kernels import Curve
 from invact.ledger import Entry, Key
 from invact.norms import Fusion, walk_norms
+from invact.own_loss import OwnLoss, loss_bytes
 from invact.patchers import example_inputs as make_inputs
 from invact.probing import Call, Observation, Stock, observe
 from invact.pytorch_inside import has_fused_rms_norm
@@ -69,7 +71,7 @@ def plan(
             is counted without dropout, which the report notes.
         example_inputs: a dict is passed as keyword arguments, a tuple as positional ones. Only shapes, dtypes
             and which inputs there are matter. Without it a Hugging Face, timm or OpenCLIP model gets inputs made
-            from its configuration.
+            from its configuration, and a Hugging Face model what it computes its loss with.
         autocast: the dtype of torch.autocast in training, or None: as it is where this is called, which is mostly off.
         include: glob patterns over paths; only these sites may be inverted, and only inside these modules is derived.
         exclude: glob patterns over paths; these sites are kept, and inside these modules nothing is derived.
@@ -258,12 +260,16 @@ def _decide(
     report.not_derived = not_derived(after.computed, after.entries, after.why_kept)
     report.weight_cast_bytes = after.memory.weight_cast_bytes
     report.kept_by_class = dict(Counter(after.memory.by_class).most_common())
-    report.setting = _in_words(setting, exact, few_bits)
+    report.loss_bytes_before = loss_bytes(before.loss, before.computed, before.entries)
+    report.loss_bytes = loss_bytes(after.loss, after.computed, after.entries)
+    report.setting = _in_words(setting, exact, few_bits, with_loss=before.loss is not None)
     report.notes = [*before.notes, *_notes(model, decisive, len(already), nothing_allowed=bool(found) and not allowed)]
     if obstacle is not None:
         report.notes.append(obstacle)
     if report.approximate and few_bits is not None:
         report.notes.append(_what_is_approximate(report, few_bits))
+    if after.loss is not None and (note := _note_on_loss(report, after.loss)):
+        report.notes.append(note)
     return decided
 
 
@@ -571,7 +577,7 @@ def _matches(path: str, patterns: str | Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _in_words(setting: Setting, exact: bool, few_bits: int | None) -> str:
+def _in_words(setting: Setting, exact: bool, few_bits: int | None, *, with_loss: bool) -> str:
     words = [f"training on {setting.device.type}"]
     if setting.autocast is not None:
         words.append(f"autocast to {str(setting.autocast).removeprefix('torch.')}")
@@ -581,6 +587,7 @@ def _in_words(setting: Setting, exact: bool, few_bits: int | None) -> str:
         words.append("exact")
     if few_bits is not None:
         words.append(f"few_bits={few_bits}, approximate where nothing exact helps")
+    words.append("with its loss" if with_loss else "without a loss")
     return ", ".join(words)
 
 
@@ -592,6 +599,23 @@ def _what_is_approximate(report: Report, bits: int) -> str:
     return (
         f"the gradients through {len(report.approximate)} of {len(report.sites)} sites are approximate, as "
         f"few_bits={bits} asks for: each is one of {1 << bits} slopes times the gradient of the output."
+    )
+
+
+_NOTICEABLE = 0.05
+"""The share of what is kept after from which on the loss's is told of."""
+
+
+def _note_on_loss(report: Report, loss: OwnLoss) -> str:
+    """What the loss of a language model keeps of all that is kept after, and who has one that keeps less; or ""."""
+    if not loss.vocabulary or report.loss_bytes < _NOTICEABLE * report.bytes_after:
+        return ""
+    return (
+        f"the loss keeps {format_bytes(report.loss_bytes)} of what is kept after, "
+        f"{report.loss_bytes / report.bytes_after:.1%}: logits of {loss.tokens:,} tokens for {loss.vocabulary:,} "
+        "entries. A loss taken in chunks of tokens would save nearly all of that, and the largest tensors of the turn "
+        "from forward to backward: TRL's SFTTrainer has one, others are Liger Kernel's fused linear cross entropy and "
+        "cut-cross-entropy."
     )
 
 

@@ -29,6 +29,7 @@ from invact.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
 from invact.leftovers import check_no_leftovers, references_to
 from invact.norms import FoundNorm
 from invact.own_errors import raised_by_invact, users_call
+from invact.own_loss import OwnLoss, own_loss
 from invact.patchers import as_on_real_tensors
 from invact.pytorch_inside import FakeTensorMode, changes_in_place, transforms_active, tree_map_only
 from invact.rewriting import Runner, Written
@@ -98,6 +99,7 @@ class Observation:
     computed: Computed | None = None  # what made what, if that was asked for
     stock: Stock | None = None  # without what is derived, if that was asked for
     derived: list[DerivedTensor] = field(default_factory=list)
+    loss: OwnLoss | None = None  # if the forward gave one
     why_kept: dict[Key, str] = field(default_factory=dict)  # and why what is kept is not
     read: set[Key] = field(default_factory=set)  # the storages that derived tensors are made again from
     notes: list[str] = field(default_factory=list)
@@ -259,6 +261,7 @@ class _Probe:
                 checkpoints=checkpoints[0],
                 without_hooks=without_hooks[0],
                 computed=computed,
+                loss=own_loss(output),
             )
             if journal is not None:
                 stock = journal.stock_entries()

@@ -135,6 +135,8 @@ hooks_allowed: Callable[[], bool] = _found(torch._C._autograd, "_saved_tensors_h
 current_backward: Callable[[], int] = _found(torch._C, "_current_graph_task_id")
 # The node of the graph that is running: what backward allocates could not be put down to a module.
 current_node: Callable[[], Any] = _found(torch._C, "_current_autograd_node")
+# Whether that pass leaves the graph for another one: what is asked for the last time could not go before its node does.
+keeps_graph: Callable[[], bool] = _found(torch._C._autograd, "_get_current_graph_task_keep_graph")
 # The function that starts a backward pass: whoever else asks for a kept tensor is code written in Python.
 engine_call: types.FunctionType = _found(torch.autograd.graph, "_engine_run_backward")
 _engine: Any = _found(torch.autograd.Variable, "_execution_engine")
@@ -294,6 +296,7 @@ __all__ = [
     "hooks_on_all_modules",
     "hooks_taken_off",
     "is_traceable_wrapper_subclass",
+    "keeps_graph",
     "make_contiguous_strides_for",
     "math_attention",
     "modes_off",

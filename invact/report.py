@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from invact.amounts import format_bytes
 from invact.deriving.journal import DerivedTensor
 from invact.tables import Column, print_table
 
@@ -74,6 +75,8 @@ class Report:
         remains: bytes after, by what made them, largest first: "matrix products", "attention", "residual sums".
         not_derived: of these, what could have been made again from less, by operator and why it was not.
         weight_cast_bytes: low-precision copies of weights that autocast keeps; the same before and after.
+        loss_bytes_before, loss_bytes: of `bytes_before` and `bytes_after`, the logits of a model that computes its loss
+            and whatever of them is kept for it; 0 without a loss.
         kept_by_class: bytes after, by the class of the module that keeps them, largest first.
         setting: what was planned for, in words.
         compiled: bytes that a compiled step keeps, counted as those above: with torch.compile's own backend under
@@ -95,6 +98,8 @@ class Report:
     not_derived: dict[str, int] = field(default_factory=dict)
     compiled: dict[str, int] = field(default_factory=dict)
     fused: list[FusedNorm] = field(default_factory=list)
+    loss_bytes_before: int = 0
+    loss_bytes: int = 0
 
     @property
     def saving(self) -> float:
@@ -308,13 +313,3 @@ def _derived_row(kind: list[DerivedTensor]) -> list[str]:
         format_bytes(sum(tensor.bytes_saved for tensor in kind)),
         format_bytes(sum(tensor.bytes_moved for tensor in kind)),
     ]
-
-
-def format_bytes(nbytes: int) -> str:
-    """Bytes with a binary unit: 1536 is "1.5 KiB"."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"

@@ -1,67 +1,36 @@
-"""Sizes in words and numbers: of memory, and of the inputs of a model."""
+"""The inputs of a model in words."""
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 
-LEAST_MEMORY = 1 << 20  # bytes; no GPU has less
-
-
-def memory_bytes(memory: str | int) -> int:
-    """As "24GiB" or "80 GB", capital letters or not, where the unit must be there; or a number of bytes.
-
-    Raises:
-        TypeError: it is neither a text nor a whole number.
-        ValueError: it is no amount of memory, or less than `LEAST_MEMORY`.
-
-    Example:
-        >>> memory_bytes("24GiB"), memory_bytes("80 GB")
-        (25769803776, 80000000000)
-    """
-    if isinstance(memory, bool) or not isinstance(memory, (str, int)):
-        raise TypeError(f"memory is of type {type(memory).__name__}. Write it as '24GiB', or pass a number of bytes.")
-    nbytes = _parsed(memory) if isinstance(memory, str) else memory
-    if nbytes < LEAST_MEMORY:
-        raise ValueError(f"{memory!r} is less than any GPU has. Write it as 24GiB.")
-    return nbytes
-
-
-def _parsed(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|(B))?", text.strip(), flags=re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"{text!r} is no amount of memory. Write it as 24GiB.")
-    number, prefix, binary, byte = match.groups()
-    if not prefix and not byte:
-        raise ValueError(f"{text!r} has no unit. Write it as {number}GiB or {number}GB.")
-    exponent = " KMGT".index(prefix.upper()) if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** exponent)
-
-
-def format_bytes(nbytes: int) -> str:
-    """Bytes with a binary unit: 1536 is "1.5 KiB"."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
+_FOR_THE_LOSS = ("label", "return_loss", "start_positions", "end_positions", "bool_masked_pos")
 
 
 def size_in_words(inputs: dict[str, Any] | tuple[Any, ...]) -> str:
-    """As "32 x 512 tokens"."""
-    tensors = list(inputs.values() if isinstance(inputs, dict) else inputs)
+    """As "32 x 512 tokens"; of what a model reads, without labels."""
+    tensors = list(what_is_read(inputs).values() if isinstance(inputs, dict) else inputs)
     samples = dict.fromkeys(_sample_in_words(tensor) for tensor in tensors)
     return f"{tensors[0].shape[0]} x {' + '.join(samples)}"
 
 
+def what_is_read(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs without those that a model computes its loss with alone.
+
+    Example:
+        >>> list(what_is_read({"input_ids": [[1]], "labels": [[1]]}))
+        ['input_ids']
+    """
+    return {name: value for name, value in inputs.items() if not any(each in name for each in _FOR_THE_LOSS)}
+
+
 def _sample_in_words(tensor: torch.Tensor) -> str:
     if not tensor.is_floating_point():
-        return f"{tensor.shape[1]} tokens"
+        return f"{tensor.shape[-1]} tokens"
     unit = {2: "samples", 3: "spectrogram"}.get(tensor.ndim, "pixels")
     size = tensor.shape[1:] if tensor.ndim < 4 else tensor.shape[-2:]
     return f"{'x'.join(map(str, size))} {unit}"

@@ -430,7 +430,9 @@ def _checkpointed_class(below: type[nn.Module], by_call: bool) -> type:
 
 def _switched_class(below: type[nn.Module]) -> type:
     """Of a layer of transformers with its switch on, or of the model around it, which makes no cache then."""
-    return _checkpointed(below, "", lambda: {"gradient_checkpointing": _ON, "_gradient_checkpointing_func": _CHECKPOINT})
+    return _checkpointed(
+        below, "", lambda: {"gradient_checkpointing": _ON, "_gradient_checkpointing_func": _CHECKPOINT}
+    )
 
 
 def _checkpointed(below: type[nn.Module], how: str, methods: Callable[[], Mapping[str, Any]]) -> type:

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
+from invact.amounts import format_bytes
 from invact.layers import Layer
 from invact.machine import installed_versions
-from invact.report import Report, format_bytes
+from invact.report import Report
 from invact.tables import Column, print_table
 
 BASELINE = "baseline"

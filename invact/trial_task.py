@@ -68,7 +68,7 @@ def make_task(name: str | None = None, data: str | None = None, seq_len: int | N
     if name is None:
         return _small_bert(load_text(data), seq_len or SMALL_BERT_TOKENS)
     model = patchers.load(name)
-    inputs = patchers.example_inputs(model, 1)
+    inputs = patchers.example_inputs(model, 1, loss=False)
     shapes = [tuple(x.shape[1:]) for x in (inputs.values() if isinstance(inputs, dict) else inputs)]
     images = [shape for shape in shapes if len(shape) == 3]
     title = f"{name} · {type(model).__name__}"
@@ -88,13 +88,6 @@ def _picked(samples: int, seed: int, step: int, batch_size: int) -> tuple[Tensor
 
 
 # --- text ---------------------------------------------------------------------------------------------
-
-
-def with_labels(model: Any, inputs: Inputs) -> Inputs:
-    """The inputs of a language model, and labels with which it computes its loss; others as they are."""
-    if isinstance(inputs, dict) and _language_loss(model) is not None:
-        return {**inputs, "labels": inputs.get("decoder_input_ids", inputs["input_ids"])}
-    return inputs
 
 
 def _small_bert(text: Text, seq_len: int) -> Task:

@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .configurations import directory_config, hub_config
+from .labels import CHOICES, is_multiple_choice, loss_arguments, without_what_labels_tell
 from .meta import built_on_meta
 from .registry import InputSizeError, Library, ModelNameError, input_dtype, token_ids, unknown_name, waves
 
@@ -71,18 +72,24 @@ def example_inputs(
     seq_len: int | None = None,
     image_size: int | None = None,
     device: torch.device | str = "cpu",
-) -> dict[str, torch.Tensor]:
-    """What the model's forward needs, by keyword: no attention mask, so attention stays fused."""
+    loss: bool = True,
+) -> dict[str, Any]:
+    """What the model's forward needs, by keyword: no attention mask, so attention stays fused; and what its loss does.
+
+    See `labels`.
+    """
     wanted = _wanted_inputs(model)
     _check_sizes(model, wanted, seq_len, image_size)
-    inputs = {}
+    inputs: dict[str, torch.Tensor] = {}
     for name in wanted:
         if name.endswith("input_ids"):
             inputs[name] = _token_ids(model, name, batch_size, seq_len, device)
         else:
             shape = (batch_size, *_sample_shape(model, name, seq_len, image_size))
             inputs[name] = waves(shape, input_dtype(model), device)
-    return inputs
+    if is_multiple_choice(model):
+        inputs = {name: torch.stack([tensor] * CHOICES, dim=1) for name, tensor in inputs.items()}
+    return without_what_labels_tell(model, {**inputs, **loss_arguments(model, inputs)}) if loss else inputs
 
 
 def _wanted_inputs(model: Any) -> list[str]:

@@ -60,8 +60,9 @@ def example_inputs(
     seq_len: int | None = None,
     image_size: int | None = None,
     device: torch.device | str = "cpu",
+    loss: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One batch of images and of texts, as many of each."""
+    """One batch of images and of texts, as many of each; OpenCLIP's models have no loss of their own."""
     free = _has_text_tower_of_transformers(model)
     tokens = (seq_len or _TOKENS) if free else int(model.context_length)
     if seq_len is not None and seq_len != tokens:

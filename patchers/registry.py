@@ -50,7 +50,7 @@ class Load(Protocol):
 
 
 class MakeInputs(Protocol):
-    """Makes the smallest sensible inputs with which the model's forward gives a training graph."""
+    """Makes the smallest sensible inputs with which the model's forward gives a training graph, and its loss if any."""
 
     def __call__(
         self,
@@ -59,6 +59,7 @@ class MakeInputs(Protocol):
         seq_len: int | None = None,
         image_size: int | None = None,
         device: torch.device | str = "cpu",
+        loss: bool = True,
     ) -> ExampleInputs: ...
 
 
@@ -145,11 +146,12 @@ def example_inputs(
     seq_len: int | None = None,
     image_size: int | None = None,
     device: torch.device | str = "cpu",
+    loss: bool = True,
 ) -> ExampleInputs:
     """Make inputs for a model of a known library; no random number is drawn.
 
-    The inputs lead to the model's outputs, not to a loss: which loss is taken, and what that keeps for
-    backward, is the training loop's business.
+    Of a Hugging Face model that can compute its loss from classes, numbers or tokens they lead to that. The others'
+    loss, and what it keeps for backward, is the training loop's business.
 
     Args:
         model: a Hugging Face, timm or OpenCLIP model, on any device, with PEFT's adapters or without.
@@ -158,6 +160,8 @@ def example_inputs(
             sequence the model takes where that is shorter.
         image_size: pixels to a side. By default what the model was built for.
         device: where the inputs are made.
+        loss: whether labels are among the inputs, or whatever else the model asks for to compute its loss. Models of
+            timm and OpenCLIP have none, and get the same inputs either way.
 
     Returns:
         Keyword arguments as a dict, or positional ones as a tuple.
@@ -168,9 +172,12 @@ def example_inputs(
 
     Example:
         >>> import timm
+        >>> from invact import patchers
         >>> from invact.patchers import example_inputs
         >>> [x.shape for x in example_inputs(timm.create_model("resnet18"), batch_size=2)]
         [torch.Size([2, 3, 224, 224])]
+        >>> list(example_inputs(patchers.load("gpt2"))), list(example_inputs(patchers.load("gpt2"), loss=False))
+        (['input_ids', 'labels'], ['input_ids'])
     """
     library = library_of(model)
     if library is None:
@@ -181,7 +188,7 @@ def example_inputs(
     for what, size in {"batch size": batch_size, "sequence length": seq_len, "image size": image_size}.items():
         if size is not None and size < 1:
             raise InputSizeError(f"The {what} is {size}, but nothing can run on that. Give 1 or more.")
-    return library.example_inputs(without_adapters(model), batch_size, seq_len, image_size, device)
+    return library.example_inputs(without_adapters(model), batch_size, seq_len, image_size, device, loss)
 
 
 @contextmanager

@@ -42,8 +42,9 @@ def example_inputs(
     seq_len: int | None = None,
     image_size: int | None = None,
     device: torch.device | str = "cpu",
+    loss: bool = True,
 ) -> tuple[torch.Tensor]:
-    """One batch of images, of the size that the model was built or published for."""
+    """One batch of images, of the size that the model was built or published for; timm's models have no loss."""
     if seq_len is not None:
         raise InputSizeError("timm models read images and have no sequence length. Give an image size instead.")
     height, width = (image_size, image_size) if image_size else _image_size(model)

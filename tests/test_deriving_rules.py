@@ -101,7 +101,7 @@ def check(make, *values, name=None, frozen=()):
         output, handle, found = gradients(make, inputs, kept_for)
     if name is not None:
         assert output.grad_fn.name() == name
-    assert type(handle) is Derived
+    assert isinstance(handle, Derived)
     with torch.no_grad():
         for _ in range(2):  # as for a graph that is run again
             assert_same(handle.made(), output.detach())

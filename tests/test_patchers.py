@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub import constants
 from invact.patchers.meta import built_on_meta
 
+import invact
 from invact import patchers
 
 # Parameters in millions, as published with each model.
@@ -249,7 +250,8 @@ def test_model_and_inputs_take_another_image_size(name):
 
 
 def shapes(inputs: patchers.ExampleInputs) -> list[torch.Size]:
-    return [tensor.shape for tensor in (inputs.values() if isinstance(inputs, dict) else inputs)]
+    values = inputs.values() if isinstance(inputs, dict) else inputs
+    return [value.shape for value in values if isinstance(value, torch.Tensor)]
 
 
 def test_directory_with_a_transformers_configuration(tmp_path):
@@ -299,9 +301,104 @@ def test_inputs_lead_a_transformers_model_to_a_training_graph(architecture):
     before = torch.get_rng_state()
     inputs = patchers.example_inputs(model, batch_size=2)
     assert torch.equal(torch.get_rng_state(), before)
-    assert {tensor.shape[0] for tensor in inputs.values()} == {2}
+    assert {shape[0] for shape in shapes(inputs)} == {2}
     output = model(**inputs)
     assert any(t.requires_grad for t in output.values() if isinstance(t, torch.Tensor))
+
+
+WITH_A_LOSS = {
+    "BertForMaskedLM": ["labels"],
+    "BertForPreTraining": ["labels", "next_sentence_label"],
+    "BertForNextSentencePrediction": ["labels"],
+    "BertForSequenceClassification": ["labels"],
+    "BertForTokenClassification": ["labels"],
+    "BertForQuestionAnswering": ["start_positions", "end_positions"],
+    "BertForMultipleChoice": ["labels"],
+    "BertLMHeadModel": ["labels"],
+    "AlbertForPreTraining": ["labels", "sentence_order_label"],
+    "ElectraForPreTraining": ["labels"],
+    "XLNetForSequenceClassification": ["labels"],
+    "ViTForMaskedImageModeling": ["bool_masked_pos"],
+    "SegformerForSemanticSegmentation": ["labels"],
+    "CLIPForImageClassification": ["labels"],
+    **{name: ["labels"] for name in SMALL_MODELS},
+    "CLIPModel": ["return_loss"],
+    "SiglipModel": ["return_loss"],
+    "ViTMAEForPreTraining": [],  # its loss asks for nothing
+}
+WITHOUT_A_LOSS = {"T5EncoderModel", "Dinov2Model", "CLIPTextModel", "CLIPVisionModelWithProjection"}
+OTHER_FIELDS = {
+    **dict.fromkeys([name for name in WITH_A_LOSS if name.startswith(("Bert", "Albert", "Electra"))], TEXT),
+    "AlbertForPreTraining": TEXT | {"embedding_size": 16},
+    "ElectraForPreTraining": TEXT | {"embedding_size": 16},
+    "XLNetForSequenceClassification": {"vocab_size": 100, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32},
+    "ViTForMaskedImageModeling": IMAGE | {"encoder_stride": 8},
+    "SegformerForSemanticSegmentation": {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+    | {"decoder_hidden_size": 8, "image_size": 64, "num_attention_heads": [1, 1, 1, 1]},
+    "CLIPForImageClassification": {"vision_config": IMAGE, "text_config": TEXT},
+}
+
+
+@pytest.mark.parametrize("architecture", sorted(WITH_A_LOSS.keys() - WITHOUT_A_LOSS))
+def test_inputs_lead_a_transformers_model_to_its_loss_if_that_is_wanted(architecture):
+    model = small(architecture, **{**SMALL_MODELS, **OTHER_FIELDS}[architecture]).train()
+    before = torch.get_rng_state()
+    with_loss = patchers.example_inputs(model, batch_size=2)
+    without = patchers.example_inputs(model, batch_size=2, loss=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [name for name in with_loss if name not in without] == WITH_A_LOSS[architecture]
+    loss = model(**with_loss).loss
+    assert loss.requires_grad
+    assert loss.isfinite().all()
+    if WITH_A_LOSS[architecture]:
+        assert getattr(model(**without), "loss", None) is None
+
+
+@pytest.mark.parametrize("architecture", sorted(WITHOUT_A_LOSS))
+def test_a_model_without_a_head_gets_no_labels(architecture):
+    model = small(architecture, **SMALL_MODELS[architecture])
+    assert shapes(patchers.example_inputs(model)) == shapes(patchers.example_inputs(model, loss=False))
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "shape"),
+    [
+        ({"num_labels": 3}, torch.long, (2,)),
+        ({"num_labels": 1}, torch.bfloat16, (2,)),
+        ({"num_labels": 3, "problem_type": "regression"}, torch.bfloat16, (2, 3)),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, torch.bfloat16, (2, 3)),
+    ],
+)
+def test_labels_are_classes_or_numbers_as_the_configuration_says(settings, dtype, shape):
+    model = small("BertForSequenceClassification", **TEXT, **settings).to(torch.bfloat16)
+    inputs = patchers.example_inputs(model, batch_size=2)
+    assert (inputs["labels"].dtype, inputs["labels"].shape) == (dtype, shape)
+    model(**inputs).loss.backward()
+
+
+def test_planning_with_a_loss_leaves_the_kind_of_problem_open():
+    model = small("BertForSequenceClassification", **TEXT).train()
+    assert "with its loss" in invact.plan(model).setting
+    assert model.config.problem_type is None
+
+
+# Those read values, which are not to be had on the meta device; the first has its loss above, the others none.
+ASK_FOR_VALUES = {"facebook/bart-base", "facebook/wav2vec2-base", "microsoft/deberta-v3-base"}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED_PARAMETERS.keys() - ASK_FOR_VALUES))
+def test_every_bundled_configuration_gives_its_loss(name):
+    fields = patchers.huggingface.config_fields(name)
+    if fields["model_type"] not in transformers.CONFIG_MAPPING:
+        pytest.skip("needs a newer transformers")
+    shallow = {key: 1 for key in fields if key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")}
+    config = transformers.CONFIG_MAPPING[fields["model_type"]].from_dict({**fields, **shallow, "layerdrop": 0.0})
+    with torch.device("meta"):
+        model = getattr(transformers, config.architectures[0])(config).train()
+    length = None if model.main_input_name in ("pixel_values", "input_values", "input_features") else 8
+    output = model(**patchers.example_inputs(model, 2, length, device="meta"))
+    headless = name == "facebook/dinov2-base"
+    assert (getattr(output, "loss", None) is None) == headless
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet"])
@@ -349,7 +446,7 @@ def test_images_come_in_the_dtype_of_the_model():
 
 def test_roberta_loses_the_positions_up_to_its_padding_index():
     model = patchers.load("roberta-base")
-    assert shapes(patchers.example_inputs(model)) == [(1, 512)]
+    assert shapes(patchers.example_inputs(model, loss=False)) == [(1, 512)]
     with pytest.raises(patchers.InputSizeError, match="at most 512 tokens, not 514"):
         patchers.example_inputs(model, seq_len=514)
 

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-ROWS = re.findall(r"^\| .+? \| `(.+?)` \| (.+?) \| (.+?) \| (.+?) \|$", README, flags=re.MULTILINE)
+ROWS = re.findall(r"^\| .+? \| `(.+?)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", README, flags=re.MULTILINE)
 ROWS = [row for row in ROWS if row[0] != "invact patch --model"]
 VERSION = re.findall(r"^Planned .*\btorch ([\d.]+),", README, flags=re.MULTILINE)[0]
 
@@ -22,14 +22,20 @@ def test_the_table_was_found():
 def test_the_tables_figures_are_what_the_command_prints(row):
     from invact.cli import app
 
-    command, before, after, saved = row
+    command, before, after, saved, of_the_loss = row
     result = CliRunner().invoke(app, ["patch", "--model", *shlex.split(command)])
     assert result.exit_code == 0, result.output
     printed = re.search(r"(\S+ \wiB) before, (\S+ \wiB) after: (\S+)% saved", result.output)
     assert printed is not None
+    loss = re.search(r"the loss keeps .+? of what is kept after, (\S+)%", " ".join(result.output.split()))
+    assert (loss is None) == (of_the_loss == "-")
     # From 2.15 on a GPU's tensors need no stand-ins, and totals differ in the last digit.
     exactly = torch.__version__.partition("+")[0] == VERSION
-    for ours, theirs in zip(printed.groups(), (before, after, saved), strict=True):
+    figures, told = [*printed.groups()], [before, after, saved]
+    if loss is not None:
+        figures.append(loss[1])
+        told.append(of_the_loss)
+    for ours, theirs in zip(figures, told, strict=True):
         assert ours.split()[1:] == theirs.split()[1:]
         ours, theirs = (float(figure.split()[0].rstrip("%")) for figure in (ours, theirs))
         assert ours == theirs if exactly else ours == pytest.approx(theirs, rel=0.005)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,22 +20,14 @@ class Dtype(str, Enum):
     fp16 = "fp16"
 
 
-LEAST_MEMORY = 1 << 20  # bytes; no GPU has less
+def memory(text: str) -> int:
+    """As `invact.amounts.memory_bytes`, refused as a bad parameter."""
+    from invact.amounts import memory_bytes
 
-
-def memory_bytes(text: str) -> int:
-    """As "24GiB" or "80 GB", capital letters or not; the unit must be there."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|(B))?", text.strip(), flags=re.IGNORECASE)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is no amount of memory. Write it as 24GiB.")
-    number, prefix, binary, byte = match.groups()
-    if not prefix and not byte:
-        raise typer.BadParameter(f"{text!r} has no unit. Write it as {number}GiB or {number}GB.")
-    exponent = " KMGT".index(prefix.upper()) if prefix else 0
-    nbytes = int(float(number) * (1024 if binary else 1000) ** exponent)
-    if nbytes < LEAST_MEMORY:
-        raise typer.BadParameter(f"{text!r} is less than any GPU has. Write it as 24GiB.")
-    return nbytes
+    try:
+        return memory_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 MODEL_NAMES = (
@@ -46,7 +37,7 @@ MODEL_NAMES = (
 
 GpuMemory = Annotated[
     int | None,
-    typer.Option("--gpu-memory", parser=memory_bytes, metavar="SIZE", help="Say which batch fits, as in 24GiB."),
+    typer.Option("--gpu-memory", parser=memory, metavar="SIZE", help="Say which batch fits, as in 24GiB."),
 ]
 Exact = Annotated[
     bool,

@@ -88,6 +88,9 @@ def patch(
     lora_dropout: LoraDropout = None,
     lora_targets: LoraTargets = None,
     quantize: Quantize = None,
+    no_loss: Annotated[
+        bool, typer.Option("--no-loss", help="Leave the loss out, which Hugging Face models compute.")
+    ] = False,
     gpu_memory: GpuMemory = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Whose states share the GPU; with --gpu-memory.")] = (
         Optimizer.adamw
@@ -122,6 +125,7 @@ def patch(
             exact=exact,
             few_bits=few_bits,
             adapters=adapters,
+            loss=not no_loss,
             gpu_memory=gpu_memory,
             optimizer=optimizer.value,
             target_batch=target_batch,
@@ -149,6 +153,7 @@ def _dry_run(
     exact: bool,
     few_bits: int | None,
     adapters: Adapters | None,
+    loss: bool,
     gpu_memory: int | None,
     optimizer: str,
     target_batch: int | None,
@@ -164,7 +169,7 @@ def _dry_run(
         loaded = _loaded(name, torch_dtype(dtype), library, image_size)
         title = [name, type(loaded).__name__, *([str(adapters)] if adapters else [])]
         model = adapters.put_into(loaded) if adapters else loaded
-        inputs = patchers.example_inputs(model, batch_size, seq_len, image_size)
+        inputs = patchers.example_inputs(model, batch_size, seq_len, image_size, loss=loss)
     except patchers.RequestError as error:
         fail(str(error))
     try:
@@ -194,12 +199,9 @@ def _dry_run(
     fit = page = None
     if gpu_memory is not None:
         from invact.fitting_batch import Fit, needs
-        from invact.trial_task import with_labels
 
         def training_inputs(size: int) -> Any:
-            return with_labels(
-                patchers.without_adapters(model), patchers.example_inputs(model, size, seq_len, image_size)
-            )
+            return patchers.example_inputs(model, size, seq_len, image_size, loss=loss)
 
         fit = Fit(
             gpu_memory, optimizer, needs(model, training_inputs, setting, decided, optimizer=optimizer), target_batch

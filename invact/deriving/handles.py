@@ -25,6 +25,7 @@ from invact.pytorch_inside import (
     current_backward,
     current_stream,
     engine_call,
+    keeps_graph,
     nodes_made,
     shows_what_is_kept,
     when_backward_ends,
@@ -323,6 +324,35 @@ class Derived(Handle):
         return tensor
 
 
+class LogProbabilities(Derived):
+    """Those of a loss, as large as nothing else: what they are made of goes with the last who asks for them.
+
+    At the turn from forward to backward the logits in 16 bits would lie beside their log-probabilities, the gradient
+    that comes in and the one that goes out, which stock keeps without the first.
+
+    Attributes:
+        askers: nodes and recipes that ask for it.
+        done: nodes that have asked and are about to be freed.
+    """
+
+    __slots__ = ("askers", "done")
+
+    def __init__(self, make: Callable[..., Tensor], logits: Handle) -> None:
+        super().__init__(make, (logits,), joins=False, moves=True)
+        self.askers = self.done = 0
+
+    def wanted_again(self) -> None:
+        self.askers += 1
+        super().wanted_again()
+
+    def given_to_a_node(self) -> None:
+        """To one of PyTorch's own, which asks once each time it runs."""
+        if not keeps_graph():
+            self.done += 1
+            if self.done == self.askers:
+                self.sources = ()
+
+
 class Awaited(Handle):
     """What a recipe reads and nobody keeps, yet.
 
@@ -396,8 +426,12 @@ def remade(handle: Handle) -> Tensor:
         return handle.made() if to_read else handle.own()
     if torch.is_grad_enabled() or autocast_anywhere():
         with _as_recorded():
-            return handle.made() if to_read else handle.own()
-    return handle.made() if to_read else handle.own()
+            tensor = handle.made() if to_read else handle.own()
+    else:
+        tensor = handle.made() if to_read else handle.own()
+    if type(handle) is LogProbabilities and to_read:
+        handle.given_to_a_node()
+    return tensor
 
 
 _ENGINE = engine_call.__code__

@@ -311,14 +311,14 @@ class Deriving:
         if handle is None and (stead := stead_of(tensor, node, frame)) is not None:
             kept = Kept(stead.tensor, stead.tensor._version, self.outer)
             kept.stands_for_another = True
-            self._note(stead.producer.metadata, stead.number, kept)
-            self._token = object()  # what was not found before may be now
-            if stead.smaller:
-                handle = rule(node, number, self._find)
-            else:
+            if stead.producer is not None:
+                self._note(stead.producer.metadata, stead.number, kept)
+                self._token = object()  # what was not found before may be now
+            if not stead.smaller:
                 same = self._kept(tensor)
                 same.beside = kept
                 return same
+            handle = rule(node, number, self._find if stead.producer is not None else _finds_wide(kept, tensor.dtype))
         if handle is None:
             return self._later(tensor, node, number)
         if not self._can_be_run(handle) or (handle.unsure and not self._laid_out_alike(handle, tensor, name)):
@@ -538,6 +538,12 @@ def _is_exact_down_to_copies(node: Any) -> bool:
         elif name in RULES and name not in _COPIES:
             return False
     return not nodes
+
+
+def _finds_wide(narrow: Kept, dtype: torch.dtype) -> Any:
+    """Finds, whatever a rule for an operator of one tensor looks for, this in another type."""
+    wide = Derived(lambda x: x.to(dtype), (narrow,), joins=False, moves=True)
+    return lambda producer, number: wide
 
 
 def _is_awaited(node: Any, number: int) -> bool:

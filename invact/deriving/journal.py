@@ -186,7 +186,7 @@ class Journal:
         node, path = notes[0].node, None
         if isinstance(handle, Derived):
             node, path, _ = self._made[handle]
-            taken = {source for source in _taken(handle) if source not in self._free} - steps
+            taken = {source for source in _all_taken(handle) if source not in self._free} - steps
             saved -= sum(self._nbytes(source) for source in taken)
             steps.update(taken)
         what = in_words(node, notes[0].tensor.dtype)
@@ -231,7 +231,9 @@ class Journal:
             return "a mask"
         note = self._kept_as.get(handle)
         if note is None:
-            return "what was kept in the stead of another"
+            tensor = self._tensor(handle)
+            kind = "tensor" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} tensor"
+            return f"a {kind} kept in its stead"
         path = self._output_of(note)
         if path is None:
             return in_words(note.node, note.tensor.dtype)
@@ -300,3 +302,11 @@ def _taken(handle: Derived) -> list[Kept]:
     """What is kept in its stead alone."""
     sources = (_base(source) for source in handle.sources)
     return [source for source in sources if isinstance(source, Kept) and source.stands_for_another]
+
+
+def _all_taken(handle: Handle) -> Iterator[Kept]:
+    """What is kept in its stead, or in that of a step on the way to it."""
+    if isinstance(handle, Derived):
+        yield from _taken(handle)
+        for source in map(_base, handle.sources):
+            yield from _all_taken(source)

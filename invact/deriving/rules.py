@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invact.deriving.gated import gated_if_it_is
-from invact.deriving.handles import Bits, Derived, Handle, Kept, kept_by
+from invact.deriving.handles import Bits, Derived, Handle, Kept, LogProbabilities, kept_by
 from invact.deriving.parameters import is_parameter
 from invact.kernels.masks import dropped, unpacked
 from invact.kernels.rounding import rounded
@@ -510,12 +510,17 @@ def safe_softmax(node: Node, number: int, find: Find) -> Derived | None:
     return derived(lambda x: aten._safe_softmax(x, dim, dtype), produced(node, 0, find))
 
 
-@rule("SoftmaxBackward0", "LogSoftmaxBackward0")
+@rule("SoftmaxBackward0")
 def softmax(node: Node, number: int, find: Find) -> Derived | None:
-    x = produced(node, 0, find)
     (dim,), dtype = settings(node, "dim"), node._input_metadata[0].dtype
-    operator = torch.softmax if node.name() == "SoftmaxBackward0" else torch.log_softmax
-    return derived(lambda x: operator(x, dim, dtype=dtype), x)
+    return derived(lambda x: torch.softmax(x, dim, dtype=dtype), produced(node, 0, find))
+
+
+@rule("LogSoftmaxBackward0")
+def log_softmax(node: Node, number: int, find: Find) -> Derived | None:
+    (dim,), dtype = settings(node, "dim"), node._input_metadata[0].dtype
+    logits = produced(node, 0, find)
+    return None if logits is None else LogProbabilities(lambda x: torch.log_softmax(x, dim, dtype=dtype), logits)
 
 
 @rule("CloneBackward0")

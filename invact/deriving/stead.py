@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invact.deriving.rules import signed
+from invact.deriving.rules import VIEWS, signed
 
 Node = Any
 
@@ -23,12 +23,13 @@ class Stead(NamedTuple):
 
     Attributes:
         tensor: the value.
-        producer, number: whose output it equals, and which of its outputs.
+        producer, number: whose output it equals, and which of its outputs; None if it equals what `node` itself read,
+            but for its type.
         smaller: whether it takes fewer bytes than what was to be kept; else it is the same memory.
     """
 
     tensor: Tensor
-    producer: Node
+    producer: Node | None
     number: int
     smaller: bool
 
@@ -50,6 +51,8 @@ def stead_of(tensor: Tensor, node: Node, frame: Any) -> Stead | None:
         return part(value, node)
     if name == "SoftmaxBackward0" and frame.f_code is _SOFTMAX:
         return _scores(frame.f_locals["input"], tensor)
+    if name == "LogSoftmaxBackward0" and tensor.element_size() > 2:
+        return _logits(node, frame)
     return None
 
 
@@ -89,7 +92,7 @@ def _cast(value: Tensor, node: Node) -> Stead | None:
     if producer is None:
         return None
     dtype = producer._input_metadata[number].dtype
-    if dtype not in (torch.bfloat16, torch.float16) or value.dtype not in (torch.float32, torch.float64):
+    if dtype not in _NARROW or value.dtype not in (torch.float32, torch.float64):
         return None
     return Stead(value.to(dtype), producer, number, smaller=True)
 
@@ -123,6 +126,64 @@ def _scores(scores: Any, probabilities: Tensor) -> Stead | None:
     if scores.element_size() >= probabilities.element_size() or scores._version:
         return None
     return Stead(scores.detach(), scores.grad_fn, scores.output_nr, smaller=True)
+
+
+# --- logits, of which a loss makes log-probabilities in 32 bits -----------------------------------------
+
+
+_MOST_STEPS_TO_LOGITS = 8
+_NARROW = (torch.bfloat16, torch.float16)
+_SAME_NUMBERS = {"ToCopyBackward0", "CloneBackward0", *VIEWS}
+
+
+def _logits(node: Node, frame: Any) -> Stead | None:
+    """The logits in 16 bits, of which a loss made a wide copy, shifted and flattened it, and took the log_softmax.
+
+    What that was given stands in a variable of who called it, as `F.cross_entropy` has it. It is copied: autograd would
+    let everybody change the logits afterwards.
+    """
+    producer, number = node.next_functions[0]
+    if producer is None:
+        return None
+    read = _in_a_variable(frame, producer, number)
+    if read is None and producer.name() == "ToCopyBackward0":  # autocast's, which nobody sees
+        producer, number = producer.next_functions[0]
+        read = None if producer is None else _in_a_variable(frame, producer, number)
+    if read is None or read._version:
+        return None
+    value = read.detach()
+    if value.dtype in _NARROW:
+        return Stead(value.clone(), producer, number, smaller=True)
+    dtype = _narrow_before(producer, number)
+    if dtype is None:
+        return None
+    between = producer
+    while (undo := _UNDO.get(between.name())) is not None and (undone := undo(value, between)) is not None:
+        value, (between, _) = undone, between.next_functions[0]
+    if between.name() == "ToCopyBackward0" and (cast := _cast(value, between)) is not None:
+        return cast
+    return Stead(read.detach().to(dtype), None, 0, smaller=True)
+
+
+def _in_a_variable(frame: Any, producer: Node, number: int) -> Tensor | None:
+    for value in list(frame.f_locals.values()):
+        if isinstance(value, Tensor) and value.grad_fn is producer and value.output_nr == number:
+            return value
+    return None
+
+
+def _narrow_before(producer: Node, number: int) -> torch.dtype | None:
+    """The type in 16 bits that has the same numbers as this output."""
+    for _ in range(_MOST_STEPS_TO_LOGITS):
+        if producer is None:
+            return None
+        dtype: torch.dtype = producer._input_metadata[number].dtype
+        if dtype in _NARROW:
+            return dtype
+        if producer.name() not in _SAME_NUMBERS:
+            return None
+        producer, number = producer.next_functions[0]
+    return None
 
 
 _SOFTMAX = F.softmax.__code__

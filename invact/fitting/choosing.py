@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from invact.amounts import format_bytes
 from invact.arguments import Inputs
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, in_order
-from invact.fitting.step import GRADIENTS, STATES, WEIGHTS, Step, TakeStep, simulated_training
+from invact.fitting.step import STATES, WEIGHTS, Step, TakeStep, simulated_training
 from invact.planning import Decided
 from invact.simulation import Setting
-from invact.sizes import format_bytes
 
 _CLEARLY = 1.01
 """A foreseen peak that is above the budget by more than this is not simulated: foreseen are most to a thousandth, and

@@ -86,7 +86,9 @@ class Lifetimes(TorchDispatchMode):
         self._died: dict[int, int] = {}
         self._alive: dict[Key, tuple[int, Any]] = {}
         self._running: list[str] = []
-        self._nodes: list[int] = []  # how many the graph had when the module at the same place in `_paths` began or ended
+        self._nodes: list[
+            int
+        ] = []  # how many the graph had when the module at the same place in `_paths` began or ended
         self._paths: list[str] = []
         self._in_backward = False
 

@@ -137,6 +137,7 @@ def _is_weight(step: Step, number: int) -> bool:
 
 def _births(allocations: Sequence[Allocation], began: int, ended: int) -> tuple[int, int]:
     """The numbers from the first allocation of a stretch to the first after it."""
+
     def key(allocation: Allocation) -> int:
         return allocation.born
 

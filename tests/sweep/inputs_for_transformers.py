@@ -20,11 +20,11 @@ def from_patcher(model):
     """What `invact.patch(model)` itself would make up, at a small size."""
     length = SAMPLES if model.main_input_name == "input_values" else SEQUENCE
     try:
-        return patchers.example_inputs(model, batch_size=BATCH, seq_len=length)
+        return patchers.example_inputs(model, batch_size=BATCH, seq_len=length, loss=False)
     except patchers.InputSizeError as error:
         if "no sequence length" not in str(error):
             raise
-        return patchers.example_inputs(model, batch_size=BATCH)
+        return patchers.example_inputs(model, batch_size=BATCH, loss=False)
 
 
 # --- text and images ----------------------------------------------------------------------------------
