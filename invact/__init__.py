@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from invact import functional, nn
     from invact.callback import InvActCallback as InvActCallback
-    from invact.patching import patch, patched, unpatch
+    from invact.fitting.choosing import DoesNotFitError
+    from invact.patching import fit, patch, patched, unpatch
     from invact.planning import plan
     from invact.probing import activation_memory
     from invact.report import Report, Site
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DoesNotFitError",
     "Report",
     "Site",
     "activation_memory",
+    "fit",
     "functional",
     "nn",
     "patch",
@@ -35,10 +38,12 @@ __all__ = [
 
 # Loaded at first use: `invact --help` need not wait for torch.
 _HOME = {
+    "DoesNotFitError": "invact.fitting.choosing",
     "InvActCallback": "invact.callback",
     "Report": "invact.report",
     "Site": "invact.report",
     "activation_memory": "invact.probing",
+    "fit": "invact.patching",
     "patch": "invact.patching",
     "patched": "invact.patching",
     "plan": "invact.planning",

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from invact.arguments import Inputs, check_few_bits
+from invact.amounts import memory_bytes
+from invact.arguments import Inputs, check_few_bits, check_model
+from invact.fitting.choosing import fit_in
+from invact.fitting.optimizers import OptimizerLike, check_optimizer
+from invact.patchers import example_inputs as make_inputs
 from invact.planning import decide
 from invact.report import Report
 from invact.swapping import Swaps, swaps_in
@@ -37,7 +42,62 @@ def patch(
         >>> [site.path for site in report.inverted], isinstance(model[1], nn.GELU)
         (['1'], True)
     """
-    return _patch(model, example_inputs, autocast, include, exclude, exact, few_bits)[0]
+    return _patch(
+        model, example_inputs, autocast=autocast, include=include, exclude=exclude, exact=exact, few_bits=few_bits
+    )[0]
+
+
+def fit(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    memory: str | int,
+    optimizer: OptimizerLike = "adamw",
+    autocast: torch.dtype | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    exact: bool = False,
+    few_bits: int | None = None,
+    accumulating: bool = False,
+) -> Report:
+    """`patch`, and where that does not do, gradient checkpointing of the fewest blocks with which a step fits.
+
+    A whole step is simulated: forward with its loss, backward, the optimizer. Blocks are taken in the order of bytes won
+    for time lost; `report.blocks` says which, `report.peak_bytes` what the step takes then. `unpatch` takes it all back.
+
+    Args:
+        model, example_inputs, autocast, include, exclude, exact, few_bits: as of `invact.plan`; with the batch that is
+            to fit, and labels among them where the model computes its loss.
+        memory: for all of a step: as "24GiB", or a number of bytes.
+        optimizer: one of "adamw", "adamw-fused", "adamw-8bit", "adafactor", "momentum", "sgd", "none", with states in
+            the dtype of the parameters, as PyTorch's are; or the `torch.optim.Optimizer` that is to train.
+        accumulating: gradients are summed over several batches, so that they are there in forward as well.
+
+    Raises:
+        DoesNotFitError: no choice of blocks does, or the model has none; a ValueError. The model is as it was.
+        NotSimulatedError: the step does not run on simulated tensors; a ValueError.
+        TypeError, ValueError, LeftoverError, TimeoutError: as of `invact.plan`; of `memory` and `optimizer`.
+
+    Example:
+        >>> def block():
+        ...     return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> model = nn.Sequential(*(block() for _ in range(4)))
+        >>> report = fit(model, (torch.randn(1024, 64),), memory="6MiB", optimizer="sgd")
+        >>> report.checkpointed, report.peak_bytes <= 6 * 2**20
+        (['0', '1'], True)
+    """
+    return _fit(
+        model,
+        example_inputs,
+        memory=memory,
+        optimizer=optimizer,
+        autocast=autocast,
+        include=include,
+        exclude=exclude,
+        exact=exact,
+        few_bits=few_bits,
+        accumulating=accumulating,
+    )[0]
 
 
 def unpatch(model: nn.Module) -> int:
@@ -94,23 +154,34 @@ def patched(
         >>> with patched(model, (torch.randn(8, 64),)) as report:
         ...     loss = model(torch.randn(8, 64)).sum()
     """
-    report, swaps = _patch(model, example_inputs, autocast, include, exclude, exact, few_bits)
+    report, swaps = _patch(
+        model, example_inputs, autocast=autocast, include=include, exclude=exclude, exact=exact, few_bits=few_bits
+    )
     try:
         yield report
     finally:
         swaps.undo()
 
 
-def _patch(
+def _patch(model: nn.Module, example_inputs: Inputs | None, **options: Any) -> tuple[Report, Swaps]:
+    decided = decide(model, example_inputs, **options)
+    return decided.report, decided.apply(model)
+
+
+def _fit(
     model: nn.Module,
     example_inputs: Inputs | None,
-    autocast: torch.dtype | None,
-    include: str | Sequence[str] | None,
-    exclude: str | Sequence[str] | None,
-    exact: bool,
-    few_bits: int | None,
+    *,
+    memory: str | int,
+    optimizer: OptimizerLike,
+    accumulating: bool,
+    **options: Any,
 ) -> tuple[Report, Swaps]:
-    decided = decide(
-        model, example_inputs, autocast=autocast, include=include, exclude=exclude, exact=exact, few_bits=few_bits
-    )
+    budget = memory_bytes(memory)
+    check_optimizer(optimizer)
+    if example_inputs is None:
+        check_model(model)
+        example_inputs = make_inputs(model)
+    decided = decide(model, example_inputs, **options)
+    fit_in(decided, model, example_inputs, optimizer=optimizer, memory=budget, accumulating=accumulating)
     return decided.report, decided.apply(model)

@@ -123,6 +123,7 @@ def decide_for_device(
 class Decided:
     """A report, and what to swap to make it true."""
 
+    setting: Setting
     report: Report
     modules: dict[str, Inversion | Approximation]  # by path
     expressions: dict[str, dict[Written, Runner]]  # by the path of the module in whose methods they stand
@@ -217,7 +218,7 @@ def _decide(
     choice = _Choice(found, decisive, allowed, exact, few_bits, everywhere)
     sites = choice.sites()
     chosen = {site.path: site.action for site in sites if site.action in (INVERT, APPROXIMATE)}
-    decided = Decided(Report(sites=[*sites, *already]), {}, {}, {})
+    decided = Decided(setting, Report(sites=[*sites, *already]), {}, {}, {})
     allowed_norms = {norm.path for norm in norms if _allowed(norm.path, include, exclude)}
     decided.report.fused = fused_norms(norms, choice.calls, allowed_norms, setting)
     chosen_norms = {norm.path for norm in decided.report.fused}

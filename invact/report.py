@@ -60,6 +60,21 @@ class FusedNorm:
     bytes_moved: int
 
 
+@dataclass(frozen=True)
+class CheckpointedBlock:
+    """A block whose forward is run once more in backward, so that it keeps only what it is given.
+
+    Attributes:
+        path: dotted path of the module.
+        bytes_won: fewer bytes kept between forward and backward.
+        share: of what forward computes and moves, which is done twice.
+    """
+
+    path: str
+    bytes_won: int
+    share: float
+
+
 @dataclass
 class Report:
     """A plan for one model: what is done at every site, and what that saves.
@@ -81,6 +96,11 @@ class Report:
         setting: what was planned for, in words.
         compiled: bytes that a compiled step keeps, counted as those above: with torch.compile's own backend under
             "default", with `backend="invact"` under "invact". Empty where nobody asked, or it could not be counted.
+        peak_bytes_before, peak_bytes: predicted for a whole step with `optimizer`, one of many: weights, gradients,
+            optimizer states, activations and temporary tensors; 0 where nobody asked.
+        peak: what these bytes are for at the highest point after; `peak_at` says where that is.
+        memory_bytes: the budget that was to be met; 0 if there was none.
+        blocks: those that are checkpointed to meet it, in the order of forward.
         notes: what else the reader should know.
     """
 
@@ -100,6 +120,13 @@ class Report:
     fused: list[FusedNorm] = field(default_factory=list)
     loss_bytes_before: int = 0
     loss_bytes: int = 0
+    optimizer: str = ""
+    peak_bytes_before: int = 0
+    peak_bytes: int = 0
+    peak: dict[str, int] = field(default_factory=dict)
+    peak_at: str = ""
+    memory_bytes: int = 0
+    blocks: list[CheckpointedBlock] = field(default_factory=list)
 
     @property
     def saving(self) -> float:
@@ -116,9 +143,14 @@ class Report:
         """The sites whose action is "approximate": their gradients are not the stock ones."""
         return [site for site in self.sites if site.action == APPROXIMATE]
 
+    @property
+    def checkpointed(self) -> list[str]:
+        """The paths of the blocks that are checkpointed to meet a budget, in the order of forward."""
+        return [block.path for block in self.blocks]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain dicts, lists, strings and numbers."""
-        return {**asdict(self), "saving": self.saving}
+        return {**asdict(self), "saving": self.saving, "checkpointed": self.checkpointed}
 
     def to_json(self) -> str:
         """`to_dict()` as indented JSON."""
@@ -139,6 +171,8 @@ class Report:
             self._print_fused(console)
         if self.derived:
             self._print_derived(console)
+        if self.blocks:
+            self._print_blocks(console)
         console.print(self._totals(), highlight=False)
         for note in self.notes:
             console.print(f"Note: {note}", highlight=False, markup=False)
@@ -172,6 +206,52 @@ class Report:
             Column("before", right=True),
         ]
         print_table(console, columns, [_fused_row(kind) for kind in self.fused_kinds()])
+
+    def _print_blocks(self, console: Console) -> None:
+        columns = [
+            Column("blocks", right=True),
+            Column("checkpointed", least=20),
+            Column("won", right=True),
+            Column("of a forward run twice", right=True),
+        ]
+        rows = [
+            [
+                str(len(alike)),
+                alike[0].path + (f" to {alike[-1].path}" if len(alike) > 1 else ""),
+                format_bytes(sum(block.bytes_won for block in alike)),
+                f"{sum(block.share for block in alike):.1%}",
+            ]
+            for alike in self._blocks_alike()
+        ]
+        print_table(console, columns, rows)
+
+    def _blocks_alike(self) -> list[list[CheckpointedBlock]]:
+        """Neighbours that win about the same, together."""
+        found: list[list[CheckpointedBlock]] = []
+        for block in self.blocks:
+            alike = found and abs(found[-1][0].bytes_won - block.bytes_won) <= 0.02 * block.bytes_won
+            if alike and found[-1][0].path.rpartition(".")[0] == block.path.rpartition(".")[0]:
+                found[-1].append(block)
+            else:
+                found.append([block])
+        return found
+
+    def peak_in_words(self) -> list[str]:
+        """The predicted peak before and after, where it is and what it is for, and what is left of the budget."""
+        if not self.peak_bytes:
+            return []
+        parts = ", ".join(f"{format_bytes(nbytes)} {kind}" for kind, nbytes in self.peak.items())
+        lines = [
+            f"Peak of a step with {self.optimizer}: {format_bytes(self.peak_bytes_before)} before, "
+            f"{format_bytes(self.peak_bytes)} after, {self.peak_at}: {parts}."
+        ]
+        if self.memory_bytes:
+            left = format_bytes(self.memory_bytes - self.peak_bytes)
+            how = f"{len(self.blocks)} blocks checkpointed" if self.blocks else "nothing checkpointed"
+            if self.peak_bytes_before <= self.memory_bytes:
+                how += "; it fits as it is, too"
+            lines.append(f"It fits {format_bytes(self.memory_bytes)} with {left} left, {how}. {_BEYOND_TENSORS}")
+        return lines
 
     def fused_kinds(self) -> list[list[FusedNorm]]:
         """The fused norms that a reader need not tell apart, together."""
@@ -227,6 +307,7 @@ class Report:
             lines.append(
                 f"Besides, autocast keeps {format_bytes(self.weight_cast_bytes)} of cast weights, whatever the batch."
             )
+        lines += self.peak_in_words()
         if self.compiled:
             lines.append(
                 f"Compiled, {format_bytes(self.compiled['default'])} by default, "
@@ -236,7 +317,7 @@ class Report:
 
     def distance_from_floor(self) -> list[str]:
         """What would remain if all were derived that can be, what remains, and why it is more; in sentences."""
-        if not self.bytes_floor:
+        if not self.bytes_floor or self.blocks:
             return []
         above = self.bytes_after / self.bytes_floor - 1
         lines = [
@@ -269,6 +350,11 @@ def _from_floor(above: float, approximate: bool) -> str:
         return f"this plan is {-above:.1%} below it, since some derivatives are approximate."
     return "this plan is there."
 
+
+_BEYOND_TENSORS = (
+    "Not counted are CUDA's own context and libraries, half a GiB or so; with "
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True the allocator hardly reserves more than that."
+)
 
 _FAR = 0.08
 """How far above the floor a plan is said to be far from it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, in_order
 from invact.fitting.step import STATES, WEIGHTS, Step, TakeStep, simulated_training
 from invact.planning import Decided
-from invact.simulation import Setting
+from invact.probing import observe
+from invact.report import CheckpointedBlock
+from invact.swapping import as_on
 
 _CLEARLY = 1.01
 """A foreseen peak that is above the budget by more than this is not simulated: foreseen are most to a thousandth, and
@@ -41,22 +44,22 @@ class Fitted:
     blocks: list[Block]
 
 
-def fitted(
+def fit_in(
+    decided: Decided,
     model: nn.Module,
     inputs: Inputs,
-    setting: Setting,
-    decided: Decided,
     *,
     optimizer: OptimizerLike = "adamw",
     memory: int | None = None,
     accumulating: bool = False,
 ) -> Fitted:
-    """Simulates the step, and checkpoints the fewest blocks with which it fits; sets `decided.checkpointed`.
+    """Simulates the step, checkpoints the fewest blocks with which it fits, and adds both to what was decided.
 
     Args:
+        decided: what invact does to the model; afterwards it says which blocks to checkpoint, and its report what that
+            comes to.
         model: on any device or on meta.
-        inputs: best with labels.
-        decided: what invact does to the model.
+        inputs: those that were decided for, best with labels.
         optimizer: a name of `invact.fitting.optimizers.NAMES`, or one of the user's.
         memory: bytes for all of a step; None checkpoints nothing.
         accumulating: gradients of earlier batches are there all the time.
@@ -65,17 +68,43 @@ def fitted(
         DoesNotFitError: the step does not fit with all blocks checkpointed, or there are none.
         NotSimulatedError: the step does not run on simulated tensors.
     """
+    found = _fitted(decided, model, inputs, optimizer, memory, accumulating)
+    decided.checkpointed[:] = [block.path for block in found.blocks]
+    report, after = decided.report, found.after
+    report.optimizer = optimizer if isinstance(optimizer, str) else type(optimizer).__name__
+    report.peak_bytes_before, report.peak_bytes = found.before.peak_bytes, after.peak_bytes
+    report.peak, report.peak_at = after.kinds_at(after.highest), after.where(after.highest)
+    report.memory_bytes = memory or 0
+    report.blocks = [CheckpointedBlock(block.path, block.bytes_won, block.share) for block in found.blocks]
+    if found.blocks:
+        with decided.applied(model), as_on(decided.setting.device):
+            kept = observe(model, inputs, decided.setting).memory
+        report.bytes_after, report.kept_by_class = kept.total_bytes, dict(Counter(kept.by_class).most_common())
+        report.remains, report.not_derived = {}, {}
+        report.notes.append(
+            "what is checkpointed keeps nothing between forward and backward but what it was given; the bytes saved at "
+            "its sites and tensors are those by which it keeps less while it is run once more."
+        )
+    return found
+
+
+def _fitted(
+    decided: Decided,
+    model: nn.Module,
+    inputs: Inputs,
+    optimizer: OptimizerLike,
+    memory: int | None,
+    accumulating: bool,
+) -> Fitted:
     paths = repeated_blocks(model) if memory is not None else []
-    with simulated_training(model, inputs, setting, optimizer, accumulating=accumulating) as take_step:
+    with simulated_training(model, inputs, decided.setting, optimizer, accumulating=accumulating) as take_step:
         before = take_step()
         with decided.applied(model):
             patched = take_step(with_work=bool(paths))
         if memory is None or patched.peak_bytes <= memory:
             return Fitted(before, patched, [])
         search = _Search(model, decided, take_step, patched, in_order(blocks_of(patched, paths)), memory)
-        after, blocks = search.fewest()
-    decided.checkpointed[:] = [block.path for block in blocks]
-    return Fitted(before, after, blocks)
+        return Fitted(before, *search.fewest())
 
 
 class _Search:

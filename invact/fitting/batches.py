@@ -1,0 +1,133 @@
+"""The largest batch that fits a GPU: a whole step simulated at two batch sizes, by way of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from invact.amounts import format_bytes
+from invact.arguments import Inputs
+from invact.checkpointing import can_checkpoint, checkpointed
+from invact.fitting.optimizers import OptimizerLike
+from invact.fitting.step import Step, simulated_training
+from invact.planning import Decided
+from invact.simulation import Setting
+
+# Two sizes give the lines. Not 1: batch norm refuses a single sample.
+_BATCHES = (2, 4)
+
+_IN_WORDS = {
+    "baseline": "as it is",
+    "invact": "with invact",
+    "checkpointing": "with checkpointing",
+    "invact+checkpointing": "with both",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the peak of a training step, by the batch: the highest of some moments, each of them linear in it.
+
+    Attributes:
+        lines: of each moment that may be the highest, the bytes whatever the batch, and those for a sample.
+    """
+
+    lines: tuple[tuple[int, int], ...]
+
+    def bytes_at(self, batch_size: int) -> int:
+        return max(constant + batch_size * per_sample for constant, per_sample in self.lines)
+
+    def largest_batch(self, memory: int) -> int:
+        """0 if not even one sample fits.
+
+        Example:
+            >>> Need(((100, 10), (140, 2))).largest_batch(149), Need(((100, 10),)).largest_batch(99)
+            (4, 0)
+        """
+        fits = ((memory - constant) // max(1, per_sample) for constant, per_sample in self.lines)
+        return max(0, min(fits))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The largest batches in the memory of one GPU, predicted.
+
+    Attributes:
+        memory_bytes: of the GPU, all of it.
+        optimizer: its name.
+        needs: by way of training: "baseline", "invact", "checkpointing", "invact+checkpointing"; the last two
+            only for models that can be checkpointed.
+    """
+
+    memory_bytes: int
+    optimizer: str
+    needs: dict[str, Need]
+
+    @property
+    def largest_batch(self) -> dict[str, int]:
+        return {way: need.largest_batch(self.memory_bytes) for way, need in self.needs.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "largest_batch": self.largest_batch}
+
+    def __str__(self) -> str:
+        batches = ", ".join(f"{batch} {_IN_WORDS[way]}" for way, batch in self.largest_batch.items())
+        return f"Largest batch in {format_bytes(self.memory_bytes)} with {self.optimizer}: {batches}."
+
+
+def needs(
+    model: nn.Module,
+    inputs_of: Callable[[int], Inputs],
+    setting: Setting,
+    decided: Decided,
+    *,
+    optimizer: OptimizerLike = "adamw",
+) -> dict[str, Need]:
+    """What a training step needs at its peak, by way of training.
+
+    Args:
+        model: on any device or on meta; what is checkpointed already is so in every way, and stays so afterwards.
+        inputs_of: makes the model's inputs, best with labels, for a batch size.
+        decided: what invact does to the model.
+        optimizer: a name of `invact.fitting.optimizers.NAMES`, or one of the user's.
+
+    Raises:
+        NotSimulatedError: the step does not run on simulated tensors.
+    """
+    ways = [way for way in _IN_WORDS if "checkpointing" not in way or can_checkpoint(model)]
+    steps: dict[str, list[Step]] = {way: [] for way in ways}
+    for batch in _BATCHES:
+        with simulated_training(model, inputs_of(batch), setting, optimizer) as take_step:
+            for way in ways:
+                with (
+                    decided.applied(model) if "invact" in way else nullcontext(),
+                    checkpointed(model) if "checkpointing" in way else nullcontext(),
+                ):
+                    steps[way].append(take_step())
+    return {way: _need(*pair) for way, pair in steps.items()}
+
+
+def _need(small: Step, large: Step) -> Need:
+    """From the same step with two batches."""
+    pairs = list(zip(small.alive, large.alive, strict=False))
+    if len(small.alive) != len(large.alive):  # it ran otherwise with more samples
+        pairs = [(max(small.alive), max(large.alive))]
+    first, second = _BATCHES
+    lines = set()
+    for at_first, at_second in pairs:
+        per_sample = max(0, -(-(at_second - at_first) // (second - first)))
+        lines.add((large.resident + at_second - second * per_sample, per_sample))
+    return Need(tuple(_highest(lines)))
+
+
+def _highest(lines: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those that no other is above at every batch, the steepest first."""
+    kept: list[tuple[int, int]] = []
+    for constant, per_sample in sorted(lines, key=lambda line: (-line[1], -line[0])):
+        if not kept or constant > kept[-1][0]:
+            kept.append((constant, per_sample))
+    return kept
