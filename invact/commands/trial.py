@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,8 +24,23 @@ from invact.commands.output import (
 if TYPE_CHECKING:
     from invact.page import Page
     from invact.trial_result import Trial
+    from invact.trial_task import Adapters
 
 DEFAULT_BATCH_SIZE = 8
+
+
+class Also(str, Enum):
+    """Ways of training on demand; those of `invact.trial_ways`, which loads torch."""
+
+    exact = "exact"
+    selective = "selective"
+    fit = "fit"
+    compression = "compression"
+    fewbit_1 = "fewbit-1"
+    fewbit_2 = "fewbit-2"
+    fewbit_3 = "fewbit-3"
+    fewbit_4 = "fewbit-4"
+    all = "all"
 
 
 def trial(
@@ -47,12 +63,30 @@ def trial(
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the spread between them is the yardstick.")] = 3,
     compiled: Annotated[bool, typer.Option("--compile", help="Train under torch.compile as well.")] = False,
+    also: Annotated[
+        list[Also] | None,
+        typer.Option(
+            help="One more way, as often as it is given. selective: PyTorch's selective checkpointing; fit: the fewest "
+            "blocks checkpointed for --gpu-memory; compression: gradients in bf16 between two processes; fewbit-K: "
+            "approximate derivatives of K bits.",
+            show_default=False,
+        ),
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank alone.")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Of what the adapters read. Default: 0.")] = None,
+    lora_targets: Annotated[
+        str | None,
+        typer.Option(help="Names of the layers that get adapters, with commas. Default: all-linear.", metavar="NAMES"),
+    ] = None,
     exact: Exact = False,
     gpu_memory: GpuMemory = None,
     html: HtmlFile = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON and nothing else.")] = False,
 ) -> None:
-    """Train the same model from the same seeds with and without invact and checkpointing, and compare."""
+    """Train the same model from the same seeds with and without invact and checkpointing, and compare.
+
+    NAME may also be small-bert, small-gpt2 or small-llama.
+    """
     # Threads that spin while they wait take ten times as long where others use the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     chosen = one_name("trial", name, model)
@@ -67,6 +101,8 @@ def trial(
             dtype=dtype,
             seeds=range(seed, seed + seeds),
             compiled=compiled,
+            also=_chosen(also or [], gpu_memory),
+            adapters=_adapters(lora_rank, lora_dropout, lora_targets),
             exact=exact,
             gpu_memory=gpu_memory,
         )
@@ -91,6 +127,8 @@ def _trained(
     dtype: Dtype | None,
     seeds: range,
     compiled: bool,
+    also: list[str],
+    adapters: Adapters | None,
     exact: bool,
     gpu_memory: int | None,
 ) -> Trial:
@@ -99,15 +137,17 @@ def _trained(
 
         from invact import patchers
         from invact.simulation import Setting
-        from invact.trial import COMPILED_WAYS, WAYS, train_in_ways
+        from invact.trial import train_in_ways
         from invact.trial_data import DataError
+        from invact.trial_processes import ProcessError
         from invact.trial_task import NotTrainableError, make_task
+        from invact.trial_ways import COMPILED_WAYS, WAYS
 
         try:
-            task = make_task(name, data, seq_len)
+            task = make_task(name, data, seq_len, adapters)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             dtype = dtype or (Dtype.bf16 if device.type == "cuda" else Dtype.fp32)
-            ways = [*WAYS, *(COMPILED_WAYS if compiled else ())]
+            ways = [*WAYS, *(COMPILED_WAYS if compiled else ()), *also]
             with progress(steps * len(seeds) * len(ways)) as shown:
 
                 def tell(seconds: float, steps_left: int) -> None:
@@ -127,10 +167,34 @@ def _trained(
                     on_step=shown.advance,
                     on_estimate=tell,
                 )
-        except (DataError, NotTrainableError, patchers.RequestError) as error:
+        except (DataError, NotTrainableError, ProcessError, patchers.RequestError) as error:
             fail(str(error))
     except KeyboardInterrupt:
         end_interrupted("Interrupted before there was anything to report.")
+
+
+def _chosen(also: list[Also], gpu_memory: int | None) -> list[str]:
+    """Each once, in the order of the list above; of all, without "fit" where there is nothing to fit."""
+    if Also.fit in also and gpu_memory is None:
+        fail("The way fit is to fit a memory, and none was named. Name it: --also fit --gpu-memory 24GiB")
+    wanted = set(also)
+    if Also.all in also:
+        wanted |= set(Also) - ({Also.fit} if gpu_memory is None else set())
+    return [way.value for way in Also if way in wanted - {Also.all}]
+
+
+def _adapters(rank: int | None, dropout: float | None, targets: str | None) -> Adapters | None:
+    if rank is None:
+        given = [
+            name for name, value in (("--lora-dropout", dropout), ("--lora-targets", targets)) if value is not None
+        ]
+        if given:
+            fail(f"{given[0]} is for LoRA adapters, and there are none. Add their rank: --lora-rank 16")
+        return None
+    from invact.trial_task import Adapters
+
+    names = targets.split(",") if targets and targets != "all-linear" else "all-linear"
+    return Adapters(rank, dropout or 0.0, names)
 
 
 def _estimate_in_words(seconds: float, steps: int, seeds: range) -> str:
