@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from invact.pytorch_inside import tree_leaves
 
 
 class LivingStorages(TorchDispatchMode):

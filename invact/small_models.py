@@ -80,6 +80,8 @@ def _gpt2(transformers: Any, vocabulary: int, tokens: int) -> tuple[Any, Any]:
         # So that what the activation is given has a standard deviation of about 1, as in a wide model; 0.02 is GPT-2's
         # own, for 768. See what coarse derivatives do with less in docs/comparison.md.
         initializer_range=_WIDTH**-0.5,
+        bos_token_id=None,
+        eos_token_id=None,
         use_cache=False,
     )
 
@@ -93,5 +95,7 @@ def _llama(transformers: Any, vocabulary: int, tokens: int) -> tuple[Any, Any]:
         num_key_value_heads=_HEADS // 2,
         intermediate_size=3 * _WIDTH,
         max_position_embeddings=tokens,
+        bos_token_id=None,
+        eos_token_id=None,
         use_cache=False,
     )

@@ -213,7 +213,7 @@ def _notes_on(run: Run) -> list[str]:
         notes.append(
             f"compression trains in {run.processes} processes, each with its part of the batch: bytes kept, and the "
             f"peak, are those of one. Each gives {compressed} of gradients a step to the other, in bf16; in fp32 it is "
-            f"{full}. The loss is the mean of theirs, which is not quite that of the whole batch where it is a mean over "
+            f"{full}. The loss is the mean of theirs, which is not quite that of the whole batch where it is a mean of "
             "masked tokens or compares samples with one another."
         )
     if run.name == SELECTIVE:

@@ -16,7 +16,7 @@ from invact.kept_storages import KeptStorages
 from invact.ledger import Ledger, storage_sizes
 from invact.living_storages import LivingStorages
 from invact.own_errors import first_line, own_error
-from invact.pytorch_inside import tree_map_only
+from invact.pytorch_inside import tree_leaves, tree_map_only
 from invact.simulation import Setting
 from invact.timing import wait_for
 from invact.trial_run import BASELINE, SELECTIVE
@@ -126,11 +126,8 @@ class Trainee:
                 loss = self._loss(batch)
             self.activation_bytes = storages.nbytes()
             return loss
-        if self.way == SELECTIVE:  # keeps its products in a dict of its own, where autograd's hooks see none of them
-            with LivingStorages() as living:
-                loss = self._loss(batch)
-            self.activation_bytes = living.nbytes()
-            return loss
+        if self.way == SELECTIVE:
+            return self._loss_and_living_bytes(batch)
         try:
             with Ledger(self._model) as ledger:
                 loss = self._loss(batch)
@@ -142,6 +139,18 @@ class Trainee:
                 raise
             raise NotTrainableError(f"{self._task.title} is not trainable like this: {first_line(why)}.") from error
         self.activation_bytes = ledger.memory().total_bytes
+        return loss
+
+    def _loss_and_living_bytes(self, batch: Batch) -> Tensor:
+        """Selective checkpointing keeps products in a dict of its own, which autograd's hooks do not see. So all that
+        lives is counted, and of the batch, which was there before, what is kept."""
+        there_before = {
+            key for t in tree_leaves((batch.inputs, batch.targets)) if isinstance(t, Tensor) for key in storage_sizes(t)
+        }
+        with KeptStorages() as kept, LivingStorages() as living:
+            loss = self._loss(batch)
+        of_batch = sum(nbytes for key, nbytes in kept.sizes().items() if key in there_before)
+        self.activation_bytes = living.nbytes() + of_batch
         return loss
 
     @contextmanager
