@@ -21,7 +21,7 @@ from invact.simulation import Setting
 from invact.trial_data import DataError
 from invact.trial_processes import CompressedTraining, Pair
 from invact.trial_result import Trial
-from invact.trial_run import COMPRESSION, SELECTIVE, Run, ends
+from invact.trial_run import COMPRESSION, SELECTIVE, Run
 from invact.trial_task import Task
 from invact.trial_trainee import Trainee, Training, on_device
 from invact.trial_verdict import Yardsticks
@@ -96,7 +96,7 @@ def train_in_ways(
                         steps_left = (steps * len(seeds) - step - 1) * len(ways)
                         on_estimate(_seconds_left(trainings, building, steps, len(seeds)), steps_left)
                 for one in trainings:
-                    one.drop_model()
+                    one.end()
         except KeyboardInterrupt:
             interrupted = True
             seeds_done = _complete_rounds(seeds_done)
@@ -154,9 +154,9 @@ def _compared(
     memory_bytes: int | None,
 ) -> Trial:
     by_way = [list(trainees) for trainees in zip(*seeds_done, strict=True)]
-    runs = [_run(trainees, baselines=by_way[0]) for trainees in by_way]
+    ended = sum(all(trainee.final_loss is not None for trainee in trainees) for trainees in seeds_done)
+    runs = [_run(trainees, by_way[0], ended) for trainees in by_way]
     several = len(seeds_done) > 1
-    of_seeds = runs[0].losses_by_seed
     model = task.build().to(setting.device)
 
     def inputs_of(size: int) -> Inputs:
@@ -174,8 +174,8 @@ def _compared(
         setting="",
         runs=runs,
         yardsticks=Yardsticks(
-            spread=_largest_difference(of_seeds) if several else None,
-            end_spread=max(ends(of_seeds)) - min(ends(of_seeds)) if several else None,
+            spread=_largest_difference(runs[0].losses_by_seed) if several else None,
+            finals=runs[0].final_losses,
             memory_bytes=memory_bytes,
             batch_size=batch_size,
         ),
@@ -185,8 +185,8 @@ def _compared(
     )
 
 
-def _run(trainees: list[Training], baselines: list[Training]) -> Run:
-    """Of one way, all seeds."""
+def _run(trainees: list[Training], baselines: list[Training], ended: int) -> Run:
+    """Of one way, all seeds, of which the first so many came to an end in every way."""
     first = trainees[0]
     peaks = [trainee.peak_bytes for trainee in trainees if trainee.peak_bytes is not None]
     seconds = [time for trainee in trainees for time in trainee.seconds[1:] or trainee.seconds]
@@ -199,7 +199,7 @@ def _run(trainees: list[Training], baselines: list[Training]) -> Run:
         losses=first.losses,
         losses_by_seed=[trainee.losses for trainee in trainees],
         largest_difference=max(_largest_difference(pair) for pair in zip(*curves, strict=True)),
-        end_difference=max(abs(end - other) for end, other in zip(*map(ends, curves), strict=True)),
+        final_losses=[trainee.final_loss for trainee in trainees if trainee.final_loss is not None][:ended],
         processes=first.processes,
         sent_bytes=first.sent_bytes,
     )

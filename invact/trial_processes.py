@@ -133,6 +133,11 @@ class Pair:
         answers: list[_Answer] = self._ask(("step", number))
         return answers
 
+    def end(self) -> float:
+        """Both give up the model; the mean of its final losses on their halves."""
+        losses: list[float] = self._ask(("end", 0))
+        return statistics.fmean(losses)
+
     def _ask(self, command: tuple[str, int]) -> list[Any]:
         """What both answer; the first that fails is told of, since the other one waits for it."""
         try:
@@ -170,6 +175,7 @@ class CompressedTraining:
         self.activation_bytes = 0
         self.peak_bytes: int | None = None
         self.sent_bytes: tuple[int, int] | None = None
+        self.final_loss: float | None = None
         self._pair = pair
         pair.begin(seed)
 
@@ -182,8 +188,9 @@ class CompressedTraining:
         self.peak_bytes = max((answer.peak_bytes for answer in answers if answer.peak_bytes is not None), default=None)
         self.sent_bytes = answers[0].sent_bytes
 
-    def drop_model(self) -> None:
-        """The processes drop it when they begin anew, or end."""
+    def end(self) -> None:
+        """As of `Training`."""
+        self.final_loss = self._pair.end()
 
 
 @contextlib.contextmanager
@@ -220,7 +227,7 @@ def _obey(rank: int, job: _Job, pipe: multiprocessing.connection.Connection) -> 
             pipe.send(RuntimeError(f"Process {rank} of gradient compression failed:\n{traceback.format_exc()}"))
 
 
-def _answers(rank: int, job: _Job, pipe: multiprocessing.connection.Connection) -> Iterator[_Answer | None]:
+def _answers(rank: int, job: _Job, pipe: multiprocessing.connection.Connection) -> Iterator[_Answer | float | None]:
     torch.set_num_threads(job.threads)
     dist.init_process_group(
         job.backend,
@@ -236,10 +243,14 @@ def _answers(rank: int, job: _Job, pipe: multiprocessing.connection.Connection) 
     while True:
         command, number = pipe.recv()
         if command == "begin":
-            trainee = None  # freed before the next is built
             share = partial(_share, rank=rank, batch_size=job.batch_size)
             trainee = Trainee(COMPRESSION, task, setting, number, job.batch_size, sent.change, share)
             yield None
+        elif command == "end":
+            assert trainee is not None
+            trainee.end()
+            yield trainee.final_loss
+            trainee = None
         elif trainee is not None:
             sent.elements = 0
             trainee.step(number)

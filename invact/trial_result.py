@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -71,6 +72,7 @@ class Trial:
         return {
             **asdict(self),
             "spread": self.spread,
+            "final_spread": self.yardsticks.final_spread,
             "memory_bytes": self.yardsticks.memory_bytes,
             "runs": [{**asdict(run), "within_spread": self.yardsticks.within_spread(run)} for run in self.runs],
             "report": self.report.to_dict(),
@@ -101,14 +103,17 @@ class Trial:
             "s/step": lambda run: f"{run.seconds_per_step:.4f}",
             "last loss": lambda run: f"{run.losses[-1]:.4f}",
             "largest difference": lambda run: f"{run.largest_difference:.2g}",
-            "at the end": lambda run: f"{run.end_difference:.2g}",
+            "final loss": lambda run: f"{statistics.fmean(run.final_losses):.4f}",
+            "off by": lambda run: f"{measure.final_difference(run):.2g}",
             "within spread": lambda run: "yes" if measure.within_spread(run) else "NO",
             "largest batch": lambda run: "-" if run.largest_batch is None else str(run.largest_batch),
         }
         if stock.peak_bytes is None:
             del columns["peak"]
         if measure.spread is None:
-            del columns["at the end"], columns["within spread"]
+            del columns["within spread"]
+        if measure.final_spread is None:
+            del columns["final loss"], columns["off by"]
         if measure.memory_bytes is None:
             del columns["largest batch"]
         return [list(columns), *([text(run) for text in columns.values()] for run in self.runs)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BASELINE, INVACT = "baseline", "invact"
 EXACT, SELECTIVE, FIT, COMPRESSION = "exact", "selective", "fit", "compression"
@@ -22,7 +20,7 @@ class Run:
         losses: by step, of the first seed.
         losses_by_seed: the same for every seed.
         largest_difference: of a loss from the baseline's at the same step and seed.
-        end_difference: of the mean of the last tenth of the steps from the baseline's, the largest of all seeds.
+        final_losses: by seed, of the trained model on the same samples, whatever the way and the seed.
         largest_batch: that fits the given memory, predicted; None if no memory was given, or where it is not predicted.
         processes: how many share a batch.
         sent_bytes: of gradients that a process gives to the others in a step, and what they are in fp32; None without.
@@ -35,7 +33,7 @@ class Run:
     losses: list[float]
     losses_by_seed: list[list[float]]
     largest_difference: float = 0.0
-    end_difference: float = 0.0
+    final_losses: list[float] = field(default_factory=list)
     largest_batch: int | None = None
     processes: int = 1
     sent_bytes: tuple[int, int] | None = None
@@ -49,13 +47,3 @@ class Run:
     def bytes_of_all(self) -> int:
         """Kept for the whole batch, by all processes together."""
         return self.activation_bytes * self.processes
-
-
-def ends(losses_by_seed: Sequence[Sequence[float]]) -> list[float]:
-    """By seed, the mean of the last tenth of the steps: single batches differ by more than ways of training do.
-
-    Example:
-        >>> ends([[9.0, 2.0, 4.0], [5.0] * 18 + [1.0, 2.0]])
-        [4.0, 1.5]
-    """
-    return [statistics.fmean(losses[-max(1, len(losses) // 10) :]) for losses in losses_by_seed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from invact.trial_run import BASELINE, SELECTIVE
 from invact.trial_task import Batch, NotTrainableError, Task
 
 LEARNING_RATE = 5e-4
+_FINAL_SEED = 1_000_000  # of the samples that all are asked for at the end
+_FINAL_BATCHES = 16
 
 Change = Callable[[nn.Module, Inputs], Callable[..., Any]]
 """Makes a model train in some way, in place, and gives what is called in its stead."""
@@ -38,6 +41,7 @@ class Training(Protocol):
         peak_bytes: of GPU memory; None without one.
         processes: how many share a batch.
         sent_bytes: as of `Run`.
+        final_loss: of the trained model on the same samples for all; None before it has ended.
     """
 
     way: str
@@ -47,12 +51,13 @@ class Training(Protocol):
     peak_bytes: int | None
     processes: int
     sent_bytes: tuple[int, int] | None
+    final_loss: float | None
 
     def step(self, number: int) -> None:
         """Trains on one batch, and notes the loss, the time and, at the first, the bytes kept."""
 
-    def drop_model(self) -> None:
-        """Frees the memory; the figures stay."""
+    def end(self) -> None:
+        """Notes the final loss and frees the memory."""
 
 
 class Trainee:
@@ -81,6 +86,7 @@ class Trainee:
         self.seconds: list[float] = []
         self.activation_bytes = 0
         self.peak_bytes: int | None = None
+        self.final_loss: float | None = None
         self._task, self._setting, self._seed, self._batch_size, self._share = task, setting, seed, batch_size, share
         torch.manual_seed(seed)
         self._model = task.build().to(setting.device)
@@ -107,13 +113,17 @@ class Trainee:
             )
         self.losses.append(loss.item())
 
-    def drop_model(self) -> None:
-        """Frees the memory; the figures stay."""
+    def end(self) -> None:
+        """Notes the final loss and frees the memory; the batches of two seeds differ by more than their models do."""
+        batches = [self._batch(number, _FINAL_SEED) for number in range(min(_FINAL_BATCHES, len(self.losses)))]
+        torch.manual_seed(_FINAL_SEED)
+        with torch.no_grad():
+            self.final_loss = statistics.fmean(self._loss(batch).item() for batch in batches)
         del self._model, self._forward, self._optimizer
 
-    def _batch(self, number: int) -> Batch:
-        batch = self._share(self._task.batch(self._seed, number, self._batch_size))
-        return on_device(batch, self._setting.device)
+    def _batch(self, number: int, seed: int | None = None) -> Batch:
+        batch = self._task.batch(self._seed if seed is None else seed, number, self._batch_size)
+        return on_device(self._share(batch), self._setting.device)
 
     def _loss(self, batch: Batch) -> Tensor:
         autocast = self._setting.autocast

@@ -19,36 +19,46 @@ class Yardsticks:
 
     Attributes:
         spread: the largest difference between the baseline's losses of two seeds at the same step; None with one seed.
-        end_spread: the same of the mean loss of the last tenth of the steps.
+        finals: the baseline's final losses, by seed; those of models differ by less than those of their batches.
         memory_bytes: of the GPU that it is to fit, or None.
         batch_size: of the trial.
     """
 
     spread: float | None = None
-    end_spread: float | None = None
+    finals: Sequence[float] = ()
     memory_bytes: int | None = None
     batch_size: int = 1
+
+    @property
+    def final_spread(self) -> float | None:
+        """The largest difference between the baseline's final losses; None if fewer than two seeds came to an end."""
+        return max(self.finals) - min(self.finals) if len(self.finals) > 1 else None
+
+    def final_difference(self, run: Run) -> float:
+        """The largest of a way's final loss from the baseline's from the same seed; 0 where none came to an end."""
+        return max((abs(one - other) for one, other in zip(run.final_losses, self.finals, strict=True)), default=0.0)
 
     def within_spread(self, run: Run) -> bool | None:
         """Whether a way's losses differ from the baseline's by no more than another seed's do, at each step and at the
         end; None with one seed."""
-        if self.spread is None or self.end_spread is None:
+        if self.spread is None:
             return None
-        return run.largest_difference <= self.spread and run.end_difference <= self.end_spread
+        at_the_end = self.final_spread is None or self.final_difference(run) <= self.final_spread
+        return run.largest_difference <= self.spread and at_the_end
 
     def against_losses(self, run: Run) -> str | None:
         """Why a way is not to be used for what it learns; None if that is the baseline's."""
         if self.spread is None:
             if run.approximate:
                 return "is approximate, which one seed does not judge"
-            differs = run.largest_difference > ROUNDING * abs(run.losses[-1])
-            return f"differs by {run.largest_difference:.2g}, more than rounding does" if differs else None
+            off = run.largest_difference > ROUNDING * abs(run.losses[-1])
+            return f"differs by {run.largest_difference:.2g}, more than rounding does" if off else None
         if self.within_spread(run):
             return None
-        at_the_end = run.largest_difference <= self.spread
-        differs, spread = (run.end_difference, self.end_spread) if at_the_end else (run.largest_difference, self.spread)
-        where = "at the end its loss differs" if at_the_end else "its losses differ"
-        return f"{where} by {differs:.2g}, more than the {spread:.2g} between seeds"
+        if run.largest_difference > self.spread:
+            return f"has losses off by {run.largest_difference:.2g}, more than the {self.spread:.2g} between seeds"
+        final = self.final_difference(run)
+        return f"has a final loss off by {final:.2g}, more than the {self.final_spread:.2g} between seeds"
 
     def against_memory(self, run: Run) -> str | None:
         """Why a way is not to be used for what it needs; None if it fits, or no memory was named."""

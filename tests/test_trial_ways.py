@@ -1,0 +1,156 @@
+"""The ways of training that a trial compares on demand, and the small models that it trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from invact.cli import app
+from invact.commands.trial import Also
+from invact.living_storages import LivingStorages
+from invact.selective import checkpoint_selectively, repeated_blocks
+from invact.trial import train_in_ways
+from invact.trial_data import DataError
+from invact.trial_task import Batch, NotTrainableError, Task, make_task
+from invact.trial_ways import ON_DEMAND, Options, change
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["trial", *(str(argument) for argument in arguments)])
+
+
+def blocks(count: int = 3) -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(count)))
+
+
+def task_of(model: nn.Module) -> Task:
+    return Task(
+        "a plain model",
+        samples=4,
+        build=lambda: model,
+        batch=lambda seed, step, size: Batch((torch.ones(size, 8),)),
+        loss=lambda forward, batch: forward(*batch.inputs).square().mean(),
+    )
+
+
+def test_the_command_offers_every_way_on_demand():
+    assert [way.value for way in Also if way is not Also.all] == list(ON_DEMAND)
+
+
+@pytest.mark.parametrize("name", ["small-bert", "small-gpt2", "small-llama"])
+def test_exact_and_selective_learn_what_the_baseline_learns_bit_for_bit_and_keep_less(name: str):
+    ways = ["baseline", "invact", "exact", "selective"]
+    result = train_in_ways(make_task(name, seq_len=16), steps=2, batch_size=2, seeds=[0, 1], ways=ways)
+    kept = {run.name: run.activation_bytes for run in result.runs}
+    assert [run.name for run in result.runs] == ways
+    assert result.run("exact").losses_by_seed == result.runs[0].losses_by_seed
+    assert result.run("selective").losses_by_seed == result.runs[0].losses_by_seed
+    assert kept["exact"] < 0.8 * kept["baseline"]
+    assert kept["exact"] < kept["selective"] < 0.9 * kept["baseline"]
+    assert "For this workload use" in result.verdict
+
+
+def test_selective_checkpointing_is_counted_as_the_baseline_is():
+    """Where every operation of a block is kept, and what it reads, as much is kept as without checkpointing."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8, bias=False)) for _ in range(3)))
+    ways = ["baseline", "invact", "selective"]
+    kept = [run.activation_bytes for run in train_in_ways(task_of(model), steps=1, batch_size=4, ways=ways).runs]
+    the_loss = 4
+    assert kept[2] == kept[0] + the_loss
+
+
+def test_selective_checkpointing_gives_the_same_gradients_and_multiplies_nothing_twice():
+    torch.manual_seed(0)
+    stock, selective = blocks(), blocks()
+    selective.load_state_dict(stock.state_dict())
+    checkpoint_selectively(selective)
+    x = torch.randn(4, 8)
+    stock(x).sum().backward()
+    with torch.profiler.profile() as profile:
+        selective(x).sum().backward()
+    for one, other in zip(stock.parameters(), selective.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    products = sum(event.count for event in profile.key_averages() if event.key in ("aten::addmm", "aten::mm"))
+    assert products == 6 + 2 * 6 - 1  # forward; backward by weight and by input, of which the first layer has none
+
+
+def test_repeated_blocks_are_layers_and_not_single_operators():
+    assert repeated_blocks(blocks(2)) == ["0", "1"]
+    assert repeated_blocks(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))) == []
+    assert repeated_blocks(make_task("small-bert").build()) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+
+
+def test_without_repeated_blocks_selective_is_left_out_with_a_note_and_refused_by_itself():
+    model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    result = train_in_ways(task_of(model), steps=1, batch_size=4, ways=["baseline", "invact", "selective"])
+    assert [run.name for run in result.runs] == ["baseline", "invact"]
+    assert "no repeated blocks" in " ".join(result.notes)
+    with pytest.raises(ValueError, match=r"Sequential has no blocks that repeat .* Put its layers into"):
+        checkpoint_selectively(model)
+
+
+def test_living_storages_are_those_made_inside_that_still_live():
+    before = torch.ones(100)
+    with LivingStorages() as living:
+        kept, view, dropped = before + 1, before[:10], torch.ones(1000)
+        del dropped
+    assert living.nbytes() == 400
+    del kept, view
+    assert living.nbytes() == 0
+
+
+def test_a_way_that_there_is_not_is_an_error_with_those_that_there_are():
+    with pytest.raises(ValueError, match=r"no way of training called 'fewbits'\. There are: baseline, .*fewbit-4"):
+        change("fewbits", blocks(), (torch.ones(2, 8),), Options())
+
+
+@pytest.mark.parametrize("name", ["small-bert", "small-gpt2", "small-llama"])
+def test_small_models_are_built_anew_from_the_seed_and_drop_nothing(name: str):
+    build = make_task(name, seq_len=16).build
+    torch.manual_seed(3)
+    first = build().state_dict()
+    torch.manual_seed(3)
+    again = build()
+    assert again.training
+    assert all(torch.equal(value, first[key]) for key, value in again.state_dict().items())
+    assert not any(isinstance(layer, nn.Dropout) and layer.p for layer in again.modules())
+
+
+def test_the_origin_of_a_task_makes_the_same_task():
+    task = make_task("small-llama", seq_len=16)
+    assert task.origin is not None
+    again = task.origin.make()
+    assert again.title == task.title
+    assert torch.equal(again.batch(1, 2, 3).inputs["input_ids"], task.batch(1, 2, 3).inputs["input_ids"])
+
+
+def test_compression_needs_a_batch_that_can_be_halved_and_a_task_that_others_can_make():
+    ways = ["baseline", "invact", "compression"]
+    with pytest.raises(DataError, match=r"halves each batch .* 3 is odd"):
+        train_in_ways(make_task(), steps=1, batch_size=3, ways=ways)
+    with pytest.raises(NotTrainableError, match="can not be trained in two processes"):
+        train_in_ways(task_of(blocks()), steps=1, batch_size=4, ways=ways)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--also", "magic"], "'magic' is not one of"),
+        (["--also", "fit"], "The way fit is to fit a memory, and none was named"),
+        (["--also", "compression", "--batch-size", 3], "3 is odd"),
+        (["--lora-dropout", 0.1], "--lora-dropout is for LoRA adapters, and there are none"),
+        (["--lora-targets", "q_proj"], "--lora-targets is for LoRA adapters, and there are none"),
+        (["small-gpt3"], "small-gpt3"),
+    ],
+)
+def test_bad_input_exits_2_with_one_sentence_and_no_traceback(arguments, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert message in " ".join(result.stderr.replace("│", "").split())
+    assert "Traceback" not in result.stderr
