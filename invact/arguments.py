@@ -176,6 +176,32 @@ def check_exact(exact: Any) -> None:
         )
 
 
+def check_few_bits(few_bits: Any, exact: bool = False) -> None:
+    """None, or the bits per element that approximate derivatives may keep: 1 to 4.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: another number, or one together with `exact`.
+    """
+    if few_bits is None:
+        return
+    if isinstance(few_bits, bool) or not isinstance(few_bits, int):
+        raise TypeError(
+            f"few_bits is {_shortened(few_bits)}, but it is the number of bits kept per element for an approximate "
+            "derivative. Pass 1, 2, 3 or 4, or None for none."
+        )
+    if not 1 <= few_bits <= 4:
+        raise ValueError(
+            f"few_bits is {few_bits}, but an approximate derivative is kept in 1 to 4 bits per element. "
+            "Pass one of these, or None for none."
+        )
+    if exact:
+        raise ValueError(
+            f"exact=True asks for gradients that are bit for bit the stock ones, and few_bits={few_bits} for "
+            "approximate ones. Leave one of them out."
+        )
+
+
 def check_patterns(include: Any, exclude: Any) -> None:
     """Each None, a glob pattern, or several of them in a list, tuple or set.
 

@@ -43,6 +43,7 @@ class InvActCallback(PatchedDuringTraining, TrainerCallback):
         include: glob patterns over site paths; only these sites may be inverted.
         exclude: glob patterns over site paths; these sites are kept.
         exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
+        few_bits: 1 to 4 bits per element, and approximate gradients, where neither inverting nor deriving pays.
 
     Raises:
         Exception: what `invact.patch` raises, from `trainer.train()`.

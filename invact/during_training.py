@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.arguments import Inputs, check_exact, check_patterns, holds_a_tensor
+from invact.arguments import Inputs, check_exact, check_few_bits, check_patterns, holds_a_tensor
 from invact.patching import patched
 from invact.report import Report
 
@@ -28,13 +28,16 @@ class PatchedDuringTraining:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         exact: bool = False,
+        few_bits: int | None = None,
     ) -> None:
         check_patterns(include, exclude)
         check_exact(exact)
+        check_few_bits(few_bits, exact)
         self.report: Report | None = None
         self._include = include
         self._exclude = exclude
         self._exact = exact
+        self._few_bits = few_bits
         self._undo = ExitStack()
         self._unlogged: dict[str, float] = {}
 
@@ -55,6 +58,7 @@ class PatchedDuringTraining:
             include=_prefixed(self._include, within),
             exclude=_prefixed(self._exclude, within),
             exact=self._exact,
+            few_bits=self._few_bits,
         )
         report = self._undo.enter_context(during)
         self.report = replace(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from invact.arguments import Inputs
+from invact.arguments import Inputs, check_few_bits
 from invact.planning import decide
 from invact.report import Report
 from invact.swapping import Swaps, swaps_in
@@ -22,6 +22,7 @@ def patch(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     exact: bool = False,
+    few_bits: int | None = None,
 ) -> Report:
     """Inverts and derives, in place, whatever of `model` keeps fewer bytes then, and reports what was done.
 
@@ -36,11 +37,11 @@ def patch(
         >>> [site.path for site in report.inverted], isinstance(model[1], nn.GELU)
         (['1'], True)
     """
-    return _patch(model, example_inputs, autocast, include, exclude, exact)[0]
+    return _patch(model, example_inputs, autocast, include, exclude, exact, few_bits)[0]
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives every module that `patch` changed its class back, and returns the number of inverted sites restored.
+    """Gives every module that `patch` changed its class back, and returns the number of sites restored.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
@@ -49,6 +50,30 @@ def unpatch(model: nn.Module) -> int:
         1
     """
     return swaps_in(model).undo()
+
+
+def approximate_everywhere(
+    model: nn.Module, example_inputs: Inputs | None = None, *, few_bits: int, autocast: torch.dtype | None = None
+) -> Report:
+    """FewBit as published, in place, to compare with: every activation that keeps more than its output keeps k bits.
+
+    `few_bits` on `patch` is what to train with: it does so only where nothing exact helps. Here nothing is inverted and
+    nothing is derived. `unpatch` takes it back.
+
+    Args:
+        model, example_inputs, autocast: as of `invact.plan`, whose errors are raised.
+        few_bits: 1 to 4 bits per element.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> report = approximate_everywhere(model, (torch.randn(8, 64),), few_bits=2)
+        >>> [site.action for site in report.sites], report.bytes_before - report.bytes_after
+        (['approximate'], 7680)
+    """
+    check_few_bits(few_bits)
+    decided = decide(model, example_inputs, autocast=autocast, few_bits=few_bits, everywhere=True)
+    decided.apply(model)
+    return decided.report
 
 
 @contextmanager
@@ -60,6 +85,7 @@ def patched(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     exact: bool = False,
+    few_bits: int | None = None,
 ) -> Iterator[Report]:
     """`patch` for the length of a block; what was patched before the block stays so after it.
 
@@ -68,7 +94,7 @@ def patched(
         >>> with patched(model, (torch.randn(8, 64),)) as report:
         ...     loss = model(torch.randn(8, 64)).sum()
     """
-    report, swaps = _patch(model, example_inputs, autocast, include, exclude, exact)
+    report, swaps = _patch(model, example_inputs, autocast, include, exclude, exact, few_bits)
     try:
         yield report
     finally:
@@ -82,6 +108,9 @@ def _patch(
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
     exact: bool,
+    few_bits: int | None,
 ) -> tuple[Report, Swaps]:
-    decided = decide(model, example_inputs, autocast=autocast, include=include, exclude=exclude, exact=exact)
+    decided = decide(
+        model, example_inputs, autocast=autocast, include=include, exclude=exclude, exact=exact, few_bits=few_bits
+    )
     return decided.report, decided.apply(model)

@@ -15,6 +15,7 @@ from invact.arguments import (
     Inputs,
     check_autocast,
     check_exact,
+    check_few_bits,
     check_inputs,
     check_model,
     check_patterns,
@@ -32,13 +33,15 @@ from invact.patchers import example_inputs as make_inputs
 from invact.probing import Call, Observation, Stock, observe
 from invact.pytorch_inside import has_fused_rms_norm
 from invact.recognition import Rounding, own_rounding
-from invact.report import DERIVE, INVERT, KEEP, Report, Site
-from invact.rewriting import Written
+from invact.report import APPROXIMATE, DERIVE, INVERT, KEEP, Report, Site
+from invact.rewriting import Runner, Written
 from invact.simulation import Setting, autocast_here
 from invact.snapshot import as_it_was
 from invact.swapping import (
     LARGEST_INVERTED_ON_CPU,
     SMALLEST_INVERTED,
+    ApproximateExpression,
+    Approximation,
     Inversion,
     InvertedExpression,
     Swaps,
@@ -57,6 +60,7 @@ def plan(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     exact: bool = False,
+    few_bits: int | None = None,
 ) -> Report:
     """What `invact.patch` would do to `model`, and what that would save; the model is not changed.
 
@@ -70,11 +74,14 @@ def plan(
         include: glob patterns over paths; only these sites may be inverted, and only inside these modules is derived.
         exclude: glob patterns over paths; these sites are kept, and inside these modules nothing is derived.
         exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
+        few_bits: 1 to 4: where neither inverting nor deriving pays, this many bits per element take the place of the
+            activation's input, and its gradient is approximate; see `invact.few_bits`. None: nowhere.
 
     Raises:
         TypeError: `model` is no module, or an argument is of the wrong kind.
-        ValueError: the model belongs to no known library and no inputs were given, or it can not be trained as it
-            is: inside `torch.inference_mode`, with lazy layers that have no shape yet, with offloaded parameters.
+        ValueError: `few_bits` is another number or comes with `exact`; the model belongs to no known library and no
+            inputs were given; or it can not be trained as it is: inside `torch.inference_mode`, with lazy layers that
+            have no shape yet, with offloaded parameters.
         LeftoverError: a hook or a cache holds on to what it was shown; see `invact.leftovers`.
         TimeoutError: a forward pass of the model takes longer than `invact.probing.TIME_LIMIT`.
         Exception: the model's own, if its forward fails with these inputs.
@@ -85,7 +92,9 @@ def plan(
         >>> [(site.path, site.action) for site in report.sites]
         [('1', 'invert')]
     """
-    return decide(model, example_inputs, autocast=autocast, include=include, exclude=exclude, exact=exact).report
+    return decide(
+        model, example_inputs, autocast=autocast, include=include, exclude=exclude, exact=exact, few_bits=few_bits
+    ).report
 
 
 def decide_for_device(
@@ -96,11 +105,14 @@ def decide_for_device(
     autocast: torch.dtype | None = None,
     attention: str = "fused",
     exact: bool = False,
+    few_bits: int | None = None,
     title: str = "",
 ) -> Decided:
     """`decide` for training on `device`, whether or not it is there; the model may be on any, or on meta."""
     check_inputs(example_inputs)
-    decided = _decide(model, example_inputs, Setting(torch.device(device), autocast, attention), exact=exact)
+    check_few_bits(few_bits, exact)
+    setting = Setting(torch.device(device), autocast, attention)
+    decided = _decide(model, example_inputs, setting, exact=exact, few_bits=few_bits)
     decided.report.title = title
     return decided
 
@@ -110,13 +122,13 @@ class Decided:
     """A report, and what to swap to make it true."""
 
     report: Report
-    modules: dict[str, Inversion]  # by path
-    expressions: dict[str, dict[Written, InvertedExpression]]  # by the path of the module in whose methods they stand
+    modules: dict[str, Inversion | Approximation]  # by path
+    expressions: dict[str, dict[Written, Runner]]  # by the path of the module in whose methods they stand
     derives: dict[str, bool]  # by the path of the module, whether tensors are derived inside it
     norms: dict[str, Fusion] = field(default_factory=dict)  # by path
 
     def apply(self, model: nn.Module) -> Swaps:
-        """Inverts what the report calls "invert", fuses norms, sets hooks to derive; all or, after an error, none."""
+        """Does at each site what the report calls it, fuses norms, sets hooks; all or, after an error, none."""
         return swap_in(model, self.modules, self.expressions, self.derives, self.norms)
 
     @contextmanager
@@ -137,19 +149,27 @@ def decide(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     exact: bool = False,
+    few_bits: int | None = None,
+    everywhere: bool = False,
 ) -> Decided:
-    """The plan in a form that can be applied; arguments and errors as of `plan`."""
+    """The plan in a form that can be applied; arguments and errors as of `plan`.
+
+    Args:
+        everywhere: for comparison: `few_bits` at every site that keeps more than its output, whoever else keeps
+            what; nothing is inverted and nothing is derived.
+    """
     check_model(model)
     check_trainable_here(model)
     check_autocast(autocast)
     check_patterns(include, exclude)
     check_exact(exact)
+    check_few_bits(few_bits, exact)
     if example_inputs is None:
         example_inputs = make_inputs(model)
     check_inputs(example_inputs)
     device = device_of(model)
     setting = Setting(device, autocast or autocast_here(device))
-    return _decide(model, example_inputs, setting, include, exclude, exact)
+    return _decide(model, example_inputs, setting, include, exclude, exact, few_bits, everywhere)
 
 
 def _decide(
@@ -159,18 +179,20 @@ def _decide(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     exact: bool = False,
+    few_bits: int | None = None,
+    everywhere: bool = False,
 ) -> Decided:
     """Walk, probe, choose; then probe again with the choice applied, so that both totals are counts."""
     already = [site for path, module in model.named_modules() for site in _already_inverted(path, module)]
     with as_it_was(model):
         found = list(walk(model))
-        fusible = has_fused_rms_norm(setting.device) and not exact
+        fusible = has_fused_rms_norm(setting.device) and not (exact or everywhere)
         norms = list(walk_norms(unpatched_modules(model))) if fusible else []
     allowed = {site.path for site in found if _allowed(site.path, include, exclude)}
-    where = places(model, lambda path: _allowed(path, include, exclude))
+    where = {} if everywhere else places(model, lambda path: _allowed(path, include, exclude))
 
     # With hooks on the whole, which see what else is kept where nothing is derived.
-    everywhere = {"": False, **where}
+    on_the_whole = {"": False, **where}
     decisive = observe(
         model,
         inputs,
@@ -179,7 +201,7 @@ def _decide(
         checkpointing=False,
         computed=True,
         derived=True,
-        derives=everywhere,
+        derives=on_the_whole,
     )
     assert decisive.computed is not None
     obstacle = _why_not_derived(decisive)
@@ -189,9 +211,9 @@ def _decide(
         decisive.stock = Stock(decisive.entries, decisive.memory)
     assert decisive.stock is not None
     assert decisive.computed is not None
-    choice = _Choice(found, decisive, allowed, exact)
+    choice = _Choice(found, decisive, allowed, exact, few_bits, everywhere)
     sites = choice.sites()
-    chosen = {site.path for site in sites if site.action == INVERT}
+    chosen = {site.path: site.action for site in sites if site.action in (INVERT, APPROXIMATE)}
     decided = Decided(Report(sites=[*sites, *already]), {}, {}, {})
     allowed_norms = {norm.path for norm in norms if _allowed(norm.path, include, exclude)}
     decided.report.fused = fused_norms(norms, choice.calls, allowed_norms, setting)
@@ -199,11 +221,12 @@ def _decide(
     decided.norms.update({norm.path: norm.fusion for norm in norms if norm.path in chosen_norms})
     for site in found:
         if site.path in chosen:
-            inversion = choice.inversion(site)
+            how = choice.inversion(site) if chosen[site.path] == INVERT else choice.approximation(site)
             if site.written is None:
-                decided.modules[site.path] = inversion
+                decided.modules[site.path] = how
             else:
-                decided.expressions.setdefault(site.module_path, {})[site.written] = InvertedExpression(inversion)
+                runner = InvertedExpression(how) if isinstance(how, Inversion) else ApproximateExpression(how)
+                decided.expressions.setdefault(site.module_path, {})[site.written] = runner
     if any(tensor.bytes_saved > 0 for tensor in decisive.derived):
         decided.derives.update(where)
     before = after = observe(model, inputs, setting, computed=True) if decisive.checkpoints else replace(
@@ -228,15 +251,18 @@ def _decide(
     assert before.computed is not None
     assert after.computed is not None
     # Never above what is reached: the floor leaves out that a sum may be worth more than its summands.
-    report.bytes_floor = min(floor_bytes(before.computed, before.entries), report.bytes_after)
+    reached = report.bytes_after + sum(site.bytes_saved for site in report.approximate)
+    report.bytes_floor = min(floor_bytes(before.computed, before.entries), reached)
     report.remains = remains(after.computed, after.entries)
     report.not_derived = not_derived(after.computed, after.entries, after.why_kept)
     report.weight_cast_bytes = after.memory.weight_cast_bytes
     report.kept_by_class = dict(Counter(after.memory.by_class).most_common())
-    report.setting = _in_words(setting, exact)
+    report.setting = _in_words(setting, exact, few_bits)
     report.notes = [*before.notes, *_notes(model, decisive, len(already), nothing_allowed=bool(found) and not allowed)]
     if obstacle is not None:
         report.notes.append(obstacle)
+    if report.approximate and few_bits is not None:
+        report.notes.append(_what_is_approximate(report, few_bits))
     return decided
 
 
@@ -296,6 +322,8 @@ def _count_sites_made_again(report: Report, elements: Mapping[str, int]) -> None
 # Marks a site that keeps its output and no longer what it kept before.
 _INVERTED = " (inverted)"
 
+_NOBODY_ELSE = "nobody else keeps its output: one tensor would only take the place of another"
+
 
 class _Choice:
     """Chooses the sites at which autograd keeps fewer bytes when they are inverted.
@@ -305,12 +333,24 @@ class _Choice:
         observed: a pass with every checkpointed region run as ordinary code.
         allowed: the paths that `include` and `exclude` leave.
         exact: choose none.
+        few_bits: of approximate derivatives where neither inverting nor deriving pays; None for none.
+        everywhere: approximate wherever more than the output is kept, and invert nothing.
     """
 
-    def __init__(self, found: Sequence[Found], observed: Observation, allowed: set[str], exact: bool) -> None:
+    def __init__(
+        self,
+        found: Sequence[Found],
+        observed: Observation,
+        allowed: set[str],
+        exact: bool,
+        few_bits: int | None,
+        everywhere: bool,
+    ) -> None:
         self.found = found
         self.allowed = allowed
         self.exact = exact
+        self.few_bits = few_bits
+        self.everywhere = everywhere
         self.labels = observed.labels
         self.sizes: dict[Key, int] = {}
         self.keepers: dict[Key, set[str]] = {}
@@ -318,9 +358,13 @@ class _Choice:
         assert observed.stock is not None
         # What is kept once all is derived that can be, and by which site.
         self.kept_at: Counter[str] = Counter()
-        self.kept_then = {entry.key for entry in observed.entries}
+        self.kept_then: dict[Key, int] = {}
+        self.keepers_then: dict[Key, set[str]] = {}
+        self.read_then = observed.read
         for entry in observed.entries:
             self.kept_at[entry.path] += entry.nbytes
+            self.kept_then[entry.key] = entry.nbytes
+            self.keepers_then.setdefault(entry.key, set()).add(entry.path)
         for entry in observed.stock.entries:
             self.sizes[entry.key] = entry.nbytes
             self.keepers.setdefault(entry.key, set()).add(entry.path)
@@ -340,6 +384,9 @@ class _Choice:
         obstacle = self._obstacle(found)
         if obstacle is not None:
             return replace(site, reason=obstacle)
+        if self.everywhere and self.few_bits is not None:
+            reason = f"{_in_steps(self.few_bits)}; asked for at every site"
+            return self._approximated(replace(site, reason=reason), self._bytes_saved_in_steps(found, self.few_bits))
         saved = self._bytes_saved(found)
         if saved > 0 and (reason := self._derived_alike(found)):
             return replace(site, reason=reason)
@@ -347,7 +394,26 @@ class _Choice:
             reason = self._why_it_pays(found.path) + self._own_rounding(found)
             self._invert(found.path)
             return replace(site, action=INVERT, reason=reason, bytes_saved=saved)
-        return replace(site, reason=self._why_it_does_not_pay(found.path))
+        reason = self._why_it_does_not_pay(found.path)
+        if reason == _NOBODY_ELSE and self.few_bits is not None:
+            saved = self._bytes_saved_in_steps(found, self.few_bits)
+            if saved > 0:
+                reason = f"{_in_steps(self.few_bits)}; nobody else keeps its output"
+                return self._approximated(replace(site, reason=reason), saved)
+        return replace(site, reason=reason)
+
+    def _approximated(self, site: Site, saved: int) -> Site:
+        """From here on this site keeps its codes alone."""
+        for keepers in self.keepers.values():
+            keepers.discard(site.path)
+        self.keepers = {key: keepers for key, keepers in self.keepers.items() if keepers}
+        return replace(site, action=APPROXIMATE, bytes_saved=saved)
+
+    def _bytes_saved_in_steps(self, found: Found, bits: int) -> int:
+        """Bytes that this site alone keeps, and no recipe reads, once all is derived that can be; less its codes."""
+        own = [key for key, keepers in self.keepers_then.items() if keepers == {found.path}]
+        freed = sum(self.kept_then[key] for key in own if key not in self.read_then)
+        return freed - bits * sum(call.bit_nbytes for call in self.calls[found.path] if call.needs_grad)
 
     def _obstacle(self, found: Found) -> str | None:
         """Why this site can not be inverted at all, or None."""
@@ -385,6 +451,13 @@ class _Choice:
         derivable = self.kept_at[found.path] <= self._outputs(found) + self._bits(found)
         derivable = derivable and not any(call.y_key in self.kept_then for call in calls if call.needs_grad)
         return Inversion(found.curve, found.settings, any(call.in_place for call in calls), derivable)
+
+    def approximation(self, found: Found) -> Approximation:
+        """How the derivative of a chosen site is approximated."""
+        assert found.settings is not None
+        assert self.few_bits is not None
+        in_place = any(call.in_place for call in self.calls[found.path])
+        return Approximation(found.curve, found.settings, self.few_bits, in_place)
 
     def _keeps_only_outputs(self, path: str) -> bool:
         own = {key for key, keepers in self.keepers.items() if path in keepers}
@@ -474,14 +547,15 @@ class _Choice:
             return "it keeps nothing here"
         if others := self._others(path, own):
             return f"{others} keeps its input anyway"
-        return "nobody else keeps its output: one tensor would only take the place of another"
+        return _NOBODY_ELSE
 
 
 def _already_inverted(path: str, module: nn.Module) -> Iterator[Site]:
     label, sites = inverted_in(module)
-    for method, curve in sites:
+    for method, curve, bits in sites:
         place = ".".join(part for part in (path, method and method + ":" + curve) if part)
-        yield Site(place, curve, label, KEEP, "already inverted by an earlier patch")
+        reason = "already approximate by an earlier patch" if bits else "already inverted by an earlier patch"
+        yield Site(place, curve, label, KEEP, reason)
 
 
 # --- arguments and words ------------------------------------------------------------------------------
@@ -496,7 +570,7 @@ def _matches(path: str, patterns: str | Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _in_words(setting: Setting, exact: bool) -> str:
+def _in_words(setting: Setting, exact: bool, few_bits: int | None) -> str:
     words = [f"training on {setting.device.type}"]
     if setting.autocast is not None:
         words.append(f"autocast to {str(setting.autocast).removeprefix('torch.')}")
@@ -504,7 +578,20 @@ def _in_words(setting: Setting, exact: bool) -> str:
         words.append("fused attention" if setting.attention == "fused" else "attention by matrix products")
     if exact:
         words.append("exact")
+    if few_bits is not None:
+        words.append(f"few_bits={few_bits}, approximate where nothing exact helps")
     return ", ".join(words)
+
+
+def _in_steps(bits: int) -> str:
+    return f"approximate: its derivative in steps of {1 << bits} values (FewBit, arXiv 2202.00441)"
+
+
+def _what_is_approximate(report: Report, bits: int) -> str:
+    return (
+        f"the gradients through {len(report.approximate)} of {len(report.sites)} sites are approximate, as "
+        f"few_bits={bits} asks for: each is one of {1 << bits} slopes times the gradient of the output."
+    )
 
 
 def _notes(model: nn.Module, decisive: Observation, already: int, *, nothing_allowed: bool) -> list[str]:

@@ -99,6 +99,7 @@ class Observation:
     stock: Stock | None = None  # without what is derived, if that was asked for
     derived: list[DerivedTensor] = field(default_factory=list)
     why_kept: dict[Key, str] = field(default_factory=dict)  # and why what is kept is not
+    read: set[Key] = field(default_factory=set)  # the storages that derived tensors are made again from
     notes: list[str] = field(default_factory=list)
 
 
@@ -263,7 +264,7 @@ class _Probe:
                 stock = journal.stock_entries()
                 found.stock = Stock(stock, ledger.memory(stock))
                 found.labels |= {entry.path: ledger.label(entry.path) for entry in stock}
-                found.derived, found.why_kept = journal.derived(), journal.why_kept()
+                found.derived, found.why_kept, found.read = journal.derived(), journal.why_kept(), journal.read()
             if ledger.of_other_threads:
                 path = min(ledger.of_other_threads)
                 found.notes.append(f"{path!r} runs in another thread: what is kept there is not counted.")

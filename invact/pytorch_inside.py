@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def names_missing(what: object) -> ImportError:
@@ -241,6 +243,15 @@ def seen_by_modes(function: types.FunctionType) -> types.FunctionType:
     return copied
 
 
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compiler.assume_constant_result, which would import the compiler: a graph holds what the function returns.
+
+    Without it a function that is cached is traced line by line, and the graph breaks there.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @contextmanager
 def as_if_compiling() -> Iterator[None]:
     """torch.compiler.is_compiling() is true: models that ask build masks, say, that they leave out elsewhere.
@@ -268,6 +279,7 @@ __all__ = [
     "cast_operation",
     "changes_in_place",
     "checkpoint_generator",
+    "constant_when_compiled",
     "current_backward",
     "current_stream",
     "efficient_attention",

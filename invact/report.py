@@ -14,6 +14,7 @@ from invact.tables import Column, print_table
 
 INVERT = "invert"
 DERIVE = "derive"
+APPROXIMATE = "approximate"
 KEEP = "keep"
 
 
@@ -26,9 +27,10 @@ class Site:
             "path.method:curve".
         activation: the curve's name, such as "gelu_tanh".
         module_class: class name of the module found there, or the expression as written, such as "F.gelu(…)".
-        action: "invert"; "derive", if the output is made again from what is kept; or "keep".
+        action: "invert"; "derive", if the output is made again from what is kept; "approximate", if its derivative is
+            one of a few values, which is done only with `few_bits`; or "keep".
         reason: why, in plain words.
-        bytes_saved: fewer bytes kept for backward when this site is inverted; 0 if it is kept.
+        bytes_saved: fewer bytes kept for backward when this site is inverted or approximated; 0 if it is kept.
     """
 
     path: str
@@ -68,6 +70,7 @@ class Report:
         bytes_before, bytes_after: what autograd keeps between forward and backward, without the model's
             parameters and buffers and without `weight_cast_bytes`.
         bytes_floor: what would remain if nothing were kept that operations without a matrix product can make again.
+            Approximate sites, which keep less than any exact gradient needs, may bring `bytes_after` below it.
         remains: bytes after, by what made them, largest first: "matrix products", "attention", "residual sums".
         not_derived: of these, what could have been made again from less, by operator and why it was not.
         weight_cast_bytes: low-precision copies of weights that autocast keeps; the same before and after.
@@ -102,6 +105,11 @@ class Report:
     def inverted(self) -> list[Site]:
         """The sites whose action is "invert"."""
         return [site for site in self.sites if site.action == INVERT]
+
+    @property
+    def approximate(self) -> list[Site]:
+        """The sites whose action is "approximate": their gradients are not the stock ones."""
+        return [site for site in self.sites if site.action == APPROXIMATE]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain dicts, lists, strings and numbers."""
@@ -228,7 +236,7 @@ class Report:
         above = self.bytes_after / self.bytes_floor - 1
         lines = [
             f"The floor is {format_bytes(self.bytes_floor)}, what reading and writing memory alone can not make again: "
-            + (f"this plan is {above:.1%} above it." if above >= 0.0005 else "this plan is there.")
+            + _from_floor(above, bool(self.approximate))
         ]
         shares = [
             f"{kind.removeprefix('other: ')} {nbytes / self.bytes_after:.1%}"
@@ -249,6 +257,14 @@ class Report:
         return lines
 
 
+def _from_floor(above: float, approximate: bool) -> str:
+    if above >= 0.0005:
+        return f"this plan is {above:.1%} above it."
+    if approximate and above <= -0.0005:
+        return f"this plan is {-above:.1%} below it, since some derivatives are approximate."
+    return "this plan is there."
+
+
 _FAR = 0.08
 """How far above the floor a plan is said to be far from it."""
 
@@ -265,7 +281,7 @@ def _row(kind: list[Site]) -> list[str]:
         first.module_class,
         first.action,
         first.reason,
-        format_bytes(sum(site.bytes_saved for site in kind)) if first.action == INVERT else "-",
+        format_bytes(sum(site.bytes_saved for site in kind)) if first.action in (INVERT, APPROXIMATE) else "-",
     ]
 
 

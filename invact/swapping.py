@@ -1,9 +1,9 @@
 """How a module is patched: it stays the object it is and gets a class of its own, a subclass of the one it had.
 
 So its attributes, hooks, parameters and every reference to it are the user's, as `torch.nn.utils.parametrize` does it.
-The class alone knows of us: it runs an activation inverted, or a method with inverted expressions in it, or a norm by
-one operator, or sets hooks on what autograd keeps while the module runs; it pickles as the class that the module had,
-and goes when `Swaps.undo` gives the module that class back.
+The class alone knows of us: it runs an activation inverted or with an approximate derivative, or a method with such
+expressions in it, or a norm by one operator, or sets hooks on what autograd keeps while the module runs; it pickles as
+the class that the module had, and goes when `Swaps.undo` gives the module that class back.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from invact import functional
 from invact.deriving.hooks import SMALLEST, Deriving, is_deriving, may_derive
+from invact.few_bits import few_bits, may_approximate
 from invact.kernels import Curve
 from invact.norms import Fusion
 from invact.own_errors import users_call
@@ -88,6 +89,41 @@ class InvertedExpression:
         return self.inversion(x) if self.inversion.applies(module, x) else original(x)
 
 
+@dataclass(frozen=True)
+class Approximation:
+    """How the derivative at a site is approximated; see `invact.few_bits`.
+
+    Attributes:
+        curve, settings: as of an `Inversion`.
+        bits: kept per element, 1 to 4.
+        in_place: the output takes the memory of the input.
+    """
+
+    curve: Curve
+    settings: Settings
+    bits: int
+    in_place: bool = False
+
+    def applies(self, module: nn.Module, x: Any) -> bool:
+        """Whether `x` is to be computed here and not by the stock code."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout is not torch.strided:
+            return False
+        return may_approximate(x) and self.settings.unchanged(module)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return few_bits(x, self.curve, self.bits, self.in_place)
+
+
+@dataclass(frozen=True)
+class ApproximateExpression:
+    """Runs in an expression's place; see `invact.rewriting`."""
+
+    approximation: Approximation
+
+    def __call__(self, module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self.approximation(x) if self.approximation.applies(module, x) else original(x)
+
+
 # --- the classes --------------------------------------------------------------------------------------
 
 
@@ -109,18 +145,26 @@ class _ClassAsPickled:
         _CLASS.__set__(module, kind)
 
 
+class PatchedSite(NamedTuple):
+    """What stands in an activation's place: the method, the curve, and the bits of a derivative that is approximate."""
+
+    method: str
+    curve: str
+    bits: int | None = None
+
+
 class Patched:
     """In every class that a module is given here; the first base, before the class that the module had.
 
     Attributes:
         _invact_stock: the class that the module had before any of ours.
         _invact_below: the class under this one, which may be one of ours.
-        _invact_sites: what is inverted in it, as (method, curve); the method of an activation is "".
+        _invact_sites: what is inverted or approximated in it; the method of an activation is "".
     """
 
     _invact_stock: ClassVar[type[nn.Module]]
     _invact_below: ClassVar[type[nn.Module]]
-    _invact_sites: ClassVar[tuple[tuple[str, str], ...]]
+    _invact_sites: ClassVar[tuple[PatchedSite, ...]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """The user's own `__init_subclass__`, which may keep a register, is not told of our classes."""
@@ -222,7 +266,7 @@ def _inverted_class(stock: type[nn.Module], inversion: Inversion) -> type:
     kind = _CLASSES.get(key)
     if kind is None:
         methods = {"forward": _inverted_forward(stock, inversion)}
-        kind = _CLASSES[key] = _class_over(stock, Inverted, methods, (("", str(inversion.curve)),))
+        kind = _CLASSES[key] = _class_over(stock, Inverted, methods, (PatchedSite("", str(inversion.curve)),))
     return kind
 
 
@@ -233,6 +277,26 @@ def _inverted_forward(stock: type[nn.Module], inversion: Inversion) -> Callable[
         alone = len(args) == 1 and not kwargs and _is_patched(self)
         if alone and not (inversion.derivable and _better_derived(args[0])) and inversion.applies(self, args[0]):
             return inversion(args[0])
+        return stock.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _approximate_class(stock: type[nn.Module], approximation: Approximation) -> type:
+    key = (stock, approximation)
+    kind = _CLASSES.get(key)
+    if kind is None:
+        methods = {"forward": _approximate_forward(stock, approximation)}
+        site = PatchedSite("", str(approximation.curve), approximation.bits)
+        kind = _CLASSES[key] = _class_over(stock, Patched, methods, (site,))
+    return kind
+
+
+def _approximate_forward(stock: type[nn.Module], approximation: Approximation) -> Callable[..., Any]:
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and _is_patched(self) and approximation.applies(self, args[0]):
+            return approximation(args[0])
         return stock.forward(self, *args, **kwargs)
 
     return forward
@@ -292,9 +356,13 @@ def _rewritten_class(stock: type[nn.Module], runners: Mapping[Written, Runner]) 
             by_method.setdefault(written.method, {})[written] = runner
         functions = dict(methods_of(stock))
         methods = {name: _rewritten_method(stock, name, functions[name], chosen) for name, chosen in by_method.items()}
-        sites = tuple((written.method, str(written.curve)) for written in runners)
+        sites = tuple(PatchedSite(w.method, str(w.curve), _bits_of(runner)) for w, runner in runners.items())
         kind = _CLASSES[key] = _class_over(stock, Patched, methods, sites)
     return kind
+
+
+def _bits_of(runner: Runner) -> int | None:
+    return runner.approximation.bits if isinstance(runner, ApproximateExpression) else None
 
 
 def _rewritten_method(
@@ -351,9 +419,7 @@ def _is_patched(module: Any) -> bool:
     return isinstance(module, Patched)
 
 
-def _class_over(
-    below: type, first: type[Patched], methods: Mapping[str, Any], sites: tuple[tuple[str, str], ...]
-) -> type:
+def _class_over(below: type, first: type[Patched], methods: Mapping[str, Any], sites: tuple[PatchedSite, ...]) -> type:
     """A subclass that looks like the class it is of, made past metaclasses that keep a register."""
     copied = {name: getattr(below, name) for name in ("__module__", "__qualname__", "__doc__")}
     stock = below._invact_stock if issubclass(below, Patched) else below
@@ -413,12 +479,12 @@ def _class_without(kind: type, ours: type[Patched]) -> type:
 
 def swap_in(
     model: nn.Module,
-    modules: Mapping[str, Inversion],
+    modules: Mapping[str, Inversion | Approximation],
     expressions: Mapping[str, Mapping[Written, Runner]],
     derives: Mapping[str, bool] = types.MappingProxyType({}),
     norms: Mapping[str, Fusion] = types.MappingProxyType({}),
 ) -> Swaps:
-    """Inverts modules and expressions, fuses norms, and sets hooks; all of them or, after an error, none.
+    """Inverts or approximates modules and expressions, fuses norms, and sets hooks; all or, after an error, none.
 
     Args:
         modules: by the path of the module.
@@ -428,9 +494,11 @@ def swap_in(
     """
     swaps = Swaps()
     try:
-        for path, inversion in modules.items():
+        for path, how in modules.items():
             module = model.get_submodule(path)
-            _swap(module, _inverted_class(type(module), inversion), swaps)
+            kind = type(module)
+            swapped = _inverted_class(kind, how) if isinstance(how, Inversion) else _approximate_class(kind, how)
+            _swap(module, swapped, swaps)
         for path, fusion in norms.items():
             module = model.get_submodule(path)
             _swap(module, _fused_class(type(module), fusion), swaps)
@@ -451,8 +519,8 @@ def _swap(module: nn.Module, kind: type, swaps: Swaps) -> None:
     swaps.modules.append((module, kind))
 
 
-def inverted_in(module: nn.Module) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The name of the class that a module had, and what is inverted in it, as (method, curve); nothing if it is stock.
+def inverted_in(module: nn.Module) -> tuple[str, tuple[PatchedSite, ...]]:
+    """The name of the class that a module had, and what is inverted or approximated in it; nothing if it is stock.
 
     Example:
         >>> inverted_in(nn.GELU())

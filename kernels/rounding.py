@@ -28,12 +28,17 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     """The number of the dtype next to `value`, as if it had no largest number."""
     if value in (math.inf, -math.inf):  # torch.compile cannot follow math.isinf
         return value
-    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # a denormal
-    unit = max(ulp(value, dtype), smallest)
+    unit = max(ulp(value, dtype), _least_denormal(dtype))
     return round(value / unit) * unit
 
 
 def rounded_up(value: float, dtype: torch.dtype) -> float:
     """The first number of the dtype that is not less than `value`."""
-    unit = ulp(value, dtype)
+    if value in (math.inf, -math.inf):
+        return value
+    unit = max(ulp(value, dtype), _least_denormal(dtype))
     return math.ceil(value / unit) * unit
+
+
+def _least_denormal(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps

@@ -52,6 +52,16 @@ Exact = Annotated[
     bool,
     typer.Option("--exact", help="Invert nothing, derive instead: gradients are bit for bit the stock ones."),
 ]
+FewBits = Annotated[
+    int | None,
+    typer.Option(
+        "--few-bits",
+        min=1,
+        max=4,
+        metavar="1..4",
+        help="Approximate gradients, in so many bits per element, where nothing exact helps.",
+    ),
+]
 HtmlFile = Annotated[
     Path | None, typer.Option("--html", dir_okay=False, metavar="FILE", help="Write a page that opens offline.")
 ]

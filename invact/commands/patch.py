@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from invact.commands.options import MODEL_NAMES, Dtype, Exact, GpuMemory, HtmlFile, one_name, torch_dtype
+from invact.commands.options import MODEL_NAMES, Dtype, Exact, FewBits, GpuMemory, HtmlFile, one_name, torch_dtype
 from invact.commands.output import check_page_can_be_made, command, fail, library_chatter_on_stderr, print_report, write
 from invact.own_errors import first_line, own_error
 from invact.sizes import size_in_words
@@ -69,6 +69,7 @@ def patch(
         Attention, typer.Option(help="Count attention as a fused kernel, or with its N x N matrix.")
     ] = Attention.fused,
     exact: Exact = False,
+    few_bits: FewBits = None,
     gpu_memory: GpuMemory = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Whose states share the GPU; with --gpu-memory.")] = (
         Optimizer.adamw
@@ -86,6 +87,8 @@ def patch(
         fail("No model was named. Pass its name, as in invact patch bert-base-uncased, or --model and its name.")
     if target_batch is not None and gpu_memory is None:
         fail("--target-batch asks what fits, and needs to know where. Add --gpu-memory, as in --gpu-memory 24GiB.")
+    if exact and few_bits is not None:
+        fail("--exact asks for stock's gradients and --few-bits for approximate ones. Leave one of them out.")
     check_page_can_be_made(html)
     with library_chatter_on_stderr():
         report, fit, page = _dry_run(
@@ -98,6 +101,7 @@ def patch(
             autocast=autocast and autocast.value,
             attention=attention.value,
             exact=exact,
+            few_bits=few_bits,
             gpu_memory=gpu_memory,
             optimizer=optimizer.value,
             target_batch=target_batch,
@@ -123,6 +127,7 @@ def _dry_run(
     autocast: str | None,
     attention: str,
     exact: bool,
+    few_bits: int | None,
     gpu_memory: int | None,
     optimizer: str,
     target_batch: int | None,
@@ -146,6 +151,7 @@ def _dry_run(
             autocast=autocast_dtype,
             attention=attention,
             exact=exact,
+            few_bits=few_bits,
             title=" · ".join([name, type(model).__name__, size_in_words(inputs), precision]),
         )
     except Exception:

@@ -164,6 +164,14 @@ class Journal:
                     found.setdefault(key, note.why_kept)
         return found
 
+    def read(self) -> set[Key]:
+        """The storages that recipes read: who no longer keeps one of these makes others keep it."""
+        handles = [note.handle() for note in self._notes]
+        bases = {_base(handle) for handle in handles if handle is not None}
+        leaves = [leaf for base in bases for leaf in self._read(base)]
+        tensors = [tensor for leaf in leaves if (tensor := self._tensor(leaf)) is not None]
+        return {key for tensor in tensors for key in storage_sizes(tensor)}
+
     def _told(self, handle: Handle, notes: list[_Note], counted: set[Key], steps: set[Handle]) -> DerivedTensor:
         sizes = {key: size for note in notes for key, size in storage_sizes(note.tensor).items()}
         saved = sum(size for key, size in sizes.items() if key not in counted)
