@@ -11,7 +11,7 @@ from torch import nn
 
 from invact.arguments import Inputs
 from invact.checkpointing import enable_checkpointing
-from invact.patching import patch
+from invact.patching import approximate_everywhere, patch
 from invact.selective import checkpoint_selectively
 from invact.trial_run import BASELINE, COMPRESSION, EXACT, FIT, INVACT, SELECTIVE
 
@@ -53,7 +53,7 @@ def change(way: str, model: nn.Module, inputs: Inputs, options: Options) -> Call
     elif way == FIT:
         _fit(model, inputs, options)
     elif way in FEW_BITS:
-        _approximate(model, inputs, FEW_BITS[way], options)
+        approximate_everywhere(model, inputs, few_bits=FEW_BITS[way], autocast=options.autocast)
     elif way not in (*WAYS, *COMPILED_WAYS, COMPRESSION):
         raise ValueError(f"There is no way of training called {way!r}. There are: {', '.join(_ALL)}.")
     return torch.compile(model) if "compile" in way else model
@@ -69,7 +69,3 @@ def _fit(model: nn.Module, inputs: Inputs, options: Options) -> None:
         raise ValueError("The way fit is to fit a memory, and none was named. Name it: --gpu-memory 24GiB.")
     memory = f"{options.memory_bytes}B"
     invact.fit(model, inputs, memory=memory, optimizer="adamw", autocast=options.autocast, exact=options.exact)
-
-
-def _approximate(model: nn.Module, inputs: Inputs, bits: int, options: Options) -> None:
-    raise ValueError("not yet")

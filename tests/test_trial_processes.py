@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ import torch
 from invact import trial_processes
 from invact.simulation import Setting
 from invact.trial import train_in_ways
+from invact.trial_data import DataError
 from invact.trial_processes import Pair, ProcessError
-from invact.trial_task import NotTrainableError, Origin, make_task
+from invact.trial_task import Origin, make_task
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.distributed]
 
@@ -51,17 +53,10 @@ def test_halves_keep_half_send_half_and_learn_what_the_baseline_learns_to_roundi
     assert not multiprocessing.active_children()
 
 
-def test_what_one_process_refuses_is_raised_here_and_both_end(monkeypatch):
-    task = make_task()
-    origin = Origin("small-bert", seq_len=16)
-    monkeypatch.setattr(Origin, "make", lambda self: task)
-    with Pair(make_task(), CPU, 2) as pair:
-        pass
-    assert not multiprocessing.active_children()
-    assert origin.make() is task
-    with pytest.raises(NotTrainableError), Pair(task, CPU, 2) as pair:
-        pair._ask(("begin", 0))
-        raise NotTrainableError
+def test_what_a_process_refuses_is_raised_here():
+    elsewhere = replace(make_task(), origin=Origin(data="no/such/file.txt"))
+    with Pair(elsewhere, CPU, 2) as pair, pytest.raises(DataError, match=r"There is no no/such/file.txt"):
+        pair.begin(0)
     assert not multiprocessing.active_children()
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from invact.trial_run import Run, ends
+from invact.trial_run import Run
 from invact.trial_verdict import Yardsticks, judge
 
-SEEDS = Yardsticks(spread=0.4, end_spread=0.02)
+SEEDS = Yardsticks(spread=0.4, finals=[1.0, 1.02])
 ONE_SEED = Yardsticks()
 
 
 def run(name: str, kept: int, seconds: float = 1.0, difference: float = 0.0, at_the_end: float = 0.0, **more) -> Run:
-    losses = [2.0, 1.0]
-    return Run(name, kept, None, seconds, losses, [losses], difference, at_the_end, **more)
+    losses, finals = [2.0, 1.0], [1.0 + at_the_end, 1.02]
+    return Run(name, kept, None, seconds, losses, [losses, losses], difference, finals, **more)
 
 
 BASELINE, INVACT = run("baseline", 1000), run("invact", 600, 1.05, 1e-6, 1e-7)
@@ -37,8 +37,8 @@ def test_what_is_slower_and_keeps_more_wins_nothing():
 @pytest.mark.parametrize(
     ("difference", "at_the_end", "why"),
     [
-        (0.5, 0.0, "fewbit-1 its losses differ by 0.5, more than the 0.4 between seeds"),
-        (0.1, 0.05, "fewbit-1 at the end its loss differs by 0.05, more than the 0.02 between seeds"),
+        (0.5, 0.0, "fewbit-1 has losses off by 0.5, more than the 0.4 between seeds"),
+        (0.1, 0.05, "fewbit-1 has a final loss off by 0.05, more than the 0.02 between seeds"),
     ],
 )
 def test_losses_that_leave_the_spread_at_a_step_or_at_the_end_rule_a_way_out(difference, at_the_end, why):
@@ -72,14 +72,14 @@ def test_bytes_of_all_processes_count():
 
 def test_what_does_not_fit_the_memory_is_out_before_all_else():
     runs = [run("baseline", 1000, largest_batch=4), run("invact", 600, 1.05, largest_batch=8), run("selective", 500)]
-    said = judge([*runs, run("fit", 550, 1.1)], Yardsticks(0.4, 0.02, memory_bytes=2**30, batch_size=8))
-    assert "use fit: of the ways that fit in 1.0 GiB and whose losses stay within" in said
-    assert "baseline does not fit in 1.0 GiB" in said
-    assert "selective is not predicted to fit in 1.0 GiB" in said
+    said = judge([*runs, run("fit", 550, 1.1)], Yardsticks(0.4, [1.0, 1.02], memory_bytes=2**30, batch_size=8))
+    assert "use fit: of the ways that fit in 1.00 GiB and whose losses stay within" in said
+    assert "baseline does not fit in 1.00 GiB" in said
+    assert "selective is not predicted to fit in 1.00 GiB" in said
 
 
 def test_a_measured_peak_says_whether_it_fits():
-    measure = Yardsticks(0.4, 0.02, memory_bytes=1000, batch_size=8)
+    measure = Yardsticks(0.4, [1.0, 1.02], memory_bytes=1000, batch_size=8)
     small, large = run("exact", 10), run("exact", 10)
     small.peak_bytes, large.peak_bytes = 900, 1100
     assert measure.against_memory(small) is None
@@ -88,8 +88,8 @@ def test_a_measured_peak_says_whether_it_fits():
 
 def test_where_nothing_will_do_that_is_said():
     stock = run("baseline", 1000, largest_batch=0)
-    said = judge([stock], Yardsticks(0.4, 0.02, memory_bytes=2**30, batch_size=8))
-    assert said == "None of these is the one to use here. Not: baseline does not fit in 1.0 GiB."
+    said = judge([stock], Yardsticks(0.4, [1.0, 1.02], memory_bytes=2**30, batch_size=8))
+    assert said == "None of these is the one to use here. Not: baseline does not fit in 1.00 GiB."
 
 
 def test_where_nothing_saves_the_baseline_is_the_one_to_use():
@@ -102,5 +102,10 @@ def test_of_ways_with_the_same_bytes_the_faster_one_is_used():
     assert "use exact:" in judge([BASELINE, INVACT, run("exact", 603, 1.01)], SEEDS)
 
 
-def test_the_end_is_the_mean_of_the_last_tenth():
-    assert ends([[4.0] * 19 + [1.0], [3.0]]) == [2.5, 3.0]
+def test_a_trial_that_was_interrupted_before_two_seeds_ended_is_judged_by_its_steps():
+    runs = [run("baseline", 1000), run("invact", 600, 1.05, 1e-6), run("fewbit-1", 10, 1.0, 0.5)]
+    for one in runs:
+        one.final_losses = one.final_losses[:1]
+    measure = Yardsticks(spread=0.4, finals=[1.0])
+    assert measure.final_spread is None
+    assert [measure.within_spread(one) for one in runs] == [True, True, False]

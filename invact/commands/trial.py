@@ -63,6 +63,7 @@ def trial(
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the spread between them is the yardstick.")] = 3,
     compiled: Annotated[bool, typer.Option("--compile", help="Train under torch.compile as well.")] = False,
+    checkpointing: Annotated[bool, typer.Option(help="Train with gradient checkpointing as well.")] = True,
     also: Annotated[
         list[Also] | None,
         typer.Option(
@@ -100,6 +101,7 @@ def trial(
             seq_len=seq_len,
             dtype=dtype,
             seeds=range(seed, seed + seeds),
+            checkpointing=checkpointing,
             compiled=compiled,
             also=_chosen(also or [], gpu_memory),
             adapters=_adapters(lora_rank, lora_dropout, lora_targets),
@@ -126,6 +128,7 @@ def _trained(
     seq_len: int | None,
     dtype: Dtype | None,
     seeds: range,
+    checkpointing: bool,
     compiled: bool,
     also: list[str],
     adapters: Adapters | None,
@@ -147,7 +150,8 @@ def _trained(
             task = make_task(name, data, seq_len, adapters)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             dtype = dtype or (Dtype.bf16 if device.type == "cuda" else Dtype.fp32)
-            ways = [*WAYS, *(COMPILED_WAYS if compiled else ()), *also]
+            ways = [way for way in WAYS if checkpointing or "checkpointing" not in way]
+            ways += [*(COMPILED_WAYS if compiled else ()), *also]
             with progress(steps * len(seeds) * len(ways)) as shown:
 
                 def tell(seconds: float, steps_left: int) -> None:
