@@ -145,16 +145,16 @@ class Pair:
                 pipe.send(command)
             answers: dict[Any, Any] = {}
             while len(answers) < PROCESSES:
-                ready = multiprocessing.connection.wait(set(self._pipes) - answers.keys(), timeout=ANSWER_WITHIN)
+                ready: list[Any] = multiprocessing.connection.wait(set(self._pipes) - answers.keys(), timeout=ANSWER_WITHIN)
                 if not ready:
                     raise ProcessError(
                         f"A process of gradient compression gave no answer within {ANSWER_WITHIN:.0f} seconds. "
                         "Train a smaller model, or leave gradient compression out."
                     )
-                for pipe in ready:
-                    answers[pipe] = pipe.recv()  # type: ignore[union-attr]
-                    if isinstance(answers[pipe], Exception):
-                        raise answers[pipe]
+                for answered in ready:
+                    answers[answered] = answered.recv()
+                    if isinstance(answers[answered], Exception):
+                        raise answers[answered]
         except (EOFError, OSError):
             raise ProcessError(
                 "A process of gradient compression ended before it had answered, as it does where memory is short. "
