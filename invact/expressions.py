@@ -196,7 +196,7 @@ def _what_names_stand_for(method: _Method) -> tuple[Any, ...] | None:
             key.append((type(meaning), repr(meaning)))
         elif isinstance(meaning, types.ModuleType) or (_is_function(meaning) and _home(meaning) in _LIBRARIES):
             key.append(weakref.ref(meaning))  # equal to another while both are alive and the same
-        elif _is_function(meaning):
+        elif _is_function(meaning) and _may_be_pointwise(meaning, method):
             return None  # the author's own may read what changes
         else:
             key.append(None)  # nothing that a curve is built of

@@ -70,16 +70,16 @@ def _bert(transformers: Any, vocabulary: int, tokens: int) -> tuple[Any, Any]:
 def _gpt2(transformers: Any, vocabulary: int, tokens: int) -> tuple[Any, Any]:
     return transformers.GPT2LMHeadModel, transformers.GPT2Config(
         vocab_size=vocabulary,
-        n_embd=_WIDTH,
+        n_embd=_WIDTH // 2,
         n_layer=_LAYERS,
-        n_head=_HEADS,
+        n_head=_HEADS // 2,
         n_positions=tokens,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         # So that what the activation is given has a standard deviation of about 1, as in a wide model; 0.02 is GPT-2's
         # own, for 768. See what coarse derivatives do with less in docs/comparison.md.
-        initializer_range=_WIDTH**-0.5,
+        initializer_range=(_WIDTH // 2) ** -0.5,
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,

@@ -33,6 +33,7 @@ def train_in_ways(
     *,
     steps: int,
     batch_size: int,
+    learning_rate: float = 5e-4,
     seeds: Sequence[int] = (0,),
     ways: Sequence[str] = WAYS,
     setting: Setting | None = None,
@@ -47,6 +48,7 @@ def train_in_ways(
     They see the same batches, start from the same weights and draw the same random numbers.
 
     Args:
+        learning_rate: of AdamW.
         ways: of `WAYS`, `COMPILED_WAYS` and `ON_DEMAND`; the baseline first, and "invact" among them.
         setting: the device, and the dtype of torch.autocast if any; fp16 is trained with scaled gradients.
         exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
@@ -74,12 +76,12 @@ def train_in_ways(
     seeds_done: list[list[Training]] = []
     interrupted = False
     with ExitStack() as stack:
-        pair = stack.enter_context(Pair(task, setting, batch_size)) if COMPRESSION in ways else None
+        pair = stack.enter_context(Pair(task, setting, batch_size, learning_rate)) if COMPRESSION in ways else None
 
         def training(way: str, seed: int) -> Training:
             if pair is not None and way == COMPRESSION:
                 return CompressedTraining(pair, seed)
-            return Trainee(way, task, setting, seed, batch_size, partial(change, way, options=options))
+            return Trainee(way, task, setting, seed, batch_size, learning_rate, partial(change, way, options=options))
 
         try:
             for seed in seeds:

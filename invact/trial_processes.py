@@ -51,6 +51,7 @@ class _Job:
     origin: Origin
     setting: Setting
     batch_size: int
+    learning_rate: float
     threads: int
     backend: str
     meeting_point: str
@@ -75,7 +76,7 @@ class Pair:
         NotTrainableError: the task was not made by `make_task`, so that no other process can make it again.
     """
 
-    def __init__(self, task: Task, setting: Setting, batch_size: int) -> None:
+    def __init__(self, task: Task, setting: Setting, batch_size: int, learning_rate: float) -> None:
         if batch_size % PROCESSES:
             raise DataError(
                 f"Gradient compression halves each batch between two processes, and {batch_size} is odd. "
@@ -92,6 +93,7 @@ class Pair:
             task.origin,
             setting,
             batch_size,
+            learning_rate,
             threads=max(1, torch.get_num_threads() // PROCESSES),
             backend="nccl" if several_gpus else "gloo",
             meeting_point=str(self._folder / "meeting"),
@@ -145,7 +147,9 @@ class Pair:
                 pipe.send(command)
             answers: dict[Any, Any] = {}
             while len(answers) < PROCESSES:
-                ready: list[Any] = multiprocessing.connection.wait(set(self._pipes) - answers.keys(), timeout=ANSWER_WITHIN)
+                ready: list[Any] = multiprocessing.connection.wait(
+                    set(self._pipes) - answers.keys(), timeout=ANSWER_WITHIN
+                )
                 if not ready:
                     raise ProcessError(
                         f"A process of gradient compression gave no answer within {ANSWER_WITHIN:.0f} seconds. "
@@ -244,7 +248,7 @@ def _answers(rank: int, job: _Job, pipe: multiprocessing.connection.Connection) 
         command, number = pipe.recv()
         if command == "begin":
             share = partial(_share, rank=rank, batch_size=job.batch_size)
-            trainee = Trainee(COMPRESSION, task, setting, number, job.batch_size, sent.change, share)
+            trainee = Trainee(COMPRESSION, task, setting, number, job.batch_size, job.learning_rate, sent.change, share)
             yield None
         elif command == "end":
             assert trainee is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +34,11 @@ class Batch:
     targets: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """LoRA's, beside frozen weights; as of `patchers.with_lora`."""
+class Adapters(Protocol):
+    """What is trained beside frozen weights, told by `str` in words."""
 
-    rank: int
-    dropout: float = 0.0
-    targets: str | list[str] = "all-linear"
+    def put_into(self, model: nn.Module) -> nn.Module:
+        """The model with its adapters."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +102,10 @@ def make_task(
 
 
 def _with_adapters(task: Task, adapters: Adapters) -> Task:
-    from invact.patchers.adapters import with_lora
-
     def build() -> nn.Module:
-        model: nn.Module = with_lora(task.build(), adapters.rank, adapters.dropout, adapters.targets)
-        return model.train()
+        return adapters.put_into(task.build()).train()
 
-    return replace(task, title=f"{task.title} · LoRA of rank {adapters.rank}", build=build)
+    return replace(task, title=f"{task.title} · {adapters}", build=build)
 
 
 def _task_of_full_model(name: str | None, data: str | None, seq_len: int | None) -> Task:

@@ -23,7 +23,6 @@ from invact.timing import wait_for
 from invact.trial_run import BASELINE, SELECTIVE
 from invact.trial_task import Batch, NotTrainableError, Task
 
-LEARNING_RATE = 5e-4
 _FINAL_SEED = 1_000_000  # of the samples that all are asked for at the end
 _FINAL_BATCHES = 16
 
@@ -64,6 +63,7 @@ class Trainee:
     """A `Training` in this process.
 
     Args:
+        learning_rate: of AdamW.
         change: what makes its model train in this way.
         share: of a batch, what this process trains on.
     """
@@ -78,6 +78,7 @@ class Trainee:
         setting: Setting,
         seed: int,
         batch_size: int,
+        learning_rate: float,
         change: Change,
         share: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
@@ -93,7 +94,7 @@ class Trainee:
         if not any(p.requires_grad for p in self._model.parameters()):
             raise NotTrainableError(f"{task.title} is not trainable: none of its parameters takes a gradient.")
         self._forward = change(self._model, self._batch(0).inputs)
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=LEARNING_RATE)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=learning_rate)
         self._scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
 
     def step(self, number: int) -> None:

@@ -35,6 +35,10 @@ class InputSizeError(RequestError, ValueError):
     """A batch, sequence or image size that the model cannot take, or inputs that cannot be made up."""
 
 
+class AdapterError(RequestError, ValueError):
+    """Adapters or a quantisation that the model cannot have."""
+
+
 class MissingLibraryError(RequestError, ImportError):
     """The library that a model comes from is not installed."""
 
@@ -112,7 +116,7 @@ def register(library: Library) -> Library:
 
 
 def library_of(model: nn.Module) -> Library | None:
-    """The library whose model this is, or None.
+    """The library whose model this is, or of the model that PEFT has adapted; or None.
 
     Example:
         >>> import timm
@@ -120,7 +124,19 @@ def library_of(model: nn.Module) -> Library | None:
         >>> library_of(timm.create_model("resnet18")).name
         'timm'
     """
-    return next((library for library in libraries.values() if library.owns(model)), None)
+    base = without_adapters(model)
+    return next((library for library in libraries.values() if library.owns(base)), None)
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model that a `PeftModel` was made of, with its adapted layers; any other as it is.
+
+    What it reads and which loss it takes is told from it: the forward of a `PeftModel` takes any arguments.
+    """
+    is_peft = any(base.__module__.partition(".")[0] == "peft" for base in type(model).__mro__)
+    unwrap = getattr(model, "get_base_model", None) if is_peft else None
+    base: nn.Module = model if unwrap is None else unwrap()
+    return base
 
 
 def example_inputs(
@@ -136,7 +152,7 @@ def example_inputs(
     backward, is the training loop's business.
 
     Args:
-        model: a Hugging Face, timm or OpenCLIP model, on any device.
+        model: a Hugging Face, timm or OpenCLIP model, on any device, with PEFT's adapters or without.
         batch_size: samples.
         seq_len: tokens (samples, for models that read raw audio). By default 512, or the longest
             sequence the model takes where that is shorter.
@@ -165,7 +181,7 @@ def example_inputs(
     for what, size in {"batch size": batch_size, "sequence length": seq_len, "image size": image_size}.items():
         if size is not None and size < 1:
             raise InputSizeError(f"The {what} is {size}, but nothing can run on that. Give 1 or more.")
-    return library.example_inputs(model, batch_size, seq_len, image_size, device)
+    return library.example_inputs(without_adapters(model), batch_size, seq_len, image_size, device)
 
 
 @contextmanager

@@ -55,13 +55,13 @@ def test_halves_keep_half_send_half_and_learn_what_the_baseline_learns_to_roundi
 
 def test_what_a_process_refuses_is_raised_here():
     elsewhere = replace(make_task(), origin=Origin(data="no/such/file.txt"))
-    with Pair(elsewhere, CPU, 2) as pair, pytest.raises(DataError, match=r"There is no no/such/file.txt"):
+    with Pair(elsewhere, CPU, 2, 5e-4) as pair, pytest.raises(DataError, match=r"There is no no/such/file.txt"):
         pair.begin(0)
     assert not multiprocessing.active_children()
 
 
 def test_a_process_that_is_ended_by_somebody_else_is_an_error_with_a_sentence():
-    with Pair(make_task(seq_len=16), CPU, 2) as pair:
+    with Pair(make_task(seq_len=16), CPU, 2, 5e-4) as pair:
         pair.begin(0)
         pair._processes[1].kill()
         with pytest.raises(ProcessError, match="ended before it had answered"):
@@ -71,7 +71,7 @@ def test_a_process_that_is_ended_by_somebody_else_is_an_error_with_a_sentence():
 
 def test_no_answer_in_time_is_an_error_with_a_sentence(monkeypatch):
     monkeypatch.setattr(trial_processes, "ANSWER_WITHIN", 0.01)
-    with Pair(make_task(seq_len=16), CPU, 2) as pair, pytest.raises(ProcessError, match="no answer within"):
+    with Pair(make_task(seq_len=16), CPU, 2, 5e-4) as pair, pytest.raises(ProcessError, match="no answer within"):
         pair.begin(0)
     assert not multiprocessing.active_children()
 

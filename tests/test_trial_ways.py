@@ -152,8 +152,8 @@ def test_compression_needs_a_batch_that_can_be_halved_and_a_task_that_others_can
         (["--also", "magic"], "'magic' is not one of"),
         (["--also", "fit"], "The way fit is to fit a memory, and none was named"),
         (["--also", "compression", "--batch-size", 3], "3 is odd"),
-        (["--lora-dropout", 0.1], "--lora-dropout is for LoRA adapters, and there are none"),
-        (["--lora-targets", "q_proj"], "--lora-targets is for LoRA adapters, and there are none"),
+        (["--lora-dropout", 0.1], "--lora-dropout says how LoRA adapters are to be, and there are none"),
+        (["--lora-targets", "q_proj"], "--lora-targets says how LoRA adapters are to be, and there are none"),
         (["small-gpt3"], "small-gpt3"),
     ],
 )

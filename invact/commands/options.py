@@ -67,6 +67,35 @@ HtmlFile = Annotated[
 ]
 
 
+LoraRank = Annotated[
+    int | None, typer.Option("--lora-rank", help="Train LoRA adapters of PEFT's of this rank, and nothing else.")
+]
+LoraDropout = Annotated[
+    float | None, typer.Option("--lora-dropout", help="Of what the adapters read. Default: 0.", show_default=False)
+]
+LoraTargets = Annotated[
+    str | None,
+    typer.Option(
+        "--lora-targets",
+        metavar="NAMES",
+        help="Layers that get adapters: all-linear, or names as in q_proj,v_proj. Default: all-linear.",
+        show_default=False,
+    ),
+]
+
+
+class Quantization(str, Enum):
+    """What the frozen weights are loaded in."""
+
+    in_4bit = "4bit"
+
+
+Quantize = Annotated[
+    Quantization | None,
+    typer.Option("--quantize", help="Count the frozen weights as QLoRA loads them: NF4, scales quantised too."),
+]
+
+
 def one_name(command: str, name: str | None, model: str | None) -> str | None:
     """The model, whether it was named by itself or after `--model`; None if neither was done."""
     if name is not None and model is not None:

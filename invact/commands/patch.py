@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from invact.commands.options import MODEL_NAMES, Dtype, Exact, FewBits, GpuMemory, HtmlFile, one_name, torch_dtype
+from invact.commands.adapters import Adapters, asked_for
+from invact.commands.options import (
+    MODEL_NAMES,
+    Dtype,
+    Exact,
+    FewBits,
+    GpuMemory,
+    HtmlFile,
+    LoraDropout,
+    LoraRank,
+    LoraTargets,
+    Quantize,
+    one_name,
+    torch_dtype,
+)
 from invact.commands.output import check_page_can_be_made, command, fail, library_chatter_on_stderr, print_report, write
 from invact.own_errors import first_line, own_error
 from invact.sizes import size_in_words
@@ -70,6 +84,10 @@ def patch(
     ] = Attention.fused,
     exact: Exact = False,
     few_bits: FewBits = None,
+    lora_rank: LoraRank = None,
+    lora_dropout: LoraDropout = None,
+    lora_targets: LoraTargets = None,
+    quantize: Quantize = None,
     gpu_memory: GpuMemory = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Whose states share the GPU; with --gpu-memory.")] = (
         Optimizer.adamw
@@ -89,6 +107,7 @@ def patch(
         fail("--target-batch asks what fits, and needs to know where. Add --gpu-memory, as in --gpu-memory 24GiB.")
     if exact and few_bits is not None:
         fail("--exact asks for stock's gradients and --few-bits for approximate ones. Leave one of them out.")
+    adapters = asked_for(lora_rank, lora_dropout, lora_targets, quantize and quantize.value)
     check_page_can_be_made(html)
     with library_chatter_on_stderr():
         report, fit, page = _dry_run(
@@ -102,6 +121,7 @@ def patch(
             attention=attention.value,
             exact=exact,
             few_bits=few_bits,
+            adapters=adapters,
             gpu_memory=gpu_memory,
             optimizer=optimizer.value,
             target_batch=target_batch,
@@ -128,6 +148,7 @@ def _dry_run(
     attention: str,
     exact: bool,
     few_bits: int | None,
+    adapters: Adapters | None,
     gpu_memory: int | None,
     optimizer: str,
     target_batch: int | None,
@@ -140,7 +161,9 @@ def _dry_run(
     precision = f"{dtype}, autocast {autocast}" if autocast else dtype
     autocast_dtype = torch_dtype(autocast) if autocast else None
     try:
-        model = _loaded(name, torch_dtype(dtype), library, image_size)
+        loaded = _loaded(name, torch_dtype(dtype), library, image_size)
+        title = [name, type(loaded).__name__, *([str(adapters)] if adapters else [])]
+        model = adapters.put_into(loaded) if adapters else loaded
         inputs = patchers.example_inputs(model, batch_size, seq_len, image_size)
     except patchers.RequestError as error:
         fail(str(error))
@@ -152,7 +175,7 @@ def _dry_run(
             attention=attention,
             exact=exact,
             few_bits=few_bits,
-            title=" · ".join([name, type(model).__name__, size_in_words(inputs), precision]),
+            title=" · ".join([*title, size_in_words(inputs), precision]),
         )
     except Exception:
         # A size that only the model itself can reject is bad input; anything else is a fault, with its traceback.
@@ -174,7 +197,9 @@ def _dry_run(
         from invact.trial_task import with_labels
 
         def training_inputs(size: int) -> Any:
-            return with_labels(model, patchers.example_inputs(model, size, seq_len, image_size))
+            return with_labels(
+                patchers.without_adapters(model), patchers.example_inputs(model, size, seq_len, image_size)
+            )
 
         fit = Fit(
             gpu_memory, optimizer, needs(model, training_inputs, setting, decided, optimizer=optimizer), target_batch

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from invact.commands.options import Dtype, Exact, GpuMemory, HtmlFile, one_name, torch_dtype
+from invact.commands.adapters import Adapters, asked_for
+from invact.commands.options import (
+    Dtype,
+    Exact,
+    GpuMemory,
+    HtmlFile,
+    LoraDropout,
+    LoraRank,
+    LoraTargets,
+    one_name,
+    torch_dtype,
+)
 from invact.commands.output import (
     check_page_can_be_made,
     command,
@@ -24,9 +35,9 @@ from invact.commands.output import (
 if TYPE_CHECKING:
     from invact.page import Page
     from invact.trial_result import Trial
-    from invact.trial_task import Adapters
 
 DEFAULT_BATCH_SIZE = 8
+DEFAULT_LEARNING_RATE = 5e-4
 
 
 class Also(str, Enum):
@@ -60,6 +71,7 @@ def trial(
         Dtype | None,
         typer.Option(help="fp32, or what autocast computes in. Default: bf16 on a GPU, fp32 without."),
     ] = None,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = DEFAULT_LEARNING_RATE,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; the spread between them is the yardstick.")] = 3,
     compiled: Annotated[bool, typer.Option("--compile", help="Train under torch.compile as well.")] = False,
@@ -73,12 +85,9 @@ def trial(
             show_default=False,
         ),
     ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank alone.")] = None,
-    lora_dropout: Annotated[float | None, typer.Option(help="Of what the adapters read. Default: 0.")] = None,
-    lora_targets: Annotated[
-        str | None,
-        typer.Option(help="Names of the layers that get adapters, with commas. Default: all-linear.", metavar="NAMES"),
-    ] = None,
+    lora_rank: LoraRank = None,
+    lora_dropout: LoraDropout = None,
+    lora_targets: LoraTargets = None,
     exact: Exact = False,
     gpu_memory: GpuMemory = None,
     html: HtmlFile = None,
@@ -100,11 +109,12 @@ def trial(
             batch_size=batch_size,
             seq_len=seq_len,
             dtype=dtype,
+            learning_rate=learning_rate,
             seeds=range(seed, seed + seeds),
             checkpointing=checkpointing,
             compiled=compiled,
             also=_chosen(also or [], gpu_memory),
-            adapters=_adapters(lora_rank, lora_dropout, lora_targets),
+            adapters=asked_for(lora_rank, lora_dropout, lora_targets, quantize=None),
             exact=exact,
             gpu_memory=gpu_memory,
         )
@@ -127,6 +137,7 @@ def _trained(
     batch_size: int,
     seq_len: int | None,
     dtype: Dtype | None,
+    learning_rate: float,
     seeds: range,
     checkpointing: bool,
     compiled: bool,
@@ -163,6 +174,7 @@ def _trained(
                     task,
                     steps=steps,
                     batch_size=batch_size,
+                    learning_rate=learning_rate,
                     seeds=seeds,
                     ways=ways,
                     setting=Setting(device, None if dtype is Dtype.fp32 else torch_dtype(dtype.value)),
@@ -185,20 +197,6 @@ def _chosen(also: list[Also], gpu_memory: int | None) -> list[str]:
     if Also.all in also:
         wanted |= set(Also) - ({Also.fit} if gpu_memory is None else set())
     return [way.value for way in Also if way in wanted - {Also.all}]
-
-
-def _adapters(rank: int | None, dropout: float | None, targets: str | None) -> Adapters | None:
-    if rank is None:
-        given = [
-            name for name, value in (("--lora-dropout", dropout), ("--lora-targets", targets)) if value is not None
-        ]
-        if given:
-            fail(f"{given[0]} is for LoRA adapters, and there are none. Add their rank: --lora-rank 16")
-        return None
-    from invact.trial_task import Adapters
-
-    names = targets.split(",") if targets and targets != "all-linear" else "all-linear"
-    return Adapters(rank, dropout or 0.0, names)
 
 
 def _estimate_in_words(seconds: float, steps: int, seeds: range) -> str:
