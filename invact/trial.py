@@ -21,7 +21,7 @@ from invact.simulation import Setting
 from invact.trial_data import DataError
 from invact.trial_processes import CompressedTraining, Pair
 from invact.trial_result import Trial
-from invact.trial_run import COMPRESSION, SELECTIVE, Run
+from invact.trial_run import COMPRESSION, EXACT, INVACT, SELECTIVE, Run
 from invact.trial_task import Task
 from invact.trial_trainee import Trainee, Training, on_device
 from invact.trial_verdict import Yardsticks
@@ -168,6 +168,9 @@ def _compared(
     decided = decide(model, inputs, autocast=setting.autocast, exact=exact)
     if memory_bytes is not None:
         predicted = needs(model, inputs_of, setting, decided)
+        if any(run.name == EXACT for run in runs):
+            exactly = decide(model, inputs, autocast=setting.autocast, exact=True)
+            predicted[EXACT] = needs(model, inputs_of, setting, exactly)[INVACT]
         for run in runs:
             if run.name in predicted:
                 run.largest_batch = predicted[run.name].largest_batch(memory_bytes)

@@ -14,6 +14,7 @@ from invact.checkpointing import enable_checkpointing
 from invact.patching import approximate_everywhere, patch
 from invact.selective import checkpoint_selectively
 from invact.trial_run import BASELINE, COMPRESSION, EXACT, FIT, INVACT, SELECTIVE
+from invact.trial_task import NotTrainableError
 
 WAYS = (BASELINE, INVACT, "checkpointing", "invact+checkpointing")
 COMPILED_WAYS = ("compile", "invact+compile")
@@ -67,5 +68,14 @@ def _fit(model: nn.Module, inputs: Inputs, options: Options) -> None:
 
     if options.memory_bytes is None:
         raise ValueError("The way fit is to fit a memory, and none was named. Name it: --gpu-memory 24GiB.")
-    memory = f"{options.memory_bytes}B"
-    invact.fit(model, inputs, memory=memory, optimizer="adamw", autocast=options.autocast, exact=options.exact)
+    try:
+        invact.fit(  # type: ignore[attr-defined]  # until invact.fit is merged
+            model,
+            inputs,
+            memory=f"{options.memory_bytes}B",
+            optimizer="adamw",
+            autocast=options.autocast,
+            exact=options.exact,
+        )
+    except invact.DoesNotFitError as error:  # type: ignore[attr-defined]
+        raise NotTrainableError(str(error)) from error
