@@ -69,12 +69,14 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain dicts, lists, strings and numbers."""
+        measure, fields = self.yardsticks, asdict(self)
+        del fields["yardsticks"]
         return {
-            **asdict(self),
-            "spread": self.spread,
-            "final_spread": self.yardsticks.final_spread,
-            "memory_bytes": self.yardsticks.memory_bytes,
-            "runs": [{**asdict(run), "within_spread": self.yardsticks.within_spread(run)} for run in self.runs],
+            **fields,
+            "spread": measure.spread,
+            "final_spread": measure.final_spread,
+            "memory_bytes": measure.memory_bytes,
+            "runs": [{**asdict(run), "within_spread": measure.within_spread(run)} for run in self.runs],
             "report": self.report.to_dict(),
             "verdict": self.verdict,
         }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner, Result
 
 from invact.cli import app
+from invact.commands.adapters import Adapters
 from invact.commands.trial import Also
 from invact.living_storages import LivingStorages
 from invact.selective import checkpoint_selectively, repeated_blocks
@@ -138,6 +142,47 @@ def test_the_origin_of_a_task_makes_the_same_task():
     assert torch.equal(again.batch(1, 2, 3).inputs["input_ids"], task.batch(1, 2, 3).inputs["input_ids"])
 
 
+def test_more_bits_of_a_derivative_are_nearer_to_the_baseline_and_named_approximate():
+    ways = ["baseline", "invact", "fewbit-1", "fewbit-4"]
+    result = train_in_ways(make_task("small-gpt2", seq_len=16), steps=3, batch_size=2, seeds=[0, 1], ways=ways)
+    one, four = result.run("fewbit-1"), result.run("fewbit-4")
+    assert 0 < four.largest_difference < one.largest_difference
+    assert one.activation_bytes < four.activation_bytes < result.runs[0].activation_bytes
+    named = [row[0] for row in result.rows()]
+    assert named == ["way", "baseline", "invact", "fewbit-1 (approximate)", "fewbit-4 (approximate)"]
+
+
+def test_adapters_alone_are_trained_and_another_process_can_make_them():
+    adapters = Adapters(4, 0.0, ["q_proj", "v_proj"], in_4bit=False)
+    task = make_task("small-llama", seq_len=16, adapters=adapters)
+    trained = [name for name, p in task.build().named_parameters() if p.requires_grad]
+    assert len(trained) == 8  # two of each of two layers' two
+    assert all("lora" in name for name in trained)
+    assert task.title.endswith("LoRA rank 4 on q_proj and v_proj")
+    again = pickle.loads(pickle.dumps(task.origin)).make()
+    assert [name for name, p in again.build().named_parameters() if p.requires_grad] == trained
+    result = train_in_ways(task, steps=2, batch_size=2, ways=["baseline", "invact", "exact", "selective"])
+    assert result.run("exact").losses == result.run("selective").losses == result.runs[0].losses
+
+
+def test_final_losses_are_of_the_same_samples_for_all_and_the_verdict_says_by_how_much_they_differ():
+    result = train_in_ways(make_task(seq_len=16), steps=2, batch_size=2, seeds=[0, 1], ways=["baseline", "invact"])
+    stock, patched = result.runs
+    assert patched.final_losses == pytest.approx(stock.final_losses, abs=1e-5)
+    assert result.yardsticks.final_spread == abs(stock.final_losses[0] - stock.final_losses[1]) > 0
+    as_json = json.loads(result.to_json())
+    assert as_json["final_spread"] == result.yardsticks.final_spread
+    assert [run["within_spread"] for run in as_json["runs"]] == [True, True]
+
+
+def test_the_learning_rate_is_that_of_the_optimiser_and_checkpointing_can_be_left_out():
+    options = ["--steps", 3, "--seeds", 1, "--batch-size", 2, "--seq-len", 16, "--no-checkpointing", "--json"]
+    slow, fast = (json.loads(run(*options, "--learning-rate", rate).stdout)["runs"] for rate in (0, 1e-2))
+    assert [one["name"] for one in slow] == ["baseline", "invact"]
+    assert slow[0]["losses"][0] == fast[0]["losses"][0]
+    assert slow[0]["losses"][2] != fast[0]["losses"][2]
+
+
 def test_compression_needs_a_batch_that_can_be_halved_and_a_task_that_others_can_make():
     ways = ["baseline", "invact", "compression"]
     with pytest.raises(DataError, match=r"halves each batch .* 3 is odd"):
@@ -154,6 +199,8 @@ def test_compression_needs_a_batch_that_can_be_halved_and_a_task_that_others_can
         (["--also", "compression", "--batch-size", 3], "3 is odd"),
         (["--lora-dropout", 0.1], "--lora-dropout says how LoRA adapters are to be, and there are none"),
         (["--lora-targets", "q_proj"], "--lora-targets says how LoRA adapters are to be, and there are none"),
+        (["--lora-rank", 0], "The LoRA rank is 0"),
+        (["--lora-rank", 4, "--lora-targets", "nothing"], "nothing"),
         (["small-gpt3"], "small-gpt3"),
     ],
 )
