@@ -30,7 +30,7 @@ def small_model(name: str, vocabulary: int, tokens: int) -> Callable[[], Any]:
     Example:
         >>> model = small_model("small-gpt2", vocabulary=90, tokens=32)()
         >>> type(model).__name__, sum(p.numel() for p in model.parameters())
-        ('GPT2LMHeadModel', 412416)
+        ('GPT2LMHeadModel', 107904)
     """
     try:
         import transformers
