@@ -92,7 +92,7 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     word = codes.view(torch.int64)
     for width in (8, 16, 32):
         word = (word | word >> (width - width // 8 * bits)) & _lanes(width, bits)
-    return word.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
+    return word.view(torch.uint8).view(-1, 8)[:, :bits].clone(memory_format=torch.contiguous_format).view(-1)
 
 
 def unpacked(packed: Tensor, count: int, bits: int) -> Tensor:

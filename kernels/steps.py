@@ -27,7 +27,7 @@ STRIDES = (256, 8, 1)  # in cells; the last is 6e-5
 WINDOWS = (64, 32)  # of strides, to either side
 
 NO_GAIN = 1e-12  # in the mean square: another step that gains less is left out
-HALVINGS = 52
+HALVINGS = 112  # of two cells, to the least number of fp32 that is not denormal: a jump at 0 is right behind it
 
 
 class Steps(NamedTuple):
@@ -85,14 +85,11 @@ def best_steps(
         best = _best_edges(candidates, sums)
         around = torch.arange(-window, window + 1) * stride
         candidates = [best[:1], *((edge + around).clamp(0, CELLS) for edge in best[1:-1]), best[-1:]]
-    best = _best_edges(candidates, sums)
+    best = _without_idle(_best_edges(candidates, sums), sums)
     values = sums.mean(best[:-1], best[1:])
-    bounds = [
-        _crossing(derivative, sums.position(edge), sums.width, (left + right) / 2)
-        for edge, left, right in zip(best[1:-1].tolist(), values[:-1].tolist(), values[1:].tolist(), strict=True)
-    ]
+    bounds = _crossings(derivative, sums.position(best[1:-1]), sums.width, (values[:-1] + values[1:]) / 2)
     missing = count - len(values)
-    return Steps((*bounds, *[math.inf] * missing), (*values.tolist(), *[values[-1].item()] * missing))
+    return Steps((*bounds.tolist(), *[math.inf] * missing), (*values.tolist(), *[values[-1].item()] * missing))
 
 
 class _Sums:
@@ -110,8 +107,8 @@ class _Sums:
             for powers in (torch.ones_like(values), values, values * values)
         )
 
-    def position(self, edge: int) -> float:
-        return edge * self.width - self.farthest
+    def position(self, edge: Tensor) -> Tensor:
+        return edge.double() * self.width - self.farthest
 
     def mean(self, start: Tensor, end: Tensor) -> Tensor:
         """Of the derivative, between edges."""
@@ -125,41 +122,45 @@ class _Sums:
 
 
 def _best_edges(candidates: list[Tensor], sums: _Sums) -> Tensor:
-    """One of each edge's candidates, so that the steps between them cost least; no more edges than gain anything."""
-    totals = [torch.zeros(1, dtype=torch.float64)]
+    """One of each edge's candidates, so that the steps between them cost least together."""
+    total = torch.zeros(1, dtype=torch.float64)
     came_from: list[Tensor] = []
-    ends: list[Tensor] = []  # what it costs if the step after so many edges is the last
-    last = candidates[-1]
-    for before, now in itertools.pairwise(candidates[:-1]):
-        ends.append(totals[-1] + sums.error(before, last))
-        total, source = (totals[-1][:, None] + sums.error(before[:, None], now[None, :])).min(0)
-        totals.append(total)
+    cost, its_own = torch.empty(0), None
+    for before, now in itertools.pairwise(candidates):
+        if its_own is None or its_own[0] is not before or its_own[1] is not now:  # at first most have the same
+            cost, its_own = sums.error(before[:, None], now[None, :]), (before, now)
+        total, source = (total[:, None] + cost).min(0)
         came_from.append(source)
-    ends.append(totals[-1] + sums.error(candidates[-2], last))
-    least = [end.min().item() for end in ends]
-    used = next(number for number, cost in enumerate(least) if cost <= min(least) + NO_GAIN)
-    chosen = int(ends[used].argmin())
-    edges = [last[0]]
-    for number in range(used, 0, -1):
-        edges.append(candidates[number][chosen])
-        chosen = int(came_from[number - 1][chosen])
-    return torch.stack([*edges, candidates[0][0]][::-1])
+    chosen = 0  # of the last edge there is one candidate
+    edges = [candidates[-1][chosen]]
+    for candidate, source in zip(candidates[-2::-1], came_from[::-1], strict=True):
+        chosen = int(source[chosen])
+        edges.append(candidate[chosen])
+    return torch.stack(edges[::-1])
 
 
-def _crossing(derivative: Callable[[Tensor], Tensor], near: float, width: float, level: float) -> float:
-    """The first number next to `near` where the derivative is beyond `level`; `near` itself where it does not cross it.
+def _without_idle(edges: Tensor, sums: _Sums) -> Tensor:
+    """The edges without those between steps that would do as well as one."""
+    while len(edges) > 2:
+        before, here, after = edges[:-2], edges[1:-1], edges[2:]
+        gains = sums.error(before, after) - sums.error(before, here) - sums.error(here, after)
+        if gains.min() > NO_GAIN:
+            break
+        idle = int(gains.argmin()) + 1
+        edges = torch.cat([edges[:idle], edges[idle + 1 :]])
+    return edges
+
+
+def _crossings(derivative: Callable[[Tensor], Tensor], near: Tensor, width: float, levels: Tensor) -> Tensor:
+    """The first numbers next to `near` where the derivative has crossed its level; `near` itself where it does not.
 
     A jump is found to the last digit: what lies right before it is on the left step.
     """
-
-    def is_above(x: float) -> bool:
-        return derivative(torch.tensor([x], dtype=torch.float64)).item() > level
-
     low, high = near - width, near + width
-    at_first = is_above(low)
-    if is_above(high) == at_first:
-        return near
+    at_first = derivative(low) > levels
+    crosses = (derivative(high) > levels) != at_first
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if is_above(middle) == at_first else (low, middle)
-    return high
+        before = (derivative(middle) > levels) == at_first
+        low, high = torch.where(before, middle, low), torch.where(before, high, middle)
+    return torch.where(crosses, high, near)
