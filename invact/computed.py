@@ -92,10 +92,12 @@ class Computed(TorchDispatchMode):
         kwargs = kwargs or {}
         out = users_call(func, *args, **kwargs)
         rule = _rule(func)
+        new = [(n, part) for n, part in enumerate(_parts(out)) if storage_identity(part) not in self._now]
         written = [args[n] for n in rule.changes if n < len(args)]
         written += [kwargs.get(name) for name in rule.changes_named]
         changed = _parts(written)
-        new = [(n, part) for n, part in enumerate(_parts(out)) if storage_identity(part) not in self._now]
+        if not new and not changed:  # a view, or something that only looks
+            return out
         if changed and not self.changed_unseen and self._is_unseen(written):
             self.changed_unseen = rule.operator + "_"
         # Fresh noise and zeros shaped like something are filled in place, and integers have no gradients.
@@ -103,8 +105,7 @@ class Computed(TorchDispatchMode):
         if may_be_in_graph and _needs_gradient([*args, *kwargs.values()]):
             parts = [*changed, *(part for _, part in new)]
             self._in_graph.update(storage_identity(part) for part in parts if part.is_floating_point())
-        if new or changed:  # else a view, or something that only looks
-            self._record(rule, args, kwargs, new, changed)
+        self._record(rule, args, kwargs, new, changed)
         return out
 
     def _is_unseen(self, written: Any) -> bool:

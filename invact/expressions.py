@@ -320,7 +320,7 @@ def _meaning(node: ast.expr, method: _Method) -> Any:
             return method.module
         if node.id in method.source.variables:
             return _UNKNOWN
-        contents = _contents(method)
+        contents = _contents(method) if method.cells else {}
         return contents.get(node.id, method.function.__globals__.get(node.id, _UNKNOWN))
     if isinstance(node, ast.Attribute):
         owner = _meaning(node.value, method)

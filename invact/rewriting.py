@@ -15,7 +15,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -81,7 +81,7 @@ class Source:
     flags: int
     self_name: str
     variables: frozenset[str]
-    references: tuple[ast.expr, ...]  # the names and chains of attributes in it, each once
+    references: tuple[ast.expr, ...]  # the names and chains of attributes in it, each once, but for its variables
 
 
 def methods_of(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
@@ -122,13 +122,14 @@ def _read(function: types.FunctionType) -> Source | None:
         return None
     ast.increment_lineno(definition, before)
     flags = code.co_flags & _FUTURE_FLAGS
+    self_name, variables = definition.args.args[0].arg, frozenset(_variables(code))
     return Source(
         definition=definition,
         filename=code.co_filename,
         flags=flags,
-        self_name=definition.args.args[0].arg,
-        variables=frozenset(_variables(code)),
-        references=tuple({ast.dump(node): node for node in ast.walk(definition) if _is_reference(node)}.values()),
+        self_name=self_name,
+        variables=variables,
+        references=tuple(_references(definition, variables - {self_name})),
     )
 
 
@@ -204,8 +205,19 @@ def _is_same(one: object, other: object) -> bool:
     return type(one) is type(other) and repr(one) == repr(other)  # 0.0 is not -0.0, and NaN is NaN
 
 
-def _is_reference(node: ast.AST) -> TypeGuard[ast.expr]:
-    return isinstance(node, (ast.Name, ast.Attribute))
+def _references(definition: ast.FunctionDef, variables: frozenset[str]) -> list[ast.expr]:
+    """The names and chains of attributes that may stand for something before the method runs, each once."""
+    found = {_chain(node): node for node in ast.walk(definition) if isinstance(node, (ast.Name, ast.Attribute))}
+    return [node for chain, node in found.items() if chain and chain[0] not in variables]
+
+
+def _chain(node: ast.expr) -> tuple[str, ...]:
+    """`a.b.c` as its parts; nothing where it begins with anything but a name."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return (node.id, *reversed(parts)) if isinstance(node, ast.Name) else ()
 
 
 def _has_mangled_names(tree: ast.AST) -> bool:

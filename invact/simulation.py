@@ -235,6 +235,7 @@ class AsRealKernels(TorchDispatchMode):
         (torch.ops.aten.native_batch_norm, (1, 3)),
     )
     _products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution)
+    _imitated = frozenset((*(norm for norm, _ in _norms), *_products, torch.ops.aten.mkldnn_rnn_layer))
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -243,17 +244,20 @@ class AsRealKernels(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.overloadpacket in self._products:
+        packet = func.overloadpacket
+        if packet not in self._imitated:
+            return users_call(func, *args, **(kwargs or {}))
+        if packet in self._products:
             # addmm(bias, a, b) has its factors last, convolution(x, weight, bias) first.
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            factors = tensors[:2] if func.overloadpacket is torch.ops.aten.convolution else tensors[-2:]
+            factors = tensors[:2] if packet is torch.ops.aten.convolution else tensors[-2:]
             if len({factor.dtype for factor in factors}) > 1:
                 raise ImitatedError(f"the factors of {func} have different dtypes: {[f.dtype for f in factors]}")
-        if func.overloadpacket is torch.ops.aten.mkldnn_rnn_layer and self._for_cpu:
+        if packet is torch.ops.aten.mkldnn_rnn_layer and self._for_cpu:
             raise ImitatedError("only oneDNN knows how much its LSTM keeps")
         out = users_call(func, *args, **(kwargs or {}))
         for norm, places in self._norms:
-            if func.overloadpacket is norm and args[0].device.type == "cpu":
+            if packet is norm and args[0].device.type == "cpu":
                 normed, *statistics = out
                 if norm is not torch.ops.aten.native_layer_norm:
                     normed = normed.contiguous(memory_format=suggest_memory_format(args[0]))

@@ -13,7 +13,7 @@ from invact.expressions import written_in
 from invact.kernels import Curve
 from invact.recognition import recognise
 from invact.rewriting import Written
-from invact.settings import Settings, UnseenError, settings_of_module
+from invact.settings import EVERY_MODULE_HAS, Settings, UnseenError, settings_of_module
 from invact.swapping import Patched
 
 
@@ -52,14 +52,34 @@ def walk(model: nn.Module) -> list[Found]:
         '_ff_block:gelu'
     """
     sites: list[Found] = []
+    known: dict[tuple[type, str], Curve | None] = {}
     for path, module in unpatched_modules(model):
-        curve = recognise(module)
+        alike = _torchs_own(module)
+        if alike is None:
+            curve = recognise(module)
+        else:
+            if alike not in known:
+                known[alike] = recognise(module)
+            curve = known[alike]
         if curve is None:
             sites += _written_sites(path, module)
         else:
             replaced = "forward" in vars(module)
             sites.append(Found(path, curve, type(module).__name__, module, path, _settings(module), replaced=replaced))
     return sites
+
+
+def _torchs_own(module: nn.Module) -> tuple[type, str] | None:
+    """Equal for two leaves that compute the same, such as the dropouts of all adapters; None where it may not be so.
+
+    Modules of PyTorch's own do what their class and their numbers say. Those of others may do as they like.
+    """
+    kind = type(module)
+    if kind.__module__.partition(".")[0] != "torch" or module._modules or module._parameters or module._buffers:
+        return None
+    own = {name: value for name, value in vars(module).items() if name not in EVERY_MODULE_HAS}
+    plain = all(type(value) in (bool, int, float, str, type(None)) for value in own.values())
+    return (kind, repr(own)) if plain else None
 
 
 def unpatched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -60,7 +60,8 @@ def with_lora(
             raise AdapterError(
                 f"PEFT makes no LoRA adapters for {type(model).__name__}: {why}. {_layers_in_words(model)}"
             ) from error
-    return adapted.train()  # type: ignore[no-any-return]
+    trained: nn.Module = adapted.train()
+    return trained
 
 
 def lora_in_words(rank: int, dropout: float = 0.0, targets: str | Sequence[str] = ALL_LINEAR) -> str:

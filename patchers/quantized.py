@@ -85,7 +85,8 @@ class Linear4bit(nn.Linear):
         packed = torch.zeros(-(-numel // 2), 1, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
         bias: Any = layer.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", frozen)
         self.compute_dtype = kept.dtype
         scales = -(-numel // BLOCK)
         self.register_buffer("absmax", torch.zeros(scales, dtype=torch.uint8, device=device))
@@ -105,8 +106,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, absmax: Tensor, shape: tuple[int, int], bias: Any) -> Tensor:
-        ctx.weight = packed, absmax, shape
-        return F.linear(x, _dequantised(*ctx.weight, x.dtype), bias)
+        ctx.packed, ctx.absmax, ctx.shape = packed, absmax, shape
+        return F.linear(x, _dequantised(packed, absmax, shape, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -149,11 +150,12 @@ def _replaced(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _left_out(model: Any) -> list[str]:
     """What transformers does not quantise: tied weights, the last layer, output embeddings, what must be float32."""
-    try:
-        from transformers.quantizers.base import get_keys_to_not_convert
-    except ImportError:  # transformers 4
-        from transformers.integrations import get_keys_to_not_convert
-    return [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    from transformers import integrations
+    from transformers.quantizers import base
+
+    # The latter is where transformers 4 has it.
+    listed = getattr(base, "get_keys_to_not_convert", None) or integrations.get_keys_to_not_convert
+    return [*listed(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
 
 
 def _is_named(path: str, names: list[str]) -> bool:

@@ -136,6 +136,16 @@ def test_exact_is_that_of_patch(tmp_path):
         InvActCallback(exact=4)
 
 
+def test_few_bits_are_those_of_patch(tmp_path):
+    callback = InvActCallback(few_bits=2)
+    trained(tmp_path, [callback], max_steps=1)
+    assert "few_bits=2, approximate" in callback.report.setting
+    with pytest.raises(ValueError, match=r"few_bits is 9.*1 to 4"):
+        InvActCallback(few_bits=9)
+    with pytest.raises(ValueError, match="Leave one of them out"):
+        InvActCallback(few_bits=2, exact=True)
+
+
 def test_the_plan_is_made_under_the_precision_of_the_trainer(tmp_path):
     full, mixed = InvActCallback(), InvActCallback()
     trained(tmp_path, [full], max_steps=1)

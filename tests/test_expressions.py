@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import invact
+from invact import expressions, walking
 from invact.expressions import written_in
+from invact.recognition import recognise
 
 
 def author_swish(x):
@@ -260,6 +262,36 @@ def test_what_an_expression_computes_is_found_anew_where_a_name_in_it_stands_for
         assert written_in(kind())[0].curve.name == "silu"
         monkeypatch.setitem(globals(), "SLOPE", 1.702)
         assert written_in(kind())[0].curve.name == "quick_gelu"
+
+
+class CallsWhatIsOfAnother(Block):
+    def forward(self, x):
+        x = copy.copy(self.up(x))  # no part of any activation, whatever it does
+        return self.down(x * torch.sigmoid(x))
+
+
+def test_a_method_that_calls_functions_of_others_is_read_once_for_all_modules(monkeypatch):
+    read = []
+    places = expressions._places
+    monkeypatch.setattr(expressions, "_places", lambda method: read.append(method.module) or places(method))
+    found = [written_in(CallsWhatIsOfAnother()) for _ in range(3)]
+    assert [[written.curve.name for written in each] for each in found] == [["silu"]] * 3
+    assert len(read) == 1
+
+
+def test_leaves_of_pytorchs_own_are_tried_once_for_all_that_are_alike(monkeypatch):
+    tried = []
+    monkeypatch.setattr(walking, "recognise", lambda module: tried.append(module) or recognise(module))
+    model = nn.Sequential(nn.Dropout(0.1), nn.ELU(), nn.Dropout(0.1), nn.ELU(0.5), nn.ELU())
+    assert [str(site.curve) for site in walking.walk(model)] == ["elu", "elu(alpha=0.5)", "elu"]
+    assert sum(isinstance(module, nn.Dropout) for module in tried) == 1
+    assert sum(isinstance(module, nn.ELU) for module in tried) == 2
+
+
+def test_a_leaf_with_a_forward_of_its_own_is_not_taken_for_its_like():
+    model = nn.Sequential(nn.SiLU(), nn.SiLU())
+    model[1].forward = lambda x: F.gelu(x)
+    assert [site.curve.name for site in walking.walk(model)] == ["silu", "gelu"]
 
 
 def test_what_was_found_holds_no_model():

@@ -40,8 +40,8 @@ EVERY_NUMBER_OF_BITS = pytest.mark.parametrize("bits", BITS)
 EVERY_CURVE = pytest.mark.parametrize("curve", [*CURVES.values(), monotone.hardtanh(-0.3, 0.7)], ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 
-POINTS = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 12) - 8
-WEIGHTS = torch.exp(-POINTS.square() / 2) / math.sqrt(2 * math.pi) / (1 << 12)
+POINTS = (torch.arange(1 << 14, dtype=torch.float64) + 0.5) / (1 << 10) - 8
+WEIGHTS = torch.exp(-POINTS.square() / 2) / math.sqrt(2 * math.pi) / (1 << 10)
 
 
 def step_of(x: Tensor, by: Steps) -> Tensor:

@@ -23,13 +23,15 @@ from exactness import (
     stock_gradient,
     ulps,
 )
-from invact.kernels import CURVES, Curve, forward, gated, masks, packing
+from invact.kernels import CURVES, Curve, codes, forward, gated, masks, packing
+from invact.kernels.steps import steps
 from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor, nn
 
 import invact
 from invact import norms, planning, simulation
 from invact.deriving.rules import dropout_scale
+from invact.few_bits import few_bits
 from invact.functional import invert
 from invact.pytorch_inside import has_fused_rms_norm
 
@@ -171,6 +173,40 @@ def test_masks_come_back_from_their_bits(count: int) -> None:
         assert torch.equal(bits.cpu(), packing.packed(mask.cpu()))
         assert torch.equal(masks.unpacked(bits, count), mask)
         assert not (masks.unpacked(bits, count).view(torch.uint8) > 1).any()
+
+
+# --- codes in a few bits --------------------------------------------------------------------------------
+
+
+@EVERY_CURVE
+@pytest.mark.parametrize("dtype", [*SHORT_DTYPES, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_codes_are_those_of_the_cpu_and_the_gradient_a_step_times_dy(
+    curve: Curve, dtype: torch.dtype, bits: int
+) -> None:
+    by = steps(curve, bits)
+    x = torch.cat([values(dtype), torch.tensor([torch.nan, torch.inf, -torch.inf])]).to(dtype)
+    for part in (x, x[1:], x[:5]):  # and so not at 16 bytes
+        packed = codes.packed_codes(part.to(DEVICE), by)
+        assert torch.equal(packed.cpu(), codes.packed(codes.codes(part, by), bits))
+        dy = torch.randn(len(part)).to(dtype)
+        dx = codes.scaled(dy.to(DEVICE), packed, by)
+        wide = torch.promote_types(dtype, torch.float32)
+        expected = dy.to(wide) * torch.tensor(by.values, dtype=wide)[codes.codes(part, by).long()]
+        assert same_bits(dx.cpu(), expected.to(dtype))
+
+
+def test_an_approximate_activation_keeps_its_bits_alone_and_leaves_the_output_stocks() -> None:
+    x = torch.randn(64, 8, 6, 10, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        y = few_bits(x, CURVES["gelu"], 3)
+    assert torch.equal(y, F.gelu(x))
+    assert y.stride() == x.stride()
+    assert [t.untyped_storage().nbytes() for t in kept] == [x.numel() * 3 // 8]
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    table = torch.tensor(steps(CURVES["gelu"], 3).values, device=DEVICE)
+    assert torch.equal(dx, table[codes.codes(x.detach(), steps(CURVES["gelu"], 3)).long()])
 
 
 def same_bits(ours: Tensor, stock: Tensor) -> bool:
