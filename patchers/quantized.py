@@ -112,10 +112,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        of_input = (
-            torch.matmul(gradient, _dequantised(*ctx.weight, gradient.dtype)) if ctx.needs_input_grad[0] else None
-        )
-        return of_input, None, None, None, None
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 5
+        weight = _dequantised(ctx.packed, ctx.absmax, ctx.shape, gradient.dtype)
+        return torch.matmul(gradient, weight), None, None, None, None
 
 
 def _dequantised(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -153,8 +153,8 @@ def _left_out(model: Any) -> list[str]:
     from transformers import integrations
     from transformers.quantizers import base
 
-    # The latter is where transformers 4 has it.
-    listed = getattr(base, "get_keys_to_not_convert", None) or integrations.get_keys_to_not_convert
+    holder: Any = base if hasattr(base, "get_keys_to_not_convert") else integrations  # there in transformers 4
+    listed = holder.get_keys_to_not_convert
     return [*listed(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
 
 
