@@ -69,7 +69,7 @@ def _fit(model: nn.Module, inputs: Inputs, options: Options) -> None:
     if options.memory_bytes is None:
         raise ValueError("The way fit is to fit a memory, and none was named. Name it: --gpu-memory 24GiB.")
     try:
-        invact.fit(  # type: ignore[attr-defined]  # until invact.fit is merged
+        invact.fit(
             model,
             inputs,
             memory=f"{options.memory_bytes}B",
@@ -77,5 +77,5 @@ def _fit(model: nn.Module, inputs: Inputs, options: Options) -> None:
             autocast=options.autocast,
             exact=options.exact,
         )
-    except invact.DoesNotFitError as error:  # type: ignore[attr-defined]
+    except invact.DoesNotFitError as error:
         raise NotTrainableError(str(error)) from error
