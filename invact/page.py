@@ -179,8 +179,9 @@ def loss_chart(trial: Trial) -> Chart:
     figure, axes = _drawing(height=3.4)
     for position, run in enumerate(trial.runs):
         # Wider below, thinner on top: curves that coincide are all seen.
-        width = 1 + 1.1 * (len(trial.runs) - 1 - position)
-        colour, line = _COLOURS[position % len(_COLOURS)], _LINES[position % len(_LINES)] if position else "-"
+        width = 1 + min(1.1, 6 / len(trial.runs)) * (len(trial.runs) - 1 - position)
+        colour = _COLOURS[position % len(_COLOURS)]
+        line = _LINES[(position + position // len(_COLOURS)) % len(_LINES)]  # another where a colour comes again
         axes.plot(range(1, len(run.losses) + 1), run.losses, line, color=colour, linewidth=width, label=run.name)
     baseline = trial.runs[0].losses_by_seed
     if len(baseline) > 1:

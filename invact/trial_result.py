@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,32 +15,8 @@ from invact.layers import Layer
 from invact.machine import installed_versions
 from invact.report import Report
 from invact.tables import Column, print_table
-
-BASELINE = "baseline"
-
-
-@dataclass
-class Run:
-    """One way of training.
-
-    Attributes:
-        activation_bytes: what autograd keeps between forward and backward of a real step, with the loss.
-        peak_bytes: of GPU memory during a step, this way's weights and optimiser states included; None without one.
-        seconds_per_step: the median; the first step, which warms up and is counted, is left out.
-        losses: by step, of the first seed.
-        losses_by_seed: the same for every seed.
-        largest_difference: of a loss from the baseline's at the same step and seed.
-        largest_batch: that fits the given memory, predicted; None if no memory was given, or under torch.compile.
-    """
-
-    name: str
-    activation_bytes: int
-    peak_bytes: int | None
-    seconds_per_step: float
-    losses: list[float]
-    losses_by_seed: list[list[float]]
-    largest_difference: float = 0.0
-    largest_batch: int | None = None
+from invact.trial_run import BASELINE, INVACT, Run
+from invact.trial_verdict import Yardsticks, judge
 
 
 @dataclass
@@ -48,20 +25,18 @@ class Trial:
 
     Attributes:
         runs: the baseline first.
-        spread: the largest difference between the baseline's losses of two seeds at the same step; None with one seed.
+        yardsticks: what each way is judged by: the spread between seeds, and the memory.
         report: the plan that the way "invact" trained with.
         layers: what is kept by layer, before patching and after.
-        memory_bytes: that `Run.largest_batch` is to fit, or None.
         interrupted: whether it was ended before the last step; what there is, is reported.
     """
 
     title: str
     setting: str
     runs: list[Run]
-    spread: float | None
+    yardsticks: Yardsticks
     report: Report
     layers: list[Layer]
-    memory_bytes: int | None = None
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=installed_versions)
@@ -70,15 +45,20 @@ class Trial:
         return next(run for run in self.runs if run.name == name)
 
     @property
+    def spread(self) -> float | None:
+        """The largest difference between the baseline's losses of two seeds at the same step; None with one seed."""
+        return self.yardsticks.spread
+
+    @property
     def verdict(self) -> str:
-        """What invact changed, in one sentence."""
-        stock, patched = self.run(BASELINE), self.run("invact")
+        """What invact changed, and which way is the one to use for this workload."""
+        stock, patched = self.run(BASELINE), self.run(INVACT)
         saving = 1 - patched.activation_bytes / stock.activation_bytes
         slower = patched.seconds_per_step / stock.seconds_per_step
         return (
             f"invact keeps {saving:.1%} fewer bytes for backward ({format_bytes(patched.activation_bytes)} instead of "
             f"{format_bytes(stock.activation_bytes)}) at {slower:.2f} times the time per step, and "
-            f"{self._losses_in_words(patched)}."
+            f"{self._losses_in_words(patched)}. {judge(self.runs, self.yardsticks)}"
         )
 
     def _losses_in_words(self, run: Run) -> str:
@@ -90,7 +70,17 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain dicts, lists, strings and numbers."""
-        return {**asdict(self), "report": self.report.to_dict(), "verdict": self.verdict}
+        measure, fields = self.yardsticks, asdict(self)
+        del fields["yardsticks"]
+        return {
+            **fields,
+            "spread": measure.spread,
+            "final_spread": measure.final_spread,
+            "memory_bytes": measure.memory_bytes,
+            "runs": [{**asdict(run), "within_spread": measure.within_spread(run)} for run in self.runs],
+            "report": self.report.to_dict(),
+            "verdict": self.verdict,
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -107,19 +97,35 @@ class Trial:
 
     def rows(self) -> list[list[str]]:
         """The table of the ways as text, its header first; columns that say nothing here are left out."""
-        stock = self.run(BASELINE)
+        stock, measure = self.run(BASELINE), self.yardsticks
         columns: dict[str, Callable[[Run], str]] = {
-            "way": lambda run: run.name,
-            "kept for backward": lambda run: format_bytes(run.activation_bytes),
-            "of baseline": lambda run: f"{run.activation_bytes / stock.activation_bytes:.1%}",
+            "way": _name_in_words,
+            "kept for backward": _kept_in_words,
+            "of baseline": lambda run: f"{run.bytes_of_all / stock.bytes_of_all:.1%}",
             "peak": lambda run: format_bytes(run.peak_bytes or 0),
             "s/step": lambda run: f"{run.seconds_per_step:.4f}",
             "last loss": lambda run: f"{run.losses[-1]:.4f}",
             "largest difference": lambda run: f"{run.largest_difference:.2g}",
+            "final loss": lambda run: f"{statistics.fmean(run.final_losses):.4f}",
+            "off by": lambda run: f"{measure.final_difference(run):.2g}",
+            "within spread": lambda run: "yes" if measure.within_spread(run) else "NO",
             "largest batch": lambda run: "-" if run.largest_batch is None else str(run.largest_batch),
         }
         if stock.peak_bytes is None:
             del columns["peak"]
-        if self.memory_bytes is None:
+        if measure.spread is None:
+            del columns["within spread"]
+        if measure.final_spread is None:
+            del columns["final loss"], columns["off by"]
+        if measure.memory_bytes is None:
             del columns["largest batch"]
         return [list(columns), *([text(run) for text in columns.values()] for run in self.runs)]
+
+
+def _name_in_words(run: Run) -> str:
+    return f"{run.name} (approximate)" if run.approximate else run.name
+
+
+def _kept_in_words(run: Run) -> str:
+    kept = format_bytes(run.activation_bytes)
+    return kept if run.processes == 1 else f"{run.processes} x {kept}"

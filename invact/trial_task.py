@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from invact import patchers
 from invact.arguments import Inputs
 from invact.real_models import with_weights
+from invact.small_models import SMALL_BERT, SMALL_MODELS, on_meta, small_model
 from invact.trial_data import DataError, Images, Text, load_images, load_text, resized
 
 DEFAULT_TOKENS = 128
-SMALL_BERT_TOKENS = 64
+SMALL_MODEL_TOKENS = 64
 _MASKED = 0.15  # the share of tokens that BERT is asked for
 
 
@@ -33,6 +34,26 @@ class Batch:
     targets: Tensor | None = None
 
 
+class Adapters(Protocol):
+    """What is trained beside frozen weights, told by `str` in words."""
+
+    def put_into(self, model: nn.Module) -> nn.Module:
+        """The model with its adapters."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What `make_task` was given: enough for another process to make the same task."""
+
+    name: str | None = None
+    data: str | None = None
+    seq_len: int | None = None
+    adapters: Adapters | None = None
+
+    def make(self) -> Task:
+        return make_task(self.name, self.data, self.seq_len, self.adapters)
+
+
 @dataclass(frozen=True)
 class Task:
     """A model and its data.
@@ -43,6 +64,7 @@ class Task:
         build: makes the model, in training mode, on the CPU, with random weights.
         batch: makes a batch on the CPU from a seed, the number of the step, and the number of samples.
         loss: of a model, compiled or not, on a batch.
+        origin: how another process makes it; None for what was put together by hand.
     """
 
     title: str
@@ -50,23 +72,45 @@ class Task:
     build: Callable[[], nn.Module]
     batch: Callable[[int, int, int], Batch]
     loss: Callable[[Callable[..., Any], Batch], Tensor]
+    origin: Origin | None = None
 
 
-def make_task(name: str | None = None, data: str | None = None, seq_len: int | None = None) -> Task:
-    """The task for a model by name, or for a small BERT.
+def make_task(
+    name: str | None = None, data: str | None = None, seq_len: int | None = None, adapters: Adapters | None = None
+) -> Task:
+    """The task for a model by name; for a small BERT without one.
 
     Args:
-        name: as `invact patch` takes it.
+        name: as `invact patch` takes it, or one of `SMALL_MODELS`.
         data: a text file, a folder of images, or "digits"; by default the text or the images at hand.
         seq_len: tokens in a sample of text.
+        adapters: that alone are trained, if any.
 
     Raises:
         DataError: the data can not be had, or are not what the model reads.
         NotTrainableError: the model reads neither text nor images.
-        patchers.ModelNameError, patchers.MissingLibraryError: as of `patchers.load`.
+        patchers.RequestError: as of `patchers.load` and `patchers.with_lora`.
+
+    Example:
+        >>> make_task("small-gpt2", seq_len=32).title
+        "a small GPT-2 · GPT2LMHeadModel · Python's language reference, 32 tokens"
     """
-    if name is None:
-        return _small_bert(load_text(data), seq_len or SMALL_BERT_TOKENS)
+    task = _task_of_full_model(name, data, seq_len)
+    if adapters is not None:
+        task = _with_adapters(task, adapters)
+    return replace(task, origin=Origin(name, data, seq_len, adapters))
+
+
+def _with_adapters(task: Task, adapters: Adapters) -> Task:
+    def build() -> nn.Module:
+        return adapters.put_into(task.build()).train()
+
+    return replace(task, title=f"{task.title} · {adapters}", build=build)
+
+
+def _task_of_full_model(name: str | None, data: str | None, seq_len: int | None) -> Task:
+    if name is None or name in SMALL_MODELS:
+        return _small_task(name or SMALL_BERT, load_text(data), seq_len or SMALL_MODEL_TOKENS)
     model = patchers.load(name)
     inputs = patchers.example_inputs(model, 1, loss=False)
     shapes = [tuple(x.shape[1:]) for x in (inputs.values() if isinstance(inputs, dict) else inputs)]
@@ -90,28 +134,10 @@ def _picked(samples: int, seed: int, step: int, batch_size: int) -> tuple[Tensor
 # --- text ---------------------------------------------------------------------------------------------
 
 
-def _small_bert(text: Text, seq_len: int) -> Task:
-    try:
-        from transformers import BertConfig, BertForMaskedLM
-    except ImportError:
-        raise patchers.MissingLibraryError(
-            "A trial without --model trains a BERT from transformers, which is not installed. "
-            "Install it with: pip install 'invact[trial]'"
-        ) from None
-    config = BertConfig(
-        vocab_size=text.alphabet + 2,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=seq_len,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    with torch.device("meta"):
-        shapes = BertForMaskedLM(config)
-    title = "a small BERT · BertForMaskedLM"
-    return _language_task(title, shapes, lambda: BertForMaskedLM(config).train(), text, seq_len)
+def _small_task(name: str, text: Text, seq_len: int) -> Task:
+    build = small_model(name, vocabulary=text.alphabet + 2, tokens=seq_len)
+    model = on_meta(build)
+    return _language_task(f"{SMALL_MODELS[name]} · {type(model).__name__}", model, build, text, seq_len)
 
 
 def _language_task(title: str, model: Any, build: Callable[[], nn.Module], text: Text, seq_len: int) -> Task:
@@ -188,7 +214,7 @@ def _image_task(
             tokens = torch.stack([_spelled(images.classes[label], reads_text, _vocabulary(model)) for label in labels])
             if of_transformers:
                 return Batch({"input_ids": tokens, "pixel_values": pixels, "return_loss": True})
-            return Batch((pixels, tokens), torch.arange(batch_size))
+            return Batch((pixels, tokens))
         if not of_transformers:
             return Batch((pixels,), labels % classes)
         return Batch({"pixel_values": pixels, **({"labels": labels % classes} if takes_labels else {})})
@@ -205,10 +231,10 @@ def _class_loss(forward: Callable[..., Any], batch: Batch) -> Tensor:
 
 def _contrastive_loss(forward: Callable[..., Any], batch: Batch) -> Tensor:
     """CLIP's: which text belongs to which image, and the other way about."""
-    assert batch.targets is not None
     image_features, text_features, scale, *_ = forward(*batch.inputs)
     logits = scale * image_features @ text_features.T
-    return (F.cross_entropy(logits, batch.targets) + F.cross_entropy(logits.T, batch.targets)) / 2
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def _spelled(name: str, length: int, vocabulary: int) -> Tensor:

@@ -18,14 +18,15 @@ import torch
 from invact.kernels import CURVES
 from typer.testing import CliRunner, Result
 
-from invact import trial
+from invact import trial_trainee
 from invact.cli import app
 from invact.commands import output
 from invact.functional import invert
 from invact.simulation import Setting
-from invact.trial import COMPILED_WAYS, WAYS, train_in_ways
+from invact.trial import train_in_ways
 from invact.trial_result import Trial
 from invact.trial_task import Batch, Task, make_task
+from invact.trial_ways import COMPILED_WAYS, WAYS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,16 +238,16 @@ def test_a_loss_that_is_no_number_stops_the_trial_with_a_sentence():
 
 
 def test_a_fault_of_ours_comes_with_its_traceback_and_not_as_a_model_that_can_not_be_trained(monkeypatch):
-    class BrokenLedger(trial.Ledger):
+    class BrokenLedger(trial_trainee.Ledger):
         def memory(self):
             raise RuntimeError("a fault in the ledger")
 
-    class RefusingLedger(trial.Ledger):
+    class RefusingLedger(trial_trainee.Ledger):
         def __enter__(self):
             raise RuntimeError("a fault in the ledger")
 
     for ledger in (BrokenLedger, RefusingLedger):
-        monkeypatch.setattr(trial, "Ledger", ledger)
+        monkeypatch.setattr(trial_trainee, "Ledger", ledger)
         with pytest.raises(RuntimeError, match=r"^a fault in the ledger$"):
             train_in_ways(make_task(), steps=1, batch_size=2)
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ways import Way, stock
 
+from invact.living_storages import LivingStorages
 from invact.timing import Race, wait_for, wall_seconds
 
 
@@ -94,39 +93,6 @@ class Stepper:
             wait_for(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             self._allocated = torch.cuda.memory_allocated(self.device)
-
-
-class LivingStorages(TorchDispatchMode):
-    """Sees every tensor that is made inside it, whoever asks for it, and tells how much of them still lives.
-
-    What was there before, such as a weight of which a view is taken, is told from what is new by an operator's inputs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # By a number, which a weak reference keeps from going to others.
-        self._found: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._there_before: dict[int, StorageWeakRef] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for reference, _ in _storages((args, kwargs)):
-            if reference.cdata not in self._found:
-                self._there_before.setdefault(reference.cdata, reference)
-        out = func(*args, **(kwargs or {}))
-        for reference, nbytes in _storages(out):
-            if reference.cdata not in self._there_before:
-                self._found.setdefault(reference.cdata, (reference, nbytes))
-        return out
-
-    def nbytes(self) -> int:
-        return sum(nbytes for reference, nbytes in self._found.values() if not reference.expired())
-
-
-def _storages(values: Any) -> Iterator[tuple[StorageWeakRef, int]]:
-    for value in tree_leaves(values):
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            yield StorageWeakRef(storage), storage.nbytes()
 
 
 # --- figures ------------------------------------------------------------------------------------------

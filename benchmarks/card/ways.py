@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from invact.checkpointing import enable_checkpointing
 from invact.compiling import backend
 from invact.patching import patch
 from invact.planning import decide
 from invact.report import Report
+from invact.selective import checkpoint_selectively
 
 STOCK, INVACT, EXACT, INVERTING = "stock", "invact", "exact", "inverting"
 CHECKPOINTING, SELECTIVE, LIGER = "checkpointing", "selective", "liger"
@@ -64,9 +63,7 @@ def checkpointed(model: nn.Module, inputs: Any) -> Changed:
 
 def selectively_checkpointed(model: nn.Module, inputs: Any) -> Changed:
     """Every repeated block keeps its matrix products and attention, and makes the rest of its tensors again."""
-    contexts = partial(create_selective_checkpoint_contexts, _kept)
-    for block in repeated_blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+    checkpoint_selectively(model)
     return Changed(model)
 
 
@@ -92,50 +89,6 @@ def compiled_ways(tiny: bool) -> dict[str, Way]:
     that one by its name."""
     ways: dict[str, Way] = {STOCK: stock, COMPILE: compiled, COMPILE_INVACT: partial(compiled, by=backend)}
     return ways | {COMPILE: partial(compiled, by="aot_eager")} if tiny else ways
-
-
-# --- what selective checkpointing keeps ---------------------------------------------------------------
-
-# Whatever multiplies matrices.
-_PRODUCTS = (
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "convolution",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-    "_scaled_dot_product_flash_attention_for_cpu",
-)
-_KEPT = [getattr(torch.ops.aten, name).default for name in _PRODUCTS if hasattr(torch.ops.aten, name)]
-_ARGUMENTS = {operator: [argument.name for argument in operator._schema.arguments] for operator in _KEPT}
-
-
-def _kept(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    """Products, but no attention that drops out: where it is kept it draws no random numbers when the rest is made
-    again, and whatever drops out after it would then draw others than in the forward pass."""
-    names = _ARGUMENTS.get(operator)
-    if names is None:
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    if "dropout_p" in names:
-        values = dict(zip(names, arguments, strict=False)) | named
-        if values.get("dropout_p", 0.0) > 0:
-            return CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.MUST_SAVE
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of a network: the modules of the class that most often makes up a whole list by itself."""
-    rows = [
-        list(module)
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(child) for child in module}) == 1
-    ]
-    counts = Counter(type(block) for row in rows for block in row if not isinstance(block, nn.Sequential))
-    (most_often, _), *_ = counts.most_common(1)
-    return [block for row in rows for block in row if type(block) is most_often]
 
 
 # --- Liger --------------------------------------------------------------------------------------------
