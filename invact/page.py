@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import io
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import TYPE_CHECKING
 
 from invact.amounts import format_bytes
+from invact.charts import Chart, loss_chart, memory_chart, timeline_chart
+from invact.fitting.step import Step
 from invact.layers import Layer
 from invact.machine import installed_versions
 from invact.report import Report
 from invact.trial_result import Trial
-
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Told apart with any kind of colour vision (Okabe & Ito, 2008), and on white as on black.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-_REST_COLOUR = "#888888"
-_LINES = ("-", "--", "-.", ":", (0, (1, 3)), (0, (5, 5)))
-# Drawn in this colour, which nothing else has, and turned into the page's own colour of text.
-_INK = "#010203"
-_MOST_BARS = 16
-_LONGEST_LABEL = 22  # characters
-_WIDTH = 4.8  # inches: 10 points stay readable when that is shrunk to the width of a phone
 
 
 class MissingPageLibraryError(ImportError):
@@ -44,15 +26,6 @@ def require_page_libraries() -> None:
             raise MissingPageLibraryError(
                 f"The page is made with {library}, which is not installed. Install it with: pip install 'invact[trial]'"
             )
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing, its caption, and what it shows in words for who does not see it."""
-
-    svg: str
-    caption: str
-    alternative: str
 
 
 @dataclass(frozen=True)
@@ -85,13 +58,21 @@ class Page:
         return environment.get_template("page.html").render(page=self)
 
 
-def plan_page(report: Report, layers: Sequence[Layer], command: str, fit: str = "") -> Page:
-    """The page of a dry run."""
+def plan_page(
+    report: Report, layers: Sequence[Layer], command: str, fit: str = "", course: Sequence[Step] = ()
+) -> Page:
+    """The page of a dry run.
+
+    Args:
+        course: a step before patching and after it, or neither.
+    """
     verdict = (
         f"Patched, training keeps {report.saving:.1%} fewer bytes for backward: "
         f"{format_bytes(report.bytes_after)} instead of {format_bytes(report.bytes_before)}."
     )
     charts = [memory_chart(layers)] if layers else []
+    if course:
+        charts.append(timeline_chart(*course, report.memory_bytes))
     return Page(report.title, report.setting, verdict, charts, report, command, fit=fit, notes=report.notes)
 
 
@@ -108,133 +89,3 @@ def trial_page(trial: Trial, command: str) -> Page:
         notes=[*trial.report.notes, *trial.notes],
         versions=trial.versions,
     )
-
-
-def memory_chart(layers: Sequence[Layer]) -> Chart:
-    """Two bars for every layer, before and after, stacked by the class that keeps the bytes."""
-    from matplotlib.patches import Patch
-
-    totals: Counter[str] = Counter()
-    for layer in layers:
-        totals.update(layer.before)
-        totals.update(layer.after)
-    classes = [name for name, _ in totals.most_common(len(_COLOURS))]
-    rows = _rows(layers)
-    unit, unit_bytes = _unit(max(sum(kept.values()) for layer in rows for kept in (layer.before, layer.after)))
-    colours: dict[str | None, str] = {**dict(zip(classes, _COLOURS, strict=False)), None: _REST_COLOUR}
-    figure, axes = _drawing(height=1.3 + 0.42 * len(rows))
-    for side, offset, alpha in (("before", -0.2, 0.5), ("after", 0.2, 1)):
-        kept: list[dict[str, int]] = [getattr(layer, side) for layer in rows]
-        start = [0.0] * len(rows)
-        for name, colour in colours.items():
-            widths = [_kept_by(by_class, name, classes) / unit_bytes for by_class in kept]
-            axes.barh([row + offset for row in range(len(rows))], widths, 0.36, start, color=colour, alpha=alpha)
-            start = [begin + width for begin, width in zip(start, widths, strict=True)]
-    axes.set_yticks(range(len(rows)), [_label(layer.name) for layer in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel(f"{unit} kept for backward")
-    labels = [name or "others" for name in colours if name or len(totals) > len(classes)]
-    _legend(figure, [Patch(color=colour) for colour in colours.values()][: len(labels)], labels)
-    before, after = (sum(sum(getattr(layer, side).values()) for layer in layers) for side in ("before", "after"))
-    largest = max(layers, key=lambda layer: sum(layer.before.values()) - sum(layer.after.values()))
-    return Chart(
-        _svg(figure, "memory"),
-        "Memory by layer: the upper, fainter bar before patching, the lower one after it.",
-        f"Bars of what {len(layers)} layers keep for backward: {format_bytes(before)} before, {format_bytes(after)} "
-        f"after. Most is saved in {largest.name}: {format_bytes(sum(largest.before.values()))} before, "
-        f"{format_bytes(sum(largest.after.values()))} after.",
-    )
-
-
-def _rows(layers: Sequence[Layer]) -> Sequence[Layer]:
-    """The bars to draw: in a deep model neighbours that keep the same share one, so that it can be read on paper."""
-    if len(layers) <= _MOST_BARS:
-        return layers
-    rows = []
-    for _, alike in groupby(layers, lambda layer: (layer.name.rstrip("0123456789"), layer.before, layer.after)):
-        first, *others = alike
-        last = others[-1].name.rpartition(".")[2] if others else ""
-        rows.append(Layer(f"{first.name}-{last}, each", first.before, first.after) if last else first)
-    return rows
-
-
-def _label(name: str) -> str:
-    """In two lines if it would take the width from the bars."""
-    stem, dot, end = name.rpartition(".")
-    if len(name) <= _LONGEST_LABEL or not dot:
-        return name
-    stem, dot, middle = stem.rpartition(".")
-    return f"{stem}{dot}\n{middle}.{end}"
-
-
-def _kept_by(kept: dict[str, int], name: str | None, classes: Sequence[str]) -> int:
-    """Bytes of one class; with None, of all that are not among the classes."""
-    return kept.get(name, 0) if name else sum(nbytes for other, nbytes in kept.items() if other not in classes)
-
-
-def loss_chart(trial: Trial) -> Chart:
-    """The losses of every way over each other, and the range of the baseline's over the seeds."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = _drawing(height=3.4)
-    for position, run in enumerate(trial.runs):
-        # Wider below, thinner on top: curves that coincide are all seen.
-        width = 1 + min(1.1, 6 / len(trial.runs)) * (len(trial.runs) - 1 - position)
-        colour = _COLOURS[position % len(_COLOURS)]
-        line = _LINES[(position + position // len(_COLOURS)) % len(_LINES)]  # another where a colour comes again
-        axes.plot(range(1, len(run.losses) + 1), run.losses, line, color=colour, linewidth=width, label=run.name)
-    baseline = trial.runs[0].losses_by_seed
-    if len(baseline) > 1:
-        by_step = list(zip(*baseline, strict=False))
-        lowest, highest = [min(losses) for losses in by_step], [max(losses) for losses in by_step]
-        steps = range(1, len(by_step) + 1)
-        axes.fill_between(steps, lowest, highest, color=_REST_COLOUR, alpha=0.3, label="baseline, all seeds", lw=0)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, *axes.get_legend_handles_labels())
-    finals = ", ".join(f"{run.name} {run.losses[-1]:.4f}" for run in trial.runs)
-    return Chart(
-        _svg(figure, "loss"),
-        "Loss by step, first seed, every way over the others; where one line is seen, they coincide.",
-        f"Curves of the loss over {len(trial.runs[0].losses)} steps, from {trial.runs[0].losses[0]:.4f} to: {finals}.",
-    )
-
-
-# --- drawing ------------------------------------------------------------------------------------------
-
-
-def _drawing(height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[:].set_color(_INK)
-    axes.tick_params(colors=_INK)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    return figure, axes
-
-
-def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, labelcolor=_INK)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The drawing as an element of a page: its text as text, its ids its own, its ink the page's."""
-    import matplotlib as mpl
-
-    file = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    text = file.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
-
-
-def _unit(nbytes: int) -> tuple[str, int]:
-    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
-    return next(((unit, size) for unit, size in units.items() if nbytes >= size), ("B", 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,7 +24,15 @@ from invact.commands.options import (
     one_name,
     torch_dtype,
 )
-from invact.commands.output import check_page_can_be_made, command, fail, library_chatter_on_stderr, print_report, write
+from invact.commands.output import (
+    check_page_can_be_made,
+    command,
+    fail,
+    garbage_left_alone,
+    library_chatter_on_stderr,
+    print_report,
+    write,
+)
 from invact.own_errors import first_line, own_error
 from invact.sizes import size_in_words
 
@@ -31,11 +40,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from invact.fitting_batch import Fit
-    from invact.layers import Layer
+    from invact.fitting.batches import Batches
+    from invact.fitting.step import Step
     from invact.page import Page
-    from invact.report import Report
-    from invact.simulation import Setting
+    from invact.planning import Decided
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -59,18 +67,25 @@ class Attention(str, Enum):
 
 
 class Optimizer(str, Enum):
-    """The keys of `invact.fitting_batch.STATES`."""
+    """The names of `invact.fitting.optimizers`, listed here so that `--help` need not import them."""
 
     adamw = "adamw"
+    adamw_fused = "adamw-fused"
+    adamw_8bit = "adamw-8bit"
+    adafactor = "adafactor"
     momentum = "momentum"
     sgd = "sgd"
+    none = "none"
 
 
 def patch(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help=MODEL_NAMES, show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help="The same as NAME.", metavar="NAME")] = None,
     library: Annotated[LibraryName | None, typer.Option(help="Overrides what the name says.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step.")] = DEFAULT_BATCH_SIZE,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples in a step. Default: 32. With --gpu-memory, the batch that is to fit."),
+    ] = None,
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens. Default: 512, or the model's maximum if less.")
     ] = None,
@@ -92,12 +107,9 @@ def patch(
         bool, typer.Option("--no-loss", help="Leave the loss out, which Hugging Face models compute.")
     ] = False,
     gpu_memory: GpuMemory = None,
-    optimizer: Annotated[Optimizer, typer.Option(help="Whose states share the GPU; with --gpu-memory.")] = (
-        Optimizer.adamw
-    ),
-    target_batch: Annotated[
-        int | None, typer.Option(min=1, help="Say what it takes to fit this batch; with --gpu-memory.")
-    ] = None,
+    optimizer: Annotated[
+        Optimizer, typer.Option(help="Whose states and step share the GPU; adamw is PyTorch's, as it is by default.")
+    ] = Optimizer.adamw,
     compiled: Annotated[bool, typer.Option("--compile", help="Count a step under torch.compile as well.")] = False,
     html: HtmlFile = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
@@ -106,117 +118,140 @@ def patch(
     chosen = one_name("patch", name, model)
     if chosen is None:
         fail("No model was named. Pass its name, as in invact patch bert-base-uncased, or --model and its name.")
-    if target_batch is not None and gpu_memory is None:
-        fail("--target-batch asks what fits, and needs to know where. Add --gpu-memory, as in --gpu-memory 24GiB.")
     if exact and few_bits is not None:
         fail("--exact asks for stock's gradients and --few-bits for approximate ones. Leave one of them out.")
     adapters = asked_for(lora_rank, lora_dropout, lora_targets, quantize and quantize.value)
     check_page_can_be_made(html)
-    with library_chatter_on_stderr():
-        report, fit, page = _dry_run(
-            chosen,
-            library=library and library.value,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            image_size=image_size,
-            dtype=(dtype or (Dtype.fp32 if autocast else Dtype.bf16)).value,
-            autocast=autocast and autocast.value,
-            attention=attention.value,
-            exact=exact,
-            few_bits=few_bits,
-            adapters=adapters,
-            loss=not no_loss,
-            gpu_memory=gpu_memory,
-            optimizer=optimizer.value,
-            target_batch=target_batch,
-            compiled=compiled,
-            with_page=html is not None,
-        )
+    asked = _Asked(
+        chosen,
+        library=library and library.value,
+        batch_size=batch_size or DEFAULT_BATCH_SIZE,
+        seq_len=seq_len,
+        image_size=image_size,
+        dtype=(dtype or (Dtype.fp32 if autocast else Dtype.bf16)).value,
+        autocast=autocast and autocast.value,
+        attention=attention.value,
+        exact=exact,
+        few_bits=few_bits,
+        adapters=adapters,
+        loss=not no_loss,
+    )
+    with library_chatter_on_stderr(), garbage_left_alone():
+        model, inputs, decided = asked.decided()
+        if compiled:
+            _count_compiled(decided, model, inputs)
+        course = _step(decided, model, inputs, optimizer.value, gpu_memory if batch_size else None)
+        batches = None
+        if gpu_memory is not None and batch_size is None:
+            batches = _batches(asked, decided, model, optimizer.value, gpu_memory)
+        page = _page(decided, model, inputs, batches, course) if html else None
+    report = decided.report
     if json:
-        typer.echo(json_format.dumps({**report.to_dict(), "fit": fit.to_dict()}, indent=2) if fit else report.to_json())
+        fit = {"fit": batches.to_dict()} if batches else {}
+        typer.echo(json_format.dumps({**report.to_dict(), **fit}, indent=2))
     else:
-        print_report(report, *([str(fit)] if fit else ()))
+        print_report(report, *([str(batches)] if batches else ()))
     if page and html:
         write(page.html(), html)
 
 
-def _dry_run(
-    name: str,
-    *,
-    library: str | None,
-    batch_size: int,
-    seq_len: int | None,
-    image_size: int | None,
-    dtype: str,
-    autocast: str | None,
-    attention: str,
-    exact: bool,
-    few_bits: int | None,
-    adapters: Adapters | None,
-    loss: bool,
-    gpu_memory: int | None,
-    optimizer: str,
-    target_batch: int | None,
-    compiled: bool,
-    with_page: bool,
-) -> tuple[Report, Fit | None, Page | None]:
-    from invact import patchers
-    from invact.planning import decide_for_device
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line asks for: a model, what it is given, and how it is trained."""
 
-    precision = f"{dtype}, autocast {autocast}" if autocast else dtype
-    autocast_dtype = torch_dtype(autocast) if autocast else None
+    name: str
+    library: str | None
+    batch_size: int
+    seq_len: int | None
+    image_size: int | None
+    dtype: str
+    autocast: str | None
+    attention: str
+    exact: bool
+    few_bits: int | None
+    adapters: Adapters | None
+    loss: bool
+
+    def decided(self) -> tuple[nn.Module, Any, Decided]:
+        """The model on meta, its inputs, and what is decided for a GPU; fails where they can not be had."""
+        from invact import patchers
+        from invact.planning import decide_for_device
+
+        try:
+            loaded = _loaded(self.name, torch_dtype(self.dtype), self.library, self.image_size)
+            title = [self.name, type(loaded).__name__, *([str(self.adapters)] if self.adapters else [])]
+            model = self.adapters.put_into(loaded) if self.adapters else loaded
+            inputs = self.inputs(model, self.batch_size)
+        except patchers.RequestError as error:
+            fail(str(error))
+        precision = f"{self.dtype}, autocast {self.autocast}" if self.autocast else self.dtype
+        try:
+            decided = decide_for_device(
+                model,
+                inputs,
+                autocast=torch_dtype(self.autocast) if self.autocast else None,
+                attention=self.attention,
+                exact=self.exact,
+                few_bits=self.few_bits,
+                title=" · ".join([*title, size_in_words(inputs), precision]),
+            )
+        except Exception:
+            # A size that only the model itself can reject is bad input; anything else is a fault, with its traceback.
+            given = _sizes_in_words(self.seq_len, self.image_size)
+            why = own_error(lambda: _run_on_meta(model, inputs)) if given else None
+            if why is None:
+                raise
+            _fail_for_sizes(self.name, given, why)
+        return model, inputs, decided
+
+    def inputs(self, model: nn.Module, batch_size: int) -> Any:
+        from invact import patchers
+
+        return patchers.example_inputs(model, batch_size, self.seq_len, self.image_size, loss=self.loss)
+
+
+def _step(decided: Decided, model: nn.Module, inputs: Any, optimizer: str, memory: int | None) -> tuple[Step, ...]:
+    """A step before and after, within a budget if there is one; neither, with a note, where it can not be simulated."""
+    from invact.fitting.choosing import DoesNotFitError, fit_in
+    from invact.fitting.step import NotSimulatedError
+
     try:
-        loaded = _loaded(name, torch_dtype(dtype), library, image_size)
-        title = [name, type(loaded).__name__, *([str(adapters)] if adapters else [])]
-        model = adapters.put_into(loaded) if adapters else loaded
-        inputs = patchers.example_inputs(model, batch_size, seq_len, image_size, loss=loss)
-    except patchers.RequestError as error:
+        found = fit_in(decided, model, inputs, optimizer=optimizer, memory=memory)
+    except DoesNotFitError as error:
         fail(str(error))
+    except NotSimulatedError as error:
+        if memory is not None:
+            fail(str(error))
+        decided.report.notes.append(str(error))
+        return ()
+    return found.before, found.after
+
+
+def _batches(asked: _Asked, decided: Decided, model: nn.Module, optimizer: str, memory: int) -> Batches:
+    from invact.fitting.batches import Batches, needs
+    from invact.fitting.step import NotSimulatedError
+
     try:
-        decided = decide_for_device(
-            model,
-            inputs,
-            autocast=autocast_dtype,
-            attention=attention,
-            exact=exact,
-            few_bits=few_bits,
-            title=" · ".join([*title, size_in_words(inputs), precision]),
-        )
-    except Exception:
-        # A size that only the model itself can reject is bad input; anything else is a fault, with its traceback.
-        given = _sizes_in_words(seq_len, image_size)
-        why = own_error(lambda: _run_on_meta(model, inputs)) if given else None
-        if why is None:
-            raise
-        _fail_for_sizes(name, given, why)
-    import torch
-
-    from invact.simulation import Setting
-
-    setting = Setting(torch.device("cuda"), autocast_dtype, attention)
-    if compiled:
-        _count_compiled(decided.report, model, inputs, setting)
-    fit = page = None
-    if gpu_memory is not None:
-        from invact.fitting_batch import Fit, needs
-
-        def training_inputs(size: int) -> Any:
-            return patchers.example_inputs(model, size, seq_len, image_size, loss=loss)
-
-        fit = Fit(
-            gpu_memory, optimizer, needs(model, training_inputs, setting, decided, optimizer=optimizer), target_batch
-        )
-    if with_page:
-        from invact.layers import memory_by_layer
-
-        page = _plan_page(decided.report, memory_by_layer(model, inputs, setting, decided), fit)
-    return decided.report, fit, page
+        found = needs(model, lambda size: asked.inputs(model, size), decided.setting, decided, optimizer=optimizer)
+    except NotSimulatedError as error:
+        fail(str(error))
+    return Batches(memory, optimizer, found)
 
 
-def _count_compiled(report: Report, model: nn.Module, inputs: Any, setting: Setting) -> None:
+def _page(decided: Decided, model: nn.Module, inputs: Any, batches: Batches | None, course: tuple[Step, ...]) -> Page:
+    from invact.layers import memory_by_layer
+    from invact.page import plan_page
+
+    layers = memory_by_layer(model, inputs, decided.setting, decided)
+    fit = "\n".join([*decided.report.peak_in_words(), *([str(batches)] if batches else [])])
+    return plan_page(decided.report, layers, command(), fit, course)
+
+
+def _count_compiled(decided: Decided, model: nn.Module, inputs: Any) -> None:
     from invact.compiled_bytes import compiled_bytes
 
-    counted = compiled_bytes(model, inputs, setting)
+    report = decided.report
+    counted = compiled_bytes(model, inputs, decided.setting)
     if counted.by_default is not None and counted.with_invact is not None:
         report.compiled = {"default": counted.by_default, "invact": counted.with_invact}
     report.notes += counted.notes
@@ -257,9 +292,3 @@ def _sizes_in_words(seq_len: int | None, image_size: int | None) -> str:
 
 def _fail_for_sizes(name: str, given: str, why: Exception) -> NoReturn:
     fail(f"{name} does not run with {given}: {first_line(why)}. Leave it out for the model's own size.")
-
-
-def _plan_page(report: Report, layers: list[Layer], fit: Fit | None) -> Page:
-    from invact.page import plan_page
-
-    return plan_page(report, layers, command(), str(fit or ""))

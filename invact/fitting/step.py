@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from invact.leftovers import check_no_leftovers, references_to
 from invact.own_errors import first_line, raised_by_invact, users_call
 from invact.patchers import as_on_real_tensors
 from invact.probing import ONE_AT_A_TIME, TIME_LIMIT, packs_for_us, simulated
-from invact.pytorch_inside import FakeTensorMode, tree_leaves
+from invact.pytorch_inside import FakeTensorMode, engine_call, tree_leaves
 from invact.simulation import (
     AsOnGpu,
     AsRealKernels,
@@ -35,7 +36,7 @@ from invact.simulation import (
 from invact.swapping import as_on
 from invact.time_limit import TimeLimit, TookTooLongError
 
-WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY = (
+KINDS = WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY = (
     "weights",
     "optimizer states",
     "gradients",
@@ -112,7 +113,14 @@ class Step:
                 found[self._kind(number, allocation)] += allocation.nbytes
         if moment == self.backward_ended:
             found[TEMPORARY] += self.held.temporary
-        return {kind: found[kind] for kind in (WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY) if found[kind]}
+        return {kind: found[kind] for kind in KINDS if found[kind]}
+
+    def course(self, points: int) -> list[tuple[int, dict[str, int]]]:
+        """The highest moment of each of so many stretches of the step, and `kinds_at` it."""
+        stretch = max(1, len(self.alive) // points)
+        starts = range(0, len(self.alive), stretch)
+        moments = [max(range(at, min(at + stretch, len(self.alive))), key=self.alive.__getitem__) for at in starts]
+        return [(moment, self.kinds_at(moment)) for moment in moments]
 
     def _kind(self, number: int, allocation: Allocation) -> str:
         if allocation.operator == WEIGHT_CAST:
@@ -217,12 +225,7 @@ class TakeStep:
             stack.enter_context(TimeLimit(TIME_LIMIT))
             calls = stack.enter_context(lifetimes.by_module(self._model))
             stack.enter_context(lifetimes)
-            with autocast_as_set(self._setting), work or nullcontext():
-                loss = self._loss()
-            forward_ended, kept = lifetimes.now, frozenset(lifetimes.alive())
-            with lifetimes.backward():
-                users_call(loss.backward)
-            del loss
+            forward_ended, kept = self._forward_and_backward(lifetimes, work or nullcontext())
         trained = self._trained()
         gradients = [n for weight in trained if weight.grad is not None for n in lifetimes.numbers(weight.grad)]
         for weight in trained:
@@ -231,6 +234,28 @@ class TakeStep:
         weights = sum(allocation.nbytes for allocation in allocations if allocation.operator == WEIGHT)
         ended = forward_ended, lifetimes.now
         return Step(allocations, *ended, frozenset(gradients), kept, weights, self._held, calls, work)
+
+    def _forward_and_backward(
+        self, lifetimes: Lifetimes, in_forward: AbstractContextManager[Any]
+    ) -> tuple[int, frozenset[int]]:
+        """Both with the simulated weights in place: what is checkpointed runs in backward again. When forward ended, and
+        what was alive then."""
+        seen: list[tuple[int, frozenset[int]]] = []
+
+        def both() -> None:
+            with autocast_as_set(self._setting), in_forward:
+                loss = self._loss()
+            seen.append((lifetimes.now, frozenset(lifetimes.alive())))
+            with lifetimes.backward():
+                # Not `loss.backward`: what imitates a GPU is told of that, and is off until it ends, while regions run again.
+                seed = (torch.ones_like(loss),)
+                users_call(engine_call, (loss,), seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+        whole = _Whole(self._model, both)
+        weights = {f"model.{name}": weight for name, weight in self._weights.items()}
+        in_context_of_its_own = contextvars.copy_context().run
+        users_call(in_context_of_its_own, torch.func.functional_call, whole, weights, ())
+        return seen[0]
 
     def _seen(self) -> Lifetimes:
         """What will follow the step, and knows what is there before."""
@@ -249,7 +274,7 @@ class TakeStep:
 
     def _loss(self) -> Tensor:
         args, kwargs = ((), self._inputs) if isinstance(self._inputs, dict) else (self._inputs, {})
-        output = users_call(torch.func.functional_call, self._model, self._weights, args, kwargs)
+        output = users_call(self._model, *args, **kwargs)
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad:
             return loss.sum()
@@ -257,6 +282,18 @@ class TakeStep:
         if not given:
             raise NotSimulatedError("nothing that the model gives takes a gradient")
         return _summed(given)
+
+
+class _Whole(nn.Module):
+    """A step of a model as the forward of a module around it."""
+
+    def __init__(self, model: nn.Module, run: Callable[[], None]) -> None:
+        super().__init__()
+        self.model = model
+        self._run = run
+
+    def forward(self) -> None:
+        self._run()
 
 
 def _summed(tensors: Sequence[Tensor]) -> Tensor:
