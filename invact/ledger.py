@@ -238,7 +238,7 @@ class Ledger:
             self._running.pop()
 
     def _pack(self, tensor: Tensor) -> _Kept:
-        kept = _Kept(tensor.detach())
+        kept = _Kept(tensor if tensor.grad_fn is None else tensor.detach())
         self._packed.append((weakref.ref(kept), self.running()))
         return kept
 

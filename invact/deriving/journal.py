@@ -87,8 +87,9 @@ class Journal:
     def note(self, tensor: Tensor, handle: Handle, why_kept: str = "") -> None:
         """A tensor was about to be kept, and this is kept in its stead."""
         path, version = self._ledger.running(), changes_in_place(tensor)
-        node = tensor.grad_fn.name() if tensor.grad_fn is not None else ""
-        note = _Note(weakref.ref(handle), tensor.detach(), version, node, path, why_kept)
+        node = tensor.grad_fn
+        alone = tensor if node is None else tensor.detach()
+        note = _Note(weakref.ref(handle), alone, version, "" if node is None else node.name(), path, why_kept)
         self._notes.append(note)
         self._packers.setdefault(handle, []).append(path)
         self._kept_as.setdefault(handle, note)
