@@ -125,10 +125,11 @@ def timeline_chart(before: Step, after: Step, memory_bytes: int = 0) -> Chart:
     _legend(figure, *axes.get_legend_handles_labels())
     return Chart(
         _svg(figure, "timeline"),
-        f"Memory in a step: {format_bytes(after.peak_bytes)} at the highest, {after.where(after.highest)}; "
-        f"before patching {format_bytes(before.peak_bytes)}, {before.where(before.highest)}. By the count of operations.",
-        f"The course of a step from forward over backward to the optimizer, highest at {format_bytes(after.peak_bytes)} "
-        f"{after.where(after.highest)}; before patching at {format_bytes(before.peak_bytes)}.",
+        f"Memory in a step: {format_bytes(after.peak_bytes)} at the highest, {after.where(after.highest)}; before "
+        f"patching {format_bytes(before.peak_bytes)}, {before.where(before.highest)}. By the count of operations.",
+        "The course of a step from forward over backward to the optimizer, highest at "
+        f"{format_bytes(after.peak_bytes)} {after.where(after.highest)}; before patching at "
+        f"{format_bytes(before.peak_bytes)}.",
     )
 
 

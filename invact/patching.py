@@ -62,8 +62,8 @@ def fit(
 ) -> Report:
     """`patch`, and where that does not do, gradient checkpointing of the fewest blocks with which a step fits.
 
-    A whole step is simulated: forward with its loss, backward, the optimizer. Blocks are taken in the order of bytes won
-    for time lost; `report.blocks` says which, `report.peak_bytes` what the step takes then. `unpatch` takes it all back.
+    A whole step is simulated: forward with its loss, backward, the optimizer. Blocks are taken in the order of bytes
+    won for time lost; `report.blocks` says which, `report.peak_bytes` what the step takes. `unpatch` takes it all back.
 
     Args:
         model, example_inputs, autocast, include, exclude, exact, few_bits: as of `invact.plan`; with the batch that is
@@ -82,9 +82,9 @@ def fit(
         >>> def block():
         ...     return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
         >>> model = nn.Sequential(*(block() for _ in range(4)))
-        >>> report = fit(model, (torch.randn(1024, 64),), memory="6MiB", optimizer="sgd")
-        >>> report.checkpointed, report.peak_bytes <= 6 * 2**20
-        (['0', '1'], True)
+        >>> report = fit(model, (torch.randn(1024, 64),), memory="8MiB", optimizer="sgd")
+        >>> report.checkpointed, report.peak_bytes <= 8 * 2**20
+        (['0'], True)
     """
     return _fit(
         model,

@@ -132,7 +132,7 @@ class Decided:
     checkpointed: list[str] = field(default_factory=list)  # the paths of blocks
 
     def apply(self, model: nn.Module) -> Swaps:
-        """Does at each site what the report calls it, fuses norms, sets hooks, checkpoints; all or, after an error, none."""
+        """Does at each site what the report says, fuses norms, sets hooks, checkpoints; or, after an error, nothing."""
         return swap_in(model, self.modules, self.expressions, self.derives, self.norms, self.checkpointed)
 
     @contextmanager

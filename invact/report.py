@@ -250,7 +250,8 @@ class Report:
             how = f"{len(self.blocks)} blocks checkpointed" if self.blocks else "nothing checkpointed"
             if self.peak_bytes_before <= self.memory_bytes:
                 how += "; it fits as it is, too"
-            lines.append(f"It fits {format_bytes(self.memory_bytes)} with {left} left, {how}. {_BEYOND_TENSORS}")
+            beyond = f" {_BEYOND_TENSORS}" if "on cuda" in self.setting else ""
+            lines.append(f"It fits {format_bytes(self.memory_bytes)} with {left} left, {how}.{beyond}")
         return lines
 
     def fused_kinds(self) -> list[list[FusedNorm]]:

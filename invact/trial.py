@@ -12,7 +12,7 @@ import torch
 
 from invact.arguments import Inputs
 from invact.checkpointing import can_checkpoint
-from invact.fitting_batch import needs
+from invact.fitting.batches import needs
 from invact.layers import memory_by_layer
 from invact.planning import decide
 from invact.report import format_bytes

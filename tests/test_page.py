@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from invact.charts import memory_chart
 from invact.cli import app
 from invact.deriving.journal import DerivedTensor
 from invact.layers import Layer, layer_name
-from invact.page import memory_chart, plan_page, trial_page
+from invact.page import plan_page, trial_page
 from invact.report import FusedNorm, Report, Site
 from invact.trial import train_in_ways
 from invact.trial_task import make_task

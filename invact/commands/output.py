@@ -56,7 +56,7 @@ def library_chatter_on_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def garbage_left_alone() -> Iterator[None]:
-    """A dry run makes millions of short-lived objects and ends: looking for cycles among them is a tenth of its time."""
+    """A dry run makes millions of short-lived objects and ends: to look for cycles among them takes a tenth of it."""
     before = gc.get_threshold()
     gc.set_threshold(100 * before[0], *before[1:])
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,7 @@ from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, in_order
 from invact.fitting.step import STATES, WEIGHTS, Step, TakeStep, simulated_training
 from invact.planning import Decided
-from invact.probing import observe
 from invact.report import CheckpointedBlock
-from invact.swapping import as_on
 
 _CLEARLY = 1.01
 """A foreseen peak that is above the budget by more than this is not simulated: foreseen are most to a thousandth, and
@@ -35,11 +32,13 @@ class Fitted:
 
     Attributes:
         before: the step as the model was given.
-        after: with all that was decided, and these blocks checkpointed.
+        patched: with all that was decided, and nothing checkpointed.
+        after: with these blocks checkpointed.
         blocks: in the order of forward.
     """
 
     before: Step
+    patched: Step
     after: Step
     blocks: list[Block]
 
@@ -77,10 +76,8 @@ def fit_in(
     report.memory_bytes = memory or 0
     report.blocks = [CheckpointedBlock(block.path, block.bytes_won, block.share) for block in found.blocks]
     if found.blocks:
-        with decided.applied(model), as_on(decided.setting.device):
-            kept = observe(model, inputs, decided.setting).memory
-        report.bytes_after, report.kept_by_class = kept.total_bytes, dict(Counter(kept.by_class).most_common())
-        report.remains, report.not_derived = {}, {}
+        report.bytes_after -= found.patched.kept_bytes - after.kept_bytes
+        report.kept_by_class, report.remains, report.not_derived = {}, {}, {}
         report.notes.append(
             "what is checkpointed keeps nothing between forward and backward but what it was given; the bytes saved at "
             "its sites and tensors are those by which it keeps less while it is run once more."
@@ -102,9 +99,9 @@ def _fitted(
         with decided.applied(model):
             patched = take_step(with_work=bool(paths))
         if memory is None or patched.peak_bytes <= memory:
-            return Fitted(before, patched, [])
+            return Fitted(before, patched, patched, [])
         search = _Search(model, decided, take_step, patched, in_order(blocks_of(patched, paths)), memory)
-        return Fitted(before, *search.fewest())
+        return Fitted(before, patched, *search.fewest())
 
 
 class _Search:

@@ -75,7 +75,7 @@ class Lifetimes(TorchDispatchMode):
         >>> with Lifetimes() as lifetimes:
         ...     x = torch.ones(4).exp()
         >>> [(a.nbytes, a.operator, a.died) for a in lifetimes.allocations()]
-        [(16, 'ones', 1), (16, 'exp', 9223372036854775807)]
+        [(16, 'ones', 2), (16, 'exp', 9223372036854775807)]
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -86,9 +86,8 @@ class Lifetimes(TorchDispatchMode):
         self._died: dict[int, int] = {}
         self._alive: dict[Key, tuple[int, Any]] = {}
         self._running: list[str] = []
-        self._nodes: list[
-            int
-        ] = []  # how many the graph had when the module at the same place in `_paths` began or ended
+        # How many nodes the graph had when the module at the same place of `_paths` began to run, or ran on.
+        self._nodes: list[int] = []
         self._paths: list[str] = []
         self._in_backward = False
 

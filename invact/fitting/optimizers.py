@@ -1,4 +1,4 @@
-"""What an optimizer holds besides the parameters, and what its step allocates: PyTorch's own, run on simulated tensors."""
+"""What an optimizer holds besides the parameters, and what its step allocates: it is run on simulated tensors."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, Make] = {
     "momentum": lambda parameters, at_once: SGD(parameters, momentum=0.9, foreach=at_once),
     "sgd": lambda parameters, at_once: SGD(parameters, foreach=at_once),
 }
-"""By name; "none" stands for gradients without an optimizer. States have the dtype of their parameters, as PyTorch's."""
+"""By name; "none" stands for gradients without an optimizer. States have their parameters' dtype, as PyTorch's."""
 
 NONE = "none"
 NAMES = (*OPTIMIZERS, NONE)

@@ -1,7 +1,7 @@
 """What checkpointing a block changes in a step, foreseen from a step in which none is checkpointed.
 
-A step with other blocks checkpointed would have to be simulated for each choice. This composes it from one: in forward a
-chosen block keeps what it was given; before its part of backward, its forward stands once more.
+To simulate a step for each choice would take long. This composes it from one: in forward a chosen block keeps what it
+was given; before its part of backward, its forward stands once more.
 """
 
 from __future__ import annotations

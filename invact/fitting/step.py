@@ -1,4 +1,4 @@
-"""One whole training step of a model on simulated tensors: forward, loss, backward, optimizer, and what is alive in it."""
+"""One whole training step on simulated tensors: forward, loss, backward, optimizer, and what is alive in it."""
 
 from __future__ import annotations
 
@@ -95,6 +95,12 @@ class Step:
     def resident(self) -> int:
         """Bytes that are there all the time: weights and optimizer states."""
         return self.weights + self.held.states
+
+    @property
+    def kept_bytes(self) -> int:
+        """Between forward and backward, besides weights, their casts and inputs."""
+        apart = (WEIGHT, WEIGHT_CAST, _INPUT, GRADIENTS)
+        return sum(self.allocations[n].nbytes for n in self.kept if self.allocations[n].operator not in apart)
 
     @cached_property
     def highest(self) -> int:
@@ -238,8 +244,10 @@ class TakeStep:
     def _forward_and_backward(
         self, lifetimes: Lifetimes, in_forward: AbstractContextManager[Any]
     ) -> tuple[int, frozenset[int]]:
-        """Both with the simulated weights in place: what is checkpointed runs in backward again. When forward ended, and
-        what was alive then."""
+        """Both with the simulated weights in place, since what is checkpointed runs again in backward.
+
+        Returns when forward ended, and what was alive then.
+        """
         seen: list[tuple[int, frozenset[int]]] = []
 
         def both() -> None:
@@ -247,7 +255,7 @@ class TakeStep:
                 loss = self._loss()
             seen.append((lifetimes.now, frozenset(lifetimes.alive())))
             with lifetimes.backward():
-                # Not `loss.backward`: what imitates a GPU is told of that, and is off until it ends, while regions run again.
+                # Not `loss.backward`: what imitates a GPU would be told of it, and be off while regions run again.
                 seed = (torch.ones_like(loss),)
                 users_call(engine_call, (loss,), seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
