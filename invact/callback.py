@@ -35,18 +35,22 @@ class InvActCallback(PatchedDuringTraining, TrainerCallback):
     training ends, also by an error or Ctrl-C. Checkpoints are those of the stock model. Evaluation runs the
     stock modules.
 
-    The plan is logged once, at level INFO (`TrainingArguments(log_level="info")`), and stays in `report`. The
-    first training log carries `invact/sites`, `invact/bytes_before`, `invact/bytes_after`,
-    `invact/bytes_saved` and `invact/saving`; on a GPU every training log carries `invact/peak_memory_bytes`.
+    One line at level INFO (`TrainingArguments(log_level="info")`) says what was done and which peak is predicted for a
+    step with the Trainer's optimizer, and on a GPU a second one at the end what the peak was; the plan itself stays in
+    `report`. The first training log carries `invact/sites`, `invact/bytes_before`, `invact/bytes_after`,
+    `invact/bytes_saved`, `invact/saving` and `invact/predicted_peak_bytes`; on a GPU every training log carries
+    `invact/peak_memory_bytes`.
 
     Args:
         include: glob patterns over site paths; only these sites may be inverted.
         exclude: glob patterns over site paths; these sites are kept.
         exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
         few_bits: 1 to 4 bits per element, and approximate gradients, where neither inverting nor deriving pays.
+        memory: as "24GiB": where inverting and deriving do not do, the fewest blocks are checkpointed with which a step
+            fits; see `invact.fit`. None: nothing is checkpointed.
 
     Raises:
-        Exception: what `invact.patch` raises, from `trainer.train()`.
+        Exception: what `invact.patch` raises or, with `memory`, `invact.fit`, from `trainer.train()`.
 
     Example:
         >>> callback = InvActCallback(exclude="lm_head.*")
@@ -65,13 +69,18 @@ class InvActCallback(PatchedDuringTraining, TrainerCallback):
     ) -> None:
         self._begin()  # again and without an end where auto_find_batch_size tries a smaller batch
         log_plan = logger.info if state.is_world_process_zero else logger.debug
-        hook = functools.partial(self._patch_at_first_batch, _autocast_dtype(args), log_plan)
+        accumulating = args.gradient_accumulation_steps > 1
+        hook = functools.partial(
+            self._patch_at_first_batch, _autocast_dtype(args), kwargs.get("optimizer"), accumulating, log_plan
+        )
         hook = torch.compiler.disable(hook)  # under torch.compile it is not to be compiled into the model
         self._undo.callback(kwargs["model"].register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def _patch_at_first_batch(
         self,
         autocast: torch.dtype | None,
+        optimizer: Any,
+        accumulating: bool,
         log_plan: Callable[[str], None],
         model: nn.Module,
         args: tuple[Any, ...],
@@ -80,8 +89,9 @@ class InvActCallback(PatchedDuringTraining, TrainerCallback):
         if not (model.training and torch.is_grad_enabled()):
             return  # evaluation before the first step
         self._put_back()  # takes this hook out
-        report = self._patch(model, _inputs(model, args, kwargs), autocast)
-        log_plan(f"invact\n{report}")
+        inputs = _inputs(model, args, kwargs)
+        report = self._patch(model, inputs, autocast, optimizer=optimizer, accumulating=accumulating)
+        log_plan(report.in_one_line())
 
     def _add_figures(self, logs: dict[str, float], device: torch.device) -> None:
         """To the logs of training, but not to those of evaluation."""
@@ -97,6 +107,8 @@ class InvActCallback(PatchedDuringTraining, TrainerCallback):
                 "invact patched nothing: training never called the forward of the Trainer's model. If compute_loss "
                 "calls a part of it only, use invact.patch on that part before training."
             )
+        if state.is_world_process_zero and (line := self._true_peak(args.device)) is not None:
+            logger.info(line)
         self._put_back()
 
 

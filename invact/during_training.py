@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from invact.amounts import format_bytes, memory_bytes
 from invact.arguments import Inputs, check_exact, check_few_bits, check_patterns, holds_a_tensor
-from invact.patching import patched
+from invact.fitting.optimizers import NotSimulatedError, as_counted
+from invact.patching import fitted, patched
 from invact.report import Report
 
 
@@ -29,6 +31,7 @@ class PatchedDuringTraining:
         exclude: str | Sequence[str] | None = None,
         exact: bool = False,
         few_bits: int | None = None,
+        memory: str | int | None = None,
     ) -> None:
         check_patterns(include, exclude)
         check_exact(exact)
@@ -38,6 +41,7 @@ class PatchedDuringTraining:
         self._exclude = exclude
         self._exact = exact
         self._few_bits = few_bits
+        self._memory = None if memory is None else memory_bytes(memory)
         self._undo = ExitStack()
         self._unlogged: dict[str, float] = {}
 
@@ -47,20 +51,40 @@ class PatchedDuringTraining:
         self.report = None
         self._unlogged = {}
 
-    def _patch(self, model: nn.Module, inputs: Inputs, autocast: torch.dtype | None, *, within: str = "") -> Report:
-        """Patches until `_put_back`; paths in the options and the report leave out the prefix `within`."""
+    def _patch(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        autocast: torch.dtype | None,
+        *,
+        optimizer: Any,
+        accumulating: bool,
+        within: str = "",
+    ) -> Report:
+        """Patches until `_put_back`, and to fit the memory if there is a limit.
+
+        Args:
+            autocast: as of `invact.plan`.
+            optimizer: of the Trainer, whose states and step are counted; None where it has none yet.
+            accumulating: gradients are summed over several batches.
+            within: a prefix that paths in the options and the report leave out.
+        """
         if not holds_a_tensor(inputs):  # a batch of texts, say, that the model itself makes tensors of
             model, inputs, within = _Called(model, inputs), (), f"model.{within}"
-        during = patched(
-            model,
-            inputs,
-            autocast=autocast,
-            include=_prefixed(self._include, within),
-            exclude=_prefixed(self._exclude, within),
-            exact=self._exact,
-            few_bits=self._few_bits,
-        )
-        report = self._undo.enter_context(during)
+        options: dict[str, Any] = {
+            "autocast": autocast,
+            "include": _prefixed(self._include, within),
+            "exclude": _prefixed(self._exclude, within),
+            "exact": self._exact,
+            "few_bits": self._few_bits,
+        }
+        step = {"memory": self._memory, "optimizer": as_counted(optimizer), "accumulating": accumulating}
+        try:
+            report = self._undo.enter_context(fitted(model, inputs, **step, **options))
+        except NotSimulatedError:
+            if self._memory is not None:
+                raise
+            report = self._undo.enter_context(patched(model, inputs, **options))  # and no peak is predicted
         self.report = replace(
             report,
             sites=[replace(site, path=site.path.removeprefix(within)) for site in report.sites],
@@ -69,12 +93,21 @@ class PatchedDuringTraining:
                 for tensor in report.derived
             ],
             fused=[replace(norm, path=norm.path.removeprefix(within)) for norm in report.fused],
+            blocks=[replace(block, path=block.path.removeprefix(within)) for block in report.blocks],
         )
         self._unlogged = plan_figures(self.report)
         return self.report
 
     def _put_back(self) -> None:
         self._undo.close()
+
+    def _true_peak(self, device: torch.device) -> str | None:
+        """The peak of a GPU beside the one that was predicted, for a log; None where there is none to tell."""
+        figures = peak_figures(device)
+        if self.report is None or not self.report.peak_bytes or not figures:
+            return None
+        true = int(figures["invact/peak_memory_bytes"])
+        return f"invact: the peak was {format_bytes(true)}, predicted {format_bytes(self.report.peak_bytes)}"
 
 
 class _Called(nn.Module):
@@ -103,6 +136,7 @@ def plan_figures(report: Report) -> dict[str, float]:
         "invact/bytes_after": report.bytes_after,
         "invact/bytes_saved": report.bytes_before - report.bytes_after,
         "invact/saving": report.saving,
+        **({"invact/predicted_peak_bytes": report.peak_bytes} if report.peak_bytes else {}),
     }
 
 

@@ -30,9 +30,11 @@ class InvActCallback(PatchedDuringTraining, Callback):
     nor the random numbers of the run change. The module is put back when training ends, also by an error or
     Ctrl-C. Checkpoints are those of the stock model. Validation runs the stock modules.
 
-    The plan is logged once, at level INFO, and stays in `report`. The Trainer's loggers are given `invact/sites`,
-    `invact/bytes_before`, `invact/bytes_after`, `invact/bytes_saved` and `invact/saving` after the first step,
-    and on a GPU `invact/peak_memory_bytes` there and after every epoch.
+    One line at level INFO says what was done and which peak is predicted for a step with the Trainer's first optimizer,
+    and on a GPU a second one at the end what the peak was; the plan itself stays in `report`. The Trainer's loggers are
+    given `invact/sites`, `invact/bytes_before`, `invact/bytes_after`, `invact/bytes_saved`, `invact/saving` and
+    `invact/predicted_peak_bytes` after the first step, and on a GPU `invact/peak_memory_bytes` there and after every
+    epoch.
 
     A module that steps its optimizers itself (`automatic_optimization = False`) is left as it is, with a warning:
     its `training_step` can not be tried out. Use `invact.patch` on its networks before training.
@@ -42,9 +44,11 @@ class InvActCallback(PatchedDuringTraining, Callback):
         exclude: glob patterns over site paths; these sites are kept.
         exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
         few_bits: 1 to 4 bits per element, and approximate gradients, where neither inverting nor deriving pays.
+        memory: as "24GiB": where inverting and deriving do not do, the fewest blocks are checkpointed with which a step
+            fits; see `invact.fit`. None: nothing is checkpointed.
 
     Raises:
-        Exception: what `invact.patch` raises, from `trainer.fit()`.
+        Exception: what `invact.patch` raises or, with `memory`, `invact.fit`, from `trainer.fit()`.
 
     Example:
         >>> callback = InvActCallback(exclude="head.*")
@@ -65,8 +69,15 @@ class InvActCallback(PatchedDuringTraining, Callback):
         if self.report is None and pl_module.automatic_optimization:
             autocast = _AUTOCAST.get(str(trainer.precision))
             with _logging_muted(pl_module):
-                report = self._patch(TrainingStep(pl_module), (batch, batch_idx), autocast, within="module.")
-            rank_zero_info(f"invact\n{report}")
+                report = self._patch(
+                    TrainingStep(pl_module),
+                    (batch, batch_idx),
+                    autocast,
+                    optimizer=trainer.optimizers[0] if trainer.optimizers else None,
+                    accumulating=trainer.accumulate_grad_batches > 1,
+                    within="module.",
+                )
+            rank_zero_info(report.in_one_line())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,6 +90,8 @@ class InvActCallback(PatchedDuringTraining, Callback):
         _log(trainer, peak_figures(pl_module.device))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (line := self._true_peak(pl_module.device)) is not None:
+            rank_zero_info(line)
         self._put_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

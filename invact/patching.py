@@ -100,6 +100,16 @@ def fit(
     )[0]
 
 
+@contextmanager
+def fitted(model: nn.Module, example_inputs: Inputs | None = None, **options: Any) -> Iterator[Report]:
+    """`fit` for the length of a block, with the arguments of that; `memory` may be None, which checkpoints nothing."""
+    report, swaps = _fit(model, example_inputs, **options)
+    try:
+        yield report
+    finally:
+        swaps.undo()
+
+
 def unpatch(model: nn.Module) -> int:
     """Gives every module that `patch` changed its class back, and returns the number of sites restored.
 
@@ -172,12 +182,12 @@ def _fit(
     model: nn.Module,
     example_inputs: Inputs | None,
     *,
-    memory: str | int,
+    memory: str | int | None,
     optimizer: OptimizerLike,
     accumulating: bool,
     **options: Any,
 ) -> tuple[Report, Swaps]:
-    budget = memory_bytes(memory)
+    budget = None if memory is None else memory_bytes(memory)
     check_optimizer(optimizer)
     if example_inputs is None:
         check_model(model)

@@ -236,6 +236,20 @@ class Report:
                 found.append([block])
         return found
 
+    def in_one_line(self) -> str:
+        """What was done and what it comes to, for a log."""
+        done = [f"{len(self.inverted)} of {len(self.sites)} activations inverted"]
+        done += [f"{len(self.approximate)} approximate"] if self.approximate else []
+        done += [f"{len(self.derived)} tensors made again"] if self.derived else []
+        done += [f"{len(self.fused)} norms fused"] if self.fused else []
+        done += [f"{len(self.blocks)} blocks checkpointed"] if self.blocks else []
+        kept = f"{format_bytes(self.bytes_after)} instead of {format_bytes(self.bytes_before)} kept for backward"
+        line = f"invact: {', '.join(done)}; {kept}, {self.saving:.1%} less"
+        if self.peak_bytes:
+            budget = f" of {format_bytes(self.memory_bytes)}" if self.memory_bytes else ""
+            line += f"; predicted peak of a step {format_bytes(self.peak_bytes)}{budget}"
+        return line
+
     def peak_in_words(self) -> list[str]:
         """The predicted peak before and after, where it is and what it is for, and what is left of the budget."""
         if not self.peak_bytes:

@@ -182,7 +182,7 @@ def test_the_figures_reach_the_logs_when_only_the_summary_is_logged(tmp_path):
 def test_the_plan_is_logged_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
     trained(tmp_path, [InvActCallback()], max_steps=3, log_level="info")
-    plans = {id(record) for record in caplog.records if "Kept for backward" in record.getMessage()}
+    plans = {id(record) for record in caplog.records if "kept for backward" in record.getMessage()}
     assert len(plans) == 1
 
 

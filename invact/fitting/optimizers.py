@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from invact.fitting.lifetimes import Lifetimes
 from invact.ledger import storage_sizes
+from invact.own_errors import first_line
 from invact.pytorch_inside import TorchDispatchMode
 
 OptimizerLike: TypeAlias = str | Optimizer
@@ -59,6 +61,11 @@ OPTIMIZERS: dict[str, Make] = {
 }
 """By name; "none" stands for gradients without an optimizer. States have their parameters' dtype, as PyTorch's."""
 
+
+class NotSimulatedError(ValueError):
+    """A training step, or an optimizer's, that can not run on simulated tensors."""
+
+
 NONE = "none"
 NAMES = (*OPTIMIZERS, NONE)
 
@@ -73,6 +80,21 @@ def check_optimizer(optimizer: Any) -> None:
         )
     if optimizer not in NAMES:
         raise ValueError(f"There is no optimizer {optimizer!r} here. Pass one of {', '.join(NAMES)}, or your own.")
+
+
+def as_counted(optimizer: Any) -> OptimizerLike:
+    """The optimizer of a Trainer as it can be counted: out of the wrappers of accelerate and Lightning.
+
+    Of bitsandbytes' 8-bit AdamW only the name can be run on simulated tensors; of what is not there yet AdamW is taken.
+    """
+    while not isinstance(optimizer, Optimizer) or type(optimizer).__module__.partition(".")[0] == "accelerate":
+        if not hasattr(optimizer, "optimizer"):
+            return "adamw"
+        optimizer = optimizer.optimizer
+    kind = type(optimizer)
+    if kind.__module__.partition(".")[0] == "bitsandbytes" and kind.__name__.endswith("AdamW8bit"):
+        return "adamw-8bit"
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -93,13 +115,20 @@ def held_by(optimizer: OptimizerLike, parameters: Sequence[nn.Parameter], device
     """
     if optimizer == NONE or not parameters:
         return Held(0, 0)
-    with Lifetimes() as lifetimes, _NumbersToldAsOne():
-        made = _made(optimizer, list(parameters), device.type == "cuda")
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
-        made.step()
-        began = lifetimes.now
-        made.step()
+    try:
+        with Lifetimes() as lifetimes, _NumbersToldAsOne():
+            made = _made(optimizer, list(parameters), device.type == "cuda")
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            made.step()
+            began = lifetimes.now
+            made.step()
+    except Exception as error:
+        name = optimizer if isinstance(optimizer, str) else type(optimizer).__name__
+        raise NotSimulatedError(
+            f"What {name} holds can not be told, since another one like it does not run on simulated tensors: "
+            f"{type(error).__name__}: {first_line(error)[:200]}. Pass the name of the nearest: {', '.join(NAMES)}."
+        ) from error
     states = [value for state in made.state.values() for value in state.values() if isinstance(value, Tensor)]
     for parameter in parameters:
         parameter.grad = None
@@ -123,17 +152,12 @@ class _NumbersToldAsOne(TorchDispatchMode):
 def _made(optimizer: OptimizerLike, parameters: list[nn.Parameter], at_once: bool) -> Optimizer:
     if isinstance(optimizer, str):
         return OPTIMIZERS[optimizer](parameters, at_once)
-    settings = optimizer.defaults
+    kind: Callable[..., Optimizer] = type(optimizer)
+    takes = inspect.signature(kind).parameters
+    settings = {name: value for name, value in optimizer.defaults.items() if name in takes}
     if at_once and not settings.get("fused") and settings.get("foreach", False) is None:
         settings = {**settings, "foreach": True}
-    kind: Callable[..., Optimizer] = type(optimizer)
-    try:
-        return kind(parameters, **settings)
-    except TypeError as error:
-        raise TypeError(
-            f"What {kind.__name__} holds can not be told, since another one can not be made from its defaults "
-            f"({error}). Pass the name of the nearest: {', '.join(NAMES)}."
-        ) from None
+    return kind(parameters, **settings)
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:

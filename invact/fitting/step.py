@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from invact.arguments import Inputs
 from invact.fitting.lifetimes import WEIGHT, WEIGHT_CAST, Allocation, Call, Lifetimes
-from invact.fitting.optimizers import Held, OptimizerLike, held_by
+from invact.fitting.optimizers import Held, NotSimulatedError, OptimizerLike, held_by
 from invact.fitting.work import Work
 from invact.kernels.imitated import imitated_on
 from invact.leftovers import check_no_leftovers, references_to
@@ -47,10 +47,6 @@ KINDS = WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY = (
 """What bytes are for, in a step. Inputs count to what is kept."""
 
 _INPUT = "input"
-
-
-class NotSimulatedError(ValueError):
-    """A model whose training step can not run on simulated tensors."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,7 @@ def simulated_training(
         accumulating: gradients of earlier batches are there when the step begins.
 
     Raises:
-        NotSimulatedError: from the step that does not run.
+        NotSimulatedError: the optimizer can not be simulated; or from the step that does not run.
         TimeoutError: a step takes longer than `invact.probing.TIME_LIMIT`.
     """
     with ONE_AT_A_TIME:
