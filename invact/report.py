@@ -259,7 +259,7 @@ class Report:
             f"Peak of a step with {self.optimizer}: {format_bytes(self.peak_bytes_before)} before, "
             f"{format_bytes(self.peak_bytes)} after, {self.peak_at}: {parts}."
         ]
-        if self.memory_bytes:
+        if self.memory_bytes >= self.peak_bytes:
             left = format_bytes(self.memory_bytes - self.peak_bytes)
             how = f"{len(self.blocks)} blocks checkpointed" if self.blocks else "nothing checkpointed"
             if self.peak_bytes_before <= self.memory_bytes:

@@ -140,7 +140,7 @@ def patch(
         model, inputs, decided = asked.decided()
         if compiled:
             _count_compiled(decided, model, inputs)
-        course = _step(decided, model, inputs, optimizer.value, gpu_memory if batch_size else None)
+        course, why_not = _step(decided, model, inputs, optimizer.value, gpu_memory if batch_size else None)
         batches = None
         if gpu_memory is not None and batch_size is None:
             batches = _batches(asked, decided, model, optimizer.value, gpu_memory)
@@ -150,9 +150,13 @@ def patch(
         fit = {"fit": batches.to_dict()} if batches else {}
         typer.echo(json_format.dumps({**report.to_dict(), **fit}, indent=2))
     else:
-        print_report(report, *([str(batches)] if batches else ()))
+        print_report(report, *([str(batches)] if batches else ()), *([why_not] if why_not else ()))
     if page and html:
         write(page.html(), html)
+    if why_not:
+        if json:
+            typer.echo(why_not, err=True)
+        raise typer.Exit(code=1)
 
 
 @dataclass(frozen=True)
@@ -210,21 +214,23 @@ class _Asked:
         return patchers.example_inputs(model, batch_size, self.seq_len, self.image_size, loss=self.loss)
 
 
-def _step(decided: Decided, model: nn.Module, inputs: Any, optimizer: str, memory: int | None) -> tuple[Step, ...]:
-    """A step before and after, within a budget if there is one; neither, with a note, where it can not be simulated."""
+def _step(
+    decided: Decided, model: nn.Module, inputs: Any, optimizer: str, memory: int | None
+) -> tuple[tuple[Step, ...], str]:
+    """A step before and after, or neither where it can not be simulated, and why it does not fit; "" if it does."""
     from invact.fitting.choosing import DoesNotFitError, fit_in
     from invact.fitting.step import NotSimulatedError
 
     try:
         found = fit_in(decided, model, inputs, optimizer=optimizer, memory=memory)
     except DoesNotFitError as error:
-        fail(str(error))
+        return (), str(error)
     except NotSimulatedError as error:
         if memory is not None:
             fail(str(error))
         decided.report.notes.append(str(error))
-        return ()
-    return found.before, found.after
+        return (), ""
+    return (found.before, found.after), ""
 
 
 def _batches(asked: _Asked, decided: Decided, model: nn.Module, optimizer: str, memory: int) -> Batches:

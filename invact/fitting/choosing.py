@@ -6,20 +6,25 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from invact.amounts import format_bytes
 from invact.arguments import Inputs
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, in_order
-from invact.fitting.step import STATES, WEIGHTS, Step, TakeStep, simulated_training
+from invact.fitting.step import STATES, TEMPORARY, WEIGHTS, Step, TakeStep, simulated_training
 from invact.planning import Decided
+from invact.pytorch_inside import tree_leaves
 from invact.report import CheckpointedBlock
 
 _CLEARLY = 1.01
 """A foreseen peak that is above the budget by more than this is not simulated: foreseen are most to a thousandth, and
 none was seen to be off by more than this relative to its neighbours."""
+
+
+_MUCH = 0.1
+"""The share of a peak from which on its temporary tensors are told of."""
 
 
 class DoesNotFitError(ValueError):
@@ -64,7 +69,8 @@ def fit_in(
         accumulating: gradients of earlier batches are there all the time.
 
     Raises:
-        DoesNotFitError: the step does not fit with all blocks checkpointed, or there are none.
+        DoesNotFitError: the step does not fit with all blocks checkpointed, or there are none; the report tells of that
+            step then, and nothing is to be checkpointed.
         NotSimulatedError: the step does not run on simulated tensors.
     """
     found = _fitted(decided, model, inputs, optimizer, memory, accumulating)
@@ -82,6 +88,9 @@ def fit_in(
             "what is checkpointed keeps nothing between forward and backward but what it was given; the bytes saved at "
             "its sites and tensors are those by which it keeps less while it is run once more."
         )
+    if memory is not None and after.peak_bytes > memory:
+        decided.checkpointed.clear()
+        raise DoesNotFitError(_why_not(found, inputs, memory))
     return found
 
 
@@ -121,17 +130,15 @@ class _Search:
         self._off = 0  # how far the last foreseen peak was below the simulated one
 
     def fewest(self) -> tuple[Step, list[Block]]:
-        """The step with the fewest blocks checkpointed that fits, and these blocks in the order of forward."""
+        """The step with the fewest blocks checkpointed that fits, or with all, and these in the order of forward."""
         most = len(self._blocks)
         count = self._foreseen_count(1)
         step = self._simulated(self._blocks[:count])
         while step.peak_bytes > self._memory and count < most:
             count = self._foreseen_count(count + 1)
             step = self._simulated(self._blocks[:count])
-        if step.peak_bytes > self._memory:
-            raise DoesNotFitError(_why_not(step, self._memory, most))
         chosen = list(self._blocks[:count])
-        while chosen and (fewer := self._without_one(chosen)) is not None:
+        while step.peak_bytes <= self._memory and (fewer := self._without_one(chosen)) is not None:
             step, chosen = fewer
         return step, sorted(chosen, key=lambda block: block.call.began)
 
@@ -166,21 +173,33 @@ class _Search:
         return step
 
 
-def _why_not(step: Step, memory: int, blocks: int) -> str:
+def _why_not(found: Fitted, inputs: Inputs, memory: int) -> str:
     """What does not fit, and what would."""
+    step, blocks = found.after, len(found.blocks)
     kinds = step.kinds_at(step.highest)
-    fixed = sum(kinds.get(kind, 0) for kind in (WEIGHTS, STATES))
     gradients = sum(step.allocations[number].nbytes for number in step.gradients)
+    fixed = gradients + sum(kinds.get(kind, 0) for kind in (WEIGHTS, STATES))
     checkpointed = f"with all of its {blocks} blocks checkpointed" if blocks else "and it has no blocks to checkpoint"
-    words = (
+    words = [
         f"A step takes {format_bytes(step.peak_bytes)} at the least, {checkpointed}, and {format_bytes(memory)} were "
-        f"given. Of that, {format_bytes(fixed + gradients)} are weights, gradients and optimizer states, whatever the "
-        "batch. "
-    )
-    if fixed + gradients >= memory:
-        return words + (
+        f"given. Of that, {format_bytes(fixed)} are weights, gradients and optimizer states, whatever the batch."
+    ]
+    if step.is_at_the_turn and kinds.get(TEMPORARY, 0) > _MUCH * step.peak_bytes:
+        words.append(
+            f"It is highest {step.where(step.highest)}, where {format_bytes(kinds[TEMPORARY])} are temporary: of a "
+            "language model's loss that can be had in chunks (TRL's SFTTrainer, Liger Kernel, cut-cross-entropy)."
+        )
+    if fixed >= memory:
+        words.append(
             "Train fewer parameters, as with LoRA (invact patch --lora-rank 16, --quantize 4bit), or take an optimizer "
             "that holds less, such as adamw-8bit or adafactor."
         )
-    rest = (memory - fixed - gradients) / max(1, step.peak_bytes - fixed - gradients)
-    return words + f"About {rest:.0%} of the batch would fit, or of its length."
+        return " ".join(words)
+    batch = next((t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()), 1)
+    fits = int(batch * (memory - fixed) / max(1, step.peak_bytes - fixed))
+    words.append(
+        f"By these figures a batch of {fits} instead of {batch} would fit."
+        if fits
+        else "By these figures not even one sample would fit: shorten it, or train fewer parameters, as with LoRA."
+    )
+    return " ".join(words)

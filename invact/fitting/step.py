@@ -48,6 +48,9 @@ KINDS = WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY = (
 
 _INPUT = "input"
 
+_TURN = 0.02
+"""The share of a step's operations that is taken for the turn from forward to backward."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -102,6 +105,11 @@ class Step:
     def highest(self) -> int:
         """The moment at which most is alive."""
         return max(range(len(self.alive)), key=self.alive.__getitem__)
+
+    @property
+    def is_at_the_turn(self) -> bool:
+        """Whether most is alive about where forward ends and backward begins, as it is beside a loss."""
+        return abs(self.highest - self.forward_ended) <= _TURN * self.backward_ended
 
     @property
     def peak_bytes(self) -> int:
