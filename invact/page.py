@@ -59,12 +59,12 @@ class Page:
 
 
 def plan_page(
-    report: Report, layers: Sequence[Layer], command: str, fit: str = "", course: Sequence[Step] = ()
+    report: Report, layers: Sequence[Layer], command: str, fit: str = "", course: tuple[Step, Step] | None = None
 ) -> Page:
     """The page of a dry run.
 
     Args:
-        course: a step before patching and after it, or neither.
+        course: a step before patching and after it, or None.
     """
     verdict = (
         f"Patched, training keeps {report.saving:.1%} fewer bytes for backward: "

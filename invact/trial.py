@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 
+from invact.amounts import format_bytes
 from invact.arguments import Inputs
 from invact.checkpointing import can_checkpoint
 from invact.fitting.batches import needs
 from invact.layers import memory_by_layer
 from invact.planning import decide
-from invact.report import format_bytes
 from invact.selective import repeated_blocks
 from invact.simulation import Setting
 from invact.trial_data import DataError

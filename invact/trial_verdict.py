@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from invact.report import format_bytes
+from invact.amounts import format_bytes
 from invact.trial_run import BASELINE, COMPRESSION, EXACT, FIT, INVACT, Run
 
 ROUNDING = 0.01  # of the loss: what rounding may come to in a few steps, judged without a spread

@@ -137,14 +137,14 @@ def patch(
         loss=not no_loss,
     )
     with library_chatter_on_stderr(), garbage_left_alone():
-        model, inputs, decided = asked.decided()
+        loaded, inputs, decided = asked.decided()
         if compiled:
-            _count_compiled(decided, model, inputs)
-        course, why_not = _step(decided, model, inputs, optimizer.value, gpu_memory if batch_size else None)
+            _count_compiled(decided, loaded, inputs)
+        course, why_not = _step(decided, loaded, inputs, optimizer.value, gpu_memory if batch_size else None)
         batches = None
         if gpu_memory is not None and batch_size is None:
-            batches = _batches(asked, decided, model, optimizer.value, gpu_memory)
-        page = _page(decided, model, inputs, batches, course) if html else None
+            batches = _batches(asked, decided, loaded, optimizer.value, gpu_memory)
+        page = _page(decided, loaded, inputs, batches, course) if html else None
     report = decided.report
     if json:
         fit = {"fit": batches.to_dict()} if batches else {}
@@ -216,26 +216,26 @@ class _Asked:
 
 def _step(
     decided: Decided, model: nn.Module, inputs: Any, optimizer: str, memory: int | None
-) -> tuple[tuple[Step, ...], str]:
+) -> tuple[tuple[Step, Step] | None, str]:
     """A step before and after, or neither where it can not be simulated, and why it does not fit; "" if it does."""
     from invact.fitting.choosing import DoesNotFitError, fit_in
-    from invact.fitting.step import NotSimulatedError
+    from invact.fitting.optimizers import NotSimulatedError
 
     try:
         found = fit_in(decided, model, inputs, optimizer=optimizer, memory=memory)
     except DoesNotFitError as error:
-        return (), str(error)
+        return None, str(error)
     except NotSimulatedError as error:
         if memory is not None:
             fail(str(error))
         decided.report.notes.append(str(error))
-        return (), ""
+        return None, ""
     return (found.before, found.after), ""
 
 
 def _batches(asked: _Asked, decided: Decided, model: nn.Module, optimizer: str, memory: int) -> Batches:
     from invact.fitting.batches import Batches, needs
-    from invact.fitting.step import NotSimulatedError
+    from invact.fitting.optimizers import NotSimulatedError
 
     try:
         found = needs(model, lambda size: asked.inputs(model, size), decided.setting, decided, optimizer=optimizer)
@@ -244,7 +244,9 @@ def _batches(asked: _Asked, decided: Decided, model: nn.Module, optimizer: str, 
     return Batches(memory, optimizer, found)
 
 
-def _page(decided: Decided, model: nn.Module, inputs: Any, batches: Batches | None, course: tuple[Step, ...]) -> Page:
+def _page(
+    decided: Decided, model: nn.Module, inputs: Any, batches: Batches | None, course: tuple[Step, Step] | None
+) -> Page:
     from invact.layers import memory_by_layer
     from invact.page import plan_page
 

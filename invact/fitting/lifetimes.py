@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import sys
 import weakref
 from collections.abc import Iterator
@@ -166,7 +167,7 @@ class Lifetimes(TorchDispatchMode):
                 continue
             number, storage = len(self._made), part.untyped_storage()
             # The storage's own end calls this, whoever holds it: PyTorch keeps its Python object as long as it lives.
-            self._alive[key] = number, weakref.ref(storage, lambda _, key=key: self._gone(key))
+            self._alive[key] = number, weakref.ref(storage, functools.partial(self._gone, key))
             path, node = self._place()
             operator = made_by if isinstance(made_by, str) else node or made_by.overloadpacket.__name__
             self._made.append((storage.nbytes(), self.now, path, operator))
@@ -181,7 +182,7 @@ class Lifetimes(TorchDispatchMode):
     def _is_followed(self, part: Tensor) -> bool:
         return self._device is None or part.device.type == self._device.type
 
-    def _gone(self, key: Key) -> None:
+    def _gone(self, key: Key, _: Any) -> None:
         number, _ = self._alive.pop(key)
         self._died[number] = self.now
 
