@@ -111,16 +111,16 @@ def timeline_chart(before: Step, after: Step, memory_bytes: int = 0) -> Chart:
     highest = max(before.peak_bytes, after.peak_bytes, memory_bytes)
     unit, unit_bytes = _unit(highest)
     course = after.course(_POINTS)
-    moments = [moment / after.backward_ended for moment, _ in course]
+    moments = [_progress(after, moment) for moment, _ in course]
     kinds = [kind for kind in KINDS if any(alive.get(kind) for _, alive in course)]
     layers = [[alive.get(kind, 0) / unit_bytes for _, alive in course] for kind in kinds]
     axes.stackplot(moments, layers, labels=kinds, colors=_COLOURS, lw=0)
     stock = before.course(_POINTS)
     levels = [sum(alive.values()) / unit_bytes for _, alive in stock]
-    axes.plot([moment / before.backward_ended for moment, _ in stock], levels, color=_INK, lw=1, label="before")
+    axes.plot([_progress(before, moment) for moment, _ in stock], levels, color=_INK, lw=1, label="before")
     if memory_bytes:
         axes.axhline(memory_bytes / unit_bytes, color=_INK, lw=1, ls="--", label="the budget")
-    axes.set_xticks([0, after.forward_ended / after.backward_ended, 1], ["forward", "backward", "optimizer"])
+    axes.set_xticks([0, 1, 2], ["forward", "backward", "optimizer"])
     axes.set_ylabel(unit)
     _legend(figure, *axes.get_legend_handles_labels())
     return Chart(
@@ -131,6 +131,13 @@ def timeline_chart(before: Step, after: Step, memory_bytes: int = 0) -> Chart:
         f"{format_bytes(after.peak_bytes)} {after.where(after.highest)}; before patching at "
         f"{format_bytes(before.peak_bytes)}.",
     )
+
+
+def _progress(step: Step, moment: int) -> float:
+    """From 0 to 1 in forward, from 1 to 2 in backward: two steps turn at the same place."""
+    if moment < step.forward_ended:
+        return moment / step.forward_ended
+    return 1 + (moment - step.forward_ended) / max(1, step.backward_ended - step.forward_ended)
 
 
 def loss_chart(trial: Trial) -> Chart:

@@ -160,11 +160,13 @@ class Patched:
     Attributes:
         _invact_stock: the class that the module had before any of ours.
         _invact_below: the class under this one, which may be one of ours.
+        _invact_checkpoints: whether one of ours checkpoints its forward.
         _invact_sites: what is inverted or approximated in it; the method of an activation is "".
     """
 
     _invact_stock: ClassVar[type[nn.Module]]
     _invact_below: ClassVar[type[nn.Module]]
+    _invact_checkpoints: ClassVar[bool] = False
     _invact_sites: ClassVar[tuple[PatchedSite, ...]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -440,7 +442,7 @@ def _checkpointed(below: type[nn.Module], how: str, methods: Callable[[], Mappin
     kind = over.get(how)
     if kind is None:
         sites = below._invact_sites if issubclass(below, Patched) else ()
-        kind = over[how] = _class_over(below, Patched, methods(), sites)
+        kind = over[how] = _class_over(below, Patched, {**methods(), "_invact_checkpoints": True}, sites)
     return kind
 
 
@@ -610,6 +612,13 @@ def stock_class(module: nn.Module) -> type:
     """The class that a module had before any of ours."""
     kind = type(module)
     return kind._invact_stock if issubclass(kind, Patched) else kind
+
+
+def is_checkpointed(module: nn.Module) -> bool:
+    """Whether one of our classes checkpoints it, or the switch is on that its own has."""
+    if isinstance(module, Patched) and module._invact_checkpoints:
+        return True
+    return has_own_switch(type(module)) and bool(getattr(module, "gradient_checkpointing", False))
 
 
 def inverted_in(module: nn.Module) -> tuple[str, tuple[PatchedSite, ...]]:

@@ -1,4 +1,4 @@
-"""A memory budget on the callbacks: blocks are checkpointed for the length of a run, and the log says so in one line."""
+"""A memory budget on the callbacks: blocks are checkpointed for the length of a run, and one line of the log says so."""
 
 from __future__ import annotations
 

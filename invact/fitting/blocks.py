@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch import nn
 
-from invact.swapping import has_own_switch, stock_class
+from invact.swapping import has_own_switch, is_checkpointed, stock_class
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -30,13 +30,10 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     modules = dict(model.named_modules())
     own = [path for path, module in modules.items() if has_own_switch(stock_class(module))]
     if own:
-        outermost = [path for path in own if not any(path.startswith(f"{other}.") for other in own)]
-        return [path for path in outermost if not _is_on(modules[path])]
-    return _blocks_below("", model)
-
-
-def _is_on(layer: nn.Module) -> bool:
-    return bool(getattr(layer, "gradient_checkpointing", False))
+        blocks = [path for path in own if not any(path.startswith(f"{other}.") for other in own)]
+    else:
+        blocks = _blocks_below("", model)
+    return [path for path in blocks if not is_checkpointed(modules[path])]
 
 
 def _blocks_below(path: str, module: nn.Module) -> list[str]:

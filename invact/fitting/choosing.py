@@ -179,7 +179,9 @@ def _why_not(found: Fitted, inputs: Inputs, memory: int) -> str:
     kinds = step.kinds_at(step.highest)
     gradients = sum(step.allocations[number].nbytes for number in step.gradients)
     fixed = gradients + sum(kinds.get(kind, 0) for kind in (WEIGHTS, STATES))
-    checkpointed = f"with all of its {blocks} blocks checkpointed" if blocks else "and it has no blocks to checkpoint"
+    checkpointed = (
+        f"with all of its {blocks} blocks checkpointed" if blocks else "and it has no blocks that could be checkpointed"
+    )
     words = [
         f"A step takes {format_bytes(step.peak_bytes)} at the least, {checkpointed}, and {format_bytes(memory)} were "
         f"given. Of that, {format_bytes(fixed)} are weights, gradients and optimizer states, whatever the batch."
