@@ -1,4 +1,4 @@
-"""A memory budget on the callbacks: blocks are checkpointed for the length of a run, and one line of the log says so."""
+"""A memory budget on the callbacks: blocks are checkpointed for the length of a run, and the log says so once."""
 
 from __future__ import annotations
 
