@@ -232,6 +232,8 @@ class TakeStep:
             stack.enter_context(hooks_standing_aside(packs_for_us, [0]))
             stack.enter_context(as_on(self._setting.device))
             stack.enter_context(imitated_on(self._setting.device))
+            # Backward in this thread on a machine with a GPU as well: what is imitated is so for this thread alone.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             stack.enter_context(TimeLimit(TIME_LIMIT))
             calls = stack.enter_context(lifetimes.by_module(self._model))
             stack.enter_context(lifetimes)
