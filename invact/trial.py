@@ -13,10 +13,10 @@ import torch
 from invact.arguments import Inputs
 from invact.checkpointing import can_checkpoint
 from invact.fitting.batches import needs
+from invact.fitting.blocks import repeated_blocks
 from invact.layers import memory_by_layer
 from invact.planning import decide
 from invact.report import format_bytes
-from invact.selective import repeated_blocks
 from invact.simulation import Setting
 from invact.trial_data import DataError
 from invact.trial_processes import CompressedTraining, Pair

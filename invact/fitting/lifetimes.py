@@ -83,6 +83,7 @@ class Lifetimes(TorchDispatchMode):
         self._device = device
         self.now = 0
         self._made: list[tuple[int, int, str, str]] = []
+        self._there_before: set[int] = set()
         self._died: dict[int, int] = {}
         self._alive: dict[Key, tuple[int, Any]] = {}
         self._running: list[str] = []
@@ -100,7 +101,9 @@ class Lifetimes(TorchDispatchMode):
 
     def see(self, tensor: Tensor, what: str) -> None:
         """Follows a tensor that was there before, under a name of its own in the place of an operator's."""
+        first = len(self._made)
         self._see(tensor, what)
+        self._there_before.update(range(first, len(self._made)))
 
     def numbers(self, tensor: Tensor) -> Iterator[int]:
         """Which of `allocations` hold what a tensor holds."""
@@ -112,6 +115,21 @@ class Lifetimes(TorchDispatchMode):
     def alive(self) -> set[int]:
         """Which of `allocations` were not freed so far."""
         return {number for number, _ in self._alive.values()}
+
+    def alive_bytes(self) -> int:
+        """Of what operations made and was not freed so far; tensors that were there before, but not seen, count where an
+        operation gave a view of one.
+
+        Example:
+            >>> weight = torch.ones(8)
+            >>> with Lifetimes() as lifetimes:
+            ...     lifetimes.see(weight, WEIGHT)
+            ...     row, kept, dropped = weight[:2], torch.ones(4), torch.ones(100)
+            >>> del dropped
+            >>> lifetimes.alive_bytes()
+            16
+        """
+        return sum(self._made[number][0] for number in self.alive() - self._there_before)
 
     @contextmanager
     def by_module(self, model: nn.Module) -> Iterator[dict[str, Call]]:
