@@ -117,8 +117,9 @@ class Lifetimes(TorchDispatchMode):
         return {number for number, _ in self._alive.values()}
 
     def alive_bytes(self) -> int:
-        """Of what operations made and was not freed so far; tensors that were there before, but not seen, count where an
-        operation gave a view of one.
+        """Of what operations made and was not freed so far.
+
+        What was there before counts where an operation gave a view of it, unless it was told of by `see`.
 
         Example:
             >>> weight = torch.ones(8)
@@ -210,7 +211,8 @@ class Lifetimes(TorchDispatchMode):
         if self._running:  # a region that is run once more
             return self._running[-1], ""
         place = bisect.bisect_right(self._nodes, node._sequence_nr()) - 1
-        return (self._paths[place] if place >= 0 else ""), node.name()
+        # By the class: a Function of Python's may have something of its own under this name.
+        return (self._paths[place] if place >= 0 else ""), type(node).name(node)
 
     def _note_nodes(self) -> None:
         """From this node of the graph on, nodes are of the module that runs now."""
