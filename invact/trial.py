@@ -169,10 +169,12 @@ def _compared(
     for run in runs:
         run.predicted_peak_bytes = predicted_peak(run.name, task, setting, batch_size, options)
     if options.memory_bytes is not None:
-        predicted = needs(model, inputs_of, setting, decided)
+        smaller = max(2, batch_size)  # batch norm refuses a single sample
+        batches = smaller, 2 * smaller
+        predicted = needs(model, inputs_of, setting, decided, batches=batches)
         if any(run.name == EXACT for run in runs):
             exactly = decide(model, inputs, autocast=setting.autocast, exact=True)
-            predicted[EXACT] = needs(model, inputs_of, setting, exactly)[INVACT]
+            predicted[EXACT] = needs(model, inputs_of, setting, exactly, batches=batches)[INVACT]
         for run in runs:
             if run.name in predicted:
                 run.largest_batch = predicted[run.name].largest_batch(options.memory_bytes)

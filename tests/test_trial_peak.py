@@ -145,6 +145,8 @@ def test_a_trial_within_a_memory_refuses_the_ways_whose_peak_is_above_it(bounds:
     assert "baseline does not fit in" in result.verdict
     assert result.run("fit").largest_difference < 1e-4
     assert "peak, predicted" in result.rows()[0]
+    for run in result.runs[:2]:
+        assert (run.largest_batch >= 8) == (run.predicted_peak_bytes <= memory)
 
 
 def test_a_memory_that_nothing_fits_is_said_to_be_too_small(bounds: tuple[int, int]):
