@@ -19,6 +19,7 @@ from invact.pytorch_inside import (
     TorchDispatchMode,
     cast_operation,
     current_node,
+    node_name,
     nodes_made,
     storage_identity,
     tree_leaves,
@@ -211,8 +212,7 @@ class Lifetimes(TorchDispatchMode):
         if self._running:  # a region that is run once more
             return self._running[-1], ""
         place = bisect.bisect_right(self._nodes, node._sequence_nr()) - 1
-        # By the class: a Function of Python's may have something of its own under this name.
-        return (self._paths[place] if place >= 0 else ""), type(node).name(node)
+        return (self._paths[place] if place >= 0 else ""), node_name(node)
 
     def _note_nodes(self) -> None:
         """From this node of the graph on, nodes are of the module that runs now."""
