@@ -202,6 +202,12 @@ def storage_identity(tensor: Tensor) -> int:
     return identity
 
 
+def node_name(node: Any) -> str:
+    """Of a node of the graph, asked of its class: a Function in Python may have set a name of its own on its `ctx`."""
+    name: str = type(node).name(node)
+    return name
+
+
 def schema_of(operator: Any) -> Any:
     """An operator's name and arguments, and which of them it changes in place; None of one of higher order."""
     return getattr(operator, "_schema", None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from invact.fitting.blocks import repeated_blocks
 
 # Whatever multiplies matrices.
 _PRODUCTS = (
@@ -54,26 +55,6 @@ def checkpoint_selectively(model: nn.Module) -> None:
     for path in paths:
         block: Any = model.get_submodule(path)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
-
-
-def repeated_blocks(model: nn.Module) -> list[str]:
-    """The layers of a network, by path: the modules of the class that most often makes up a whole list by itself.
-
-    Example:
-        >>> repeated_blocks(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 1), 2))
-        ['layers.0', 'layers.1']
-    """
-    rows = [
-        {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(child) for child in module}) == 1
-    ]
-    # A layer is built of others; a row of single operators is one layer.
-    blocks = {path: type(block) for row in rows for path, block in row.items() if next(block.children(), None)}
-    if not blocks:
-        return []
-    (most_often, _), *_ = Counter(blocks.values()).most_common(1)
-    return [path for path, kind in blocks.items() if kind is most_often]
 
 
 def _kept(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:

@@ -14,11 +14,12 @@ from invact.amounts import format_bytes
 from invact.arguments import Inputs
 from invact.checkpointing import can_checkpoint
 from invact.fitting.batches import needs
+from invact.fitting.blocks import repeated_blocks
 from invact.layers import memory_by_layer
 from invact.planning import decide
-from invact.selective import repeated_blocks
 from invact.simulation import Setting
 from invact.trial_data import DataError
+from invact.trial_peak import predicted_peak
 from invact.trial_processes import CompressedTraining, Pair
 from invact.trial_result import Trial
 from invact.trial_run import COMPRESSION, EXACT, INVACT, SELECTIVE, Run
@@ -104,7 +105,7 @@ def train_in_ways(
             seeds_done = _complete_rounds(seeds_done)
             if not seeds_done:
                 raise
-    trial = _compared(task, setting, seeds_done, batch_size, exact, memory_bytes)
+    trial = _compared(task, setting, seeds_done, batch_size, options)
     trial.setting = _in_words(setting, steps, batch_size, len(seeds), exact)
     trial.notes += notes
     if interrupted:
@@ -152,8 +153,7 @@ def _compared(
     setting: Setting,
     seeds_done: list[list[Training]],
     batch_size: int,
-    exact: bool,
-    memory_bytes: int | None,
+    options: Options,
 ) -> Trial:
     by_way = [list(trainees) for trainees in zip(*seeds_done, strict=True)]
     ended = sum(all(trainee.final_loss is not None for trainee in trainees) for trainees in seeds_done)
@@ -165,15 +165,19 @@ def _compared(
         return on_device(task.batch(0, 0, size), setting.device).inputs
 
     inputs = inputs_of(batch_size)
-    decided = decide(model, inputs, autocast=setting.autocast, exact=exact)
-    if memory_bytes is not None:
-        predicted = needs(model, inputs_of, setting, decided)
+    decided = decide(model, inputs, autocast=setting.autocast, exact=options.exact)
+    for run in runs:
+        run.predicted_peak_bytes = predicted_peak(run.name, task, setting, batch_size, options)
+    if options.memory_bytes is not None:
+        smaller = max(2, batch_size)  # batch norm refuses a single sample
+        batches = smaller, 2 * smaller
+        predicted = needs(model, inputs_of, setting, decided, batches=batches)
         if any(run.name == EXACT for run in runs):
             exactly = decide(model, inputs, autocast=setting.autocast, exact=True)
-            predicted[EXACT] = needs(model, inputs_of, setting, exactly)[INVACT]
+            predicted[EXACT] = needs(model, inputs_of, setting, exactly, batches=batches)[INVACT]
         for run in runs:
             if run.name in predicted:
-                run.largest_batch = predicted[run.name].largest_batch(memory_bytes)
+                run.largest_batch = predicted[run.name].largest_batch(options.memory_bytes)
     return Trial(
         title=task.title,
         setting="",
@@ -181,8 +185,7 @@ def _compared(
         yardsticks=Yardsticks(
             spread=_largest_difference(runs[0].losses_by_seed) if several else None,
             finals=runs[0].final_losses,
-            memory_bytes=memory_bytes,
-            batch_size=batch_size,
+            memory_bytes=options.memory_bytes,
         ),
         report=decided.report,
         layers=memory_by_layer(model, inputs, setting, decided),

@@ -103,6 +103,7 @@ class Trial:
             "kept for backward": _kept_in_words,
             "of baseline": lambda run: f"{run.bytes_of_all / stock.bytes_of_all:.1%}",
             "peak": lambda run: format_bytes(run.peak_bytes or 0),
+            "peak, predicted": _predicted_in_words,
             "s/step": lambda run: f"{run.seconds_per_step:.4f}",
             "last loss": lambda run: f"{run.losses[-1]:.4f}",
             "largest difference": lambda run: f"{run.largest_difference:.2g}",
@@ -113,6 +114,8 @@ class Trial:
         }
         if stock.peak_bytes is None:
             del columns["peak"]
+        if all(run.predicted_peak_bytes is None for run in self.runs):
+            del columns["peak, predicted"]
         if measure.spread is None:
             del columns["within spread"]
         if measure.final_spread is None:
@@ -124,6 +127,10 @@ class Trial:
 
 def _name_in_words(run: Run) -> str:
     return f"{run.name} (approximate)" if run.approximate else run.name
+
+
+def _predicted_in_words(run: Run) -> str:
+    return "-" if run.predicted_peak_bytes is None else format_bytes(run.predicted_peak_bytes)
 
 
 def _kept_in_words(run: Run) -> str:

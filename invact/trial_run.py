@@ -21,6 +21,8 @@ class Run:
         losses_by_seed: the same for every seed.
         largest_difference: of a loss from the baseline's at the same step and seed.
         final_losses: by seed, of the trained model on the same samples, whatever the way and the seed.
+        predicted_peak_bytes: of a whole step of one process on the device at hand, simulated; None where that does not
+            go, as under torch.compile.
         largest_batch: that fits the given memory, predicted; None if no memory was given, or where it is not predicted.
         processes: how many share a batch.
         sent_bytes: of gradients that a process gives to the others in a step, and what they are in fp32; None without.
@@ -34,6 +36,7 @@ class Run:
     losses_by_seed: list[list[float]]
     largest_difference: float = 0.0
     final_losses: list[float] = field(default_factory=list)
+    predicted_peak_bytes: int | None = None
     largest_batch: int | None = None
     processes: int = 1
     sent_bytes: tuple[int, int] | None = None

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from invact.arguments import Inputs
+from invact.fitting.lifetimes import WEIGHT, Lifetimes
 from invact.kept_storages import KeptStorages
 from invact.ledger import Ledger, storage_sizes
-from invact.living_storages import LivingStorages
 from invact.own_errors import first_line, own_error
 from invact.pytorch_inside import tree_leaves, tree_map_only
 from invact.simulation import Setting
@@ -155,13 +155,15 @@ class Trainee:
     def _loss_and_living_bytes(self, batch: Batch) -> Tensor:
         """Selective checkpointing keeps products in a dict of its own, which autograd's hooks do not see. So all that
         lives is counted, and of the batch, which was there before, what is kept."""
-        there_before = {
-            key for t in tree_leaves((batch.inputs, batch.targets)) if isinstance(t, Tensor) for key in storage_sizes(t)
-        }
-        with KeptStorages() as kept, LivingStorages() as living:
+        given = [t for t in tree_leaves((batch.inputs, batch.targets)) if isinstance(t, Tensor)]
+        there_before = {key for t in given for key in storage_sizes(t)}
+        lifetimes = Lifetimes()
+        for tensor in (*self._model.parameters(), *self._model.buffers(), *given):
+            lifetimes.see(tensor, WEIGHT)
+        with KeptStorages() as kept, lifetimes:
             loss = self._loss(batch)
         of_batch = sum(nbytes for key, nbytes in kept.sizes().items() if key in there_before)
-        self.activation_bytes = living.nbytes() + of_batch
+        self.activation_bytes = lifetimes.alive_bytes() + of_batch
         return loss
 
     @contextmanager

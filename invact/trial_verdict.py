@@ -21,13 +21,11 @@ class Yardsticks:
         spread: the largest difference between the baseline's losses of two seeds at the same step; None with one seed.
         finals: the baseline's final losses, by seed; those of models differ by less than those of their batches.
         memory_bytes: of the GPU that it is to fit, or None.
-        batch_size: of the trial.
     """
 
     spread: float | None = None
     finals: Sequence[float] = ()
     memory_bytes: int | None = None
-    batch_size: int = 1
 
     @property
     def final_spread(self) -> float | None:
@@ -61,15 +59,15 @@ class Yardsticks:
         return f"has a final loss off by {final:.2g}, more than the {self.final_spread:.2g} between seeds"
 
     def against_memory(self, run: Run) -> str | None:
-        """Why a way is not to be used for what it needs; None if it fits, or no memory was named."""
-        if self.memory_bytes is None or run.name == FIT:
+        """Why a way is not to be used for what it needs at its peak, predicted or, failing that, measured; None if it
+        fits, or no memory was named."""
+        if self.memory_bytes is None:
             return None
         memory = format_bytes(self.memory_bytes)
-        if run.largest_batch is not None:
-            return None if run.largest_batch >= self.batch_size else f"does not fit in {memory}"
-        if run.peak_bytes is not None:
-            return None if run.peak_bytes <= self.memory_bytes else f"does not fit in {memory}"
-        return f"is not predicted to fit in {memory}"
+        peak = run.peak_bytes if run.predicted_peak_bytes is None else run.predicted_peak_bytes
+        if peak is None:
+            return f"is not predicted to fit in {memory}"
+        return None if peak <= self.memory_bytes else f"does not fit in {memory}, its peak is {format_bytes(peak)}"
 
 
 def judge(runs: Sequence[Run], measure: Yardsticks) -> str:

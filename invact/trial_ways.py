@@ -11,7 +11,9 @@ from torch import nn
 
 from invact.arguments import Inputs
 from invact.checkpointing import enable_checkpointing
-from invact.patching import approximate_everywhere, patch
+from invact.fitting.choosing import DoesNotFitError
+from invact.fitting.step import NotSimulatedError
+from invact.patching import approximate_everywhere, fit, patch
 from invact.selective import checkpoint_selectively
 from invact.trial_run import BASELINE, COMPRESSION, EXACT, FIT, INVACT, SELECTIVE
 from invact.trial_task import NotTrainableError
@@ -64,18 +66,16 @@ _ALL = (*WAYS, *COMPILED_WAYS, *ON_DEMAND)
 
 
 def _fit(model: nn.Module, inputs: Inputs, options: Options) -> None:
-    import invact
-
     if options.memory_bytes is None:
         raise ValueError("The way fit is to fit a memory, and none was named. Name it: --gpu-memory 24GiB.")
     try:
-        invact.fit(
+        fit(
             model,
             inputs,
-            memory=f"{options.memory_bytes}B",
+            memory=options.memory_bytes,
             optimizer="adamw",
             autocast=options.autocast,
             exact=options.exact,
         )
-    except invact.DoesNotFitError as error:
+    except (DoesNotFitError, NotSimulatedError) as error:
         raise NotTrainableError(str(error)) from error

@@ -7,11 +7,14 @@ packing and the product are one kernel each.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .dispatch import TRITON_DTYPES, may_run_triton
+from .imitated import imitates
 from .own_thread import in_own_thread
 from .pytorch import CHUNK, on_real_cpu
 from .rounding import rounded_up, widened
@@ -28,15 +31,17 @@ def packed_codes(x: Tensor, steps: Steps) -> Tensor:
     Returns:
         uint8, k bytes for every eight elements that were begun.
     """
+    bits = bits_of(steps)
+    if x.dtype in TRITON_DTYPES and imitates("cuda", x):
+        return x.new_empty(nbytes(x.numel(), bits), dtype=torch.uint8)
     if x.dtype in TRITON_DTYPES and may_run_triton(x):
         from . import triton_codes
 
         return triton_codes.packed_codes(x, steps)
-    if not on_real_cpu(x):
-        return packed(codes(x, steps), bits_of(steps))
-    bits = bits_of(steps)
+    if not (on_real_cpu(x) or imitates("cpu", x)):
+        return packed(codes(x, steps), bits)
     into = x.new_empty(nbytes(x.numel(), bits), dtype=torch.uint8)
-    for start, end in _chunks(x.numel()):
+    for start, end in _chunks_of(x):
         into[start // 8 * bits : nbytes(end, bits)] = packed(codes(x[start:end], steps), bits)
     return into
 
@@ -48,16 +53,18 @@ def scaled(dy: Tensor, packed_codes: Tensor, steps: Steps) -> Tensor:
         dy: flat and dense, of any floating dtype, in the order of what was packed.
         packed_codes: as the function of that name gave them for the same steps.
     """
+    if dy.dtype in TRITON_DTYPES and imitates("cuda", dy):
+        return torch.empty_like(dy)
     if dy.dtype in TRITON_DTYPES and may_run_triton(dy) and may_run_triton(packed_codes):
         from . import triton_codes
 
         return triton_codes.scaled(dy, packed_codes, steps)
     bits = bits_of(steps)
-    if not on_real_cpu(dy):
+    if not (on_real_cpu(dy) or imitates("cpu", dy)):
         return (widened(dy) * _chosen(unpacked(packed_codes, dy.numel(), bits), dy, steps)).to(dy.dtype)
     dx = torch.empty_like(dy)
     table = values_on(steps, torch.device("cpu"), torch.promote_types(dy.dtype, torch.float32))
-    for start, end in _chunks(dy.numel()):
+    for start, end in _chunks_of(dy):
         index = unpacked(packed_codes[start // 8 * bits : nbytes(end, bits)], end - start, bits).int()
         torch.mul(dy[start:end], table.index_select(0, index), out=dx[start:end])
     return dx
@@ -140,7 +147,8 @@ def bounds_on(steps: Steps, device: torch.device) -> Tensor:
     return in_own_thread(lambda: torch.tensor(rounded, dtype=torch.float32, device=device))
 
 
-def _chunks(count: int) -> list[tuple[int, int]]:
-    """Of a flat tensor, so that the temporaries stay in a processor's cache."""
-    step = CHUNK * torch.get_num_threads()
-    return [(start, min(start + step, count)) for start in range(0, count, step)]
+def _chunks_of(flat: Tensor) -> Iterator[tuple[int, int]]:
+    """So that temporaries stay in a processor's cache; of a simulated tensor two, which allocate what all do."""
+    step, count = CHUNK * torch.get_num_threads(), flat.numel()
+    chunks = ((start, min(start + step, count)) for start in range(0, count, step))
+    return itertools.islice(chunks, 2 if imitates("cpu", flat) else None)

@@ -412,3 +412,38 @@ def test_an_empty_operand_of_a_cat_that_tells_how_it_lies_or_its_dtype(put_toget
     for model in (stock, ours):
         model(x).backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(stock.parameters(), ours.parameters(), strict=True))
+
+
+class Named(torch.autograd.Function):
+    """Has, as some do, something of its own under `name`, where other nodes of the graph have a method."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.name = "square"
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class Squared(nn.Module):
+    def forward(self, x):
+        return Named.apply(x)
+
+
+def test_a_function_with_a_name_of_its_own_trains_patched_and_is_fitted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), Squared(), nn.LayerNorm(128), nn.GELU(), nn.Linear(128, 64))
+    x = torch.randn(256, 64)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    report = invact.fit(model, (x,), memory="64MiB")
+    model(x).square().sum().backward()
+    assert report.saving > 0
+    assert 0 < report.peak_bytes <= 64 * 2**20
+    for parameter, stock in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, stock, rtol=1e-4, atol=1e-4)

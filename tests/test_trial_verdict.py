@@ -71,25 +71,31 @@ def test_bytes_of_all_processes_count():
 
 
 def test_what_does_not_fit_the_memory_is_out_before_all_else():
-    runs = [run("baseline", 1000, largest_batch=4), run("invact", 600, 1.05, largest_batch=8), run("selective", 500)]
-    said = judge([*runs, run("fit", 550, 1.1)], Yardsticks(0.4, [1.0, 1.02], memory_bytes=2**30, batch_size=8))
+    peaks = {"baseline": 2**30 + 2**20, "invact": 2**30, "selective": None, "fit": 2**29}
+    kept = {"baseline": 1000, "invact": 600, "selective": 500, "fit": 550}
+    runs = [run(name, kept[name], 1.05, predicted_peak_bytes=peak) for name, peak in peaks.items()]
+    said = judge(runs, Yardsticks(0.4, [1.0, 1.02], memory_bytes=2**30))
     assert "use fit: of the ways that fit in 1.00 GiB and whose losses stay within" in said
-    assert "baseline does not fit in 1.00 GiB" in said
+    assert "baseline does not fit in 1.00 GiB, its peak is 1.00 GiB; " in said
+    assert "invact does not fit" not in said
     assert "selective is not predicted to fit in 1.00 GiB" in said
 
 
-def test_a_measured_peak_says_whether_it_fits():
-    measure = Yardsticks(0.4, [1.0, 1.02], memory_bytes=1000, batch_size=8)
+def test_where_none_is_predicted_a_measured_peak_says_whether_it_fits():
+    measure = Yardsticks(0.4, [1.0, 1.02], memory_bytes=1000)
     small, large = run("exact", 10), run("exact", 10)
     small.peak_bytes, large.peak_bytes = 900, 1100
     assert measure.against_memory(small) is None
-    assert measure.against_memory(large) == "does not fit in 1000 B"
+    assert measure.against_memory(large) == "does not fit in 1000 B, its peak is 1.1 KiB"
+    small.predicted_peak_bytes = 1100
+    assert measure.against_memory(small) is not None
 
 
 def test_where_nothing_will_do_that_is_said():
-    stock = run("baseline", 1000, largest_batch=0)
-    said = judge([stock], Yardsticks(0.4, [1.0, 1.02], memory_bytes=2**30, batch_size=8))
-    assert said == "None of these is the one to use here. Not: baseline does not fit in 1.00 GiB."
+    stock = run("baseline", 1000, predicted_peak_bytes=2**31)
+    said = judge([stock], Yardsticks(0.4, [1.0, 1.02], memory_bytes=2**30))
+    why = "baseline does not fit in 1.00 GiB, its peak is 2.00 GiB."
+    assert said == f"None of these is the one to use here. Not: {why}"
 
 
 def test_where_nothing_saves_the_baseline_is_the_one_to_use():

@@ -14,8 +14,9 @@ from typer.testing import CliRunner, Result
 from invact.cli import app
 from invact.commands.adapters import Adapters
 from invact.commands.trial import Also
-from invact.living_storages import LivingStorages
-from invact.selective import checkpoint_selectively, repeated_blocks
+from invact.fitting.blocks import repeated_blocks
+from invact.fitting.lifetimes import WEIGHT, Lifetimes
+from invact.selective import checkpoint_selectively
 from invact.trial import train_in_ways
 from invact.trial_data import DataError
 from invact.trial_task import Batch, NotTrainableError, Task, make_task
@@ -107,14 +108,16 @@ def test_without_repeated_blocks_selective_is_left_out_with_a_note_and_refused_b
         checkpoint_selectively(model)
 
 
-def test_living_storages_are_those_made_inside_that_still_live():
+def test_alive_bytes_are_of_what_was_made_inside_and_still_lives():
     before = torch.ones(100)
-    with LivingStorages() as living:
+    lifetimes = Lifetimes()
+    lifetimes.see(before, WEIGHT)
+    with lifetimes:
         kept, view, dropped = before + 1, before[:10], torch.ones(1000)
         del dropped
-    assert living.nbytes() == 400
+    assert lifetimes.alive_bytes() == 400
     del kept, view
-    assert living.nbytes() == 0
+    assert lifetimes.alive_bytes() == 0
 
 
 def test_a_way_that_there_is_not_is_an_error_with_those_that_there_are():

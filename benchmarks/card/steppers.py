@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from ways import Way, stock
 
-from invact.living_storages import LivingStorages
+from invact.fitting.lifetimes import WEIGHT, Lifetimes
 from invact.timing import Race, wait_for, wall_seconds
 
 
@@ -65,10 +65,14 @@ class Stepper:
         if self.device.type == "cuda":
             loss = self.loss()
             return torch.cuda.memory_allocated(self.device) - self._allocated
-        with LivingStorages() as living:
+        lifetimes = Lifetimes()
+        for tensor in (*self.model.parameters(), *self.model.buffers(), *tree_leaves((self.inputs, self._directions))):
+            if isinstance(tensor, Tensor):
+                lifetimes.see(tensor, WEIGHT)
+        with lifetimes:
             loss = self.loss()
         gc.collect()
-        found = living.nbytes()
+        found = lifetimes.alive_bytes()
         del loss
         return found
 

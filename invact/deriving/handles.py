@@ -26,6 +26,7 @@ from invact.pytorch_inside import (
     current_stream,
     engine_call,
     keeps_graph,
+    node_name,
     nodes_made,
     shows_what_is_kept,
     when_backward_ends,
@@ -473,7 +474,7 @@ def kept_something(tensor: Tensor) -> None:
     keeping, last = _keeping_here(), nodes_made() - 1
     keeping[last] = None
     node = tensor.grad_fn
-    if node is not None and node.name() == "CloneBackward0" and node._sequence_nr() == last:
+    if node is not None and node_name(node) == "CloneBackward0" and node._sequence_nr() == last:
         keeping[last - 1] = None
     if len(keeping) > _MOST_NOTED:
         for oldest in list(itertools.islice(keeping, _MOST_NOTED // 2)):

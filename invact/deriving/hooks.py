@@ -38,6 +38,7 @@ from invact.pytorch_inside import (
     FakeTensor,
     StorageWeakRef,
     hooks_allowed,
+    node_name,
     outer_hooks,
     shows_what_is_kept,
     transforms_active,
@@ -157,7 +158,7 @@ class Deriving:
         node = tensor.grad_fn
         if node is None:
             handle = self._kept(tensor) if tensor.requires_grad else self._constant(tensor, sys._getframe(1))
-        elif tensor.numel() < SMALLEST or (name := node.name()) == "TBackward0" or not _is_plain(tensor):
+        elif tensor.numel() < SMALLEST or (name := node_name(node)) == "TBackward0" or not _is_plain(tensor):
             # Of that name are the weights of linear layers.
             handle = self._kept(tensor)
             if tensor.output_nr:
@@ -213,7 +214,7 @@ class Deriving:
     def _tell_of_norm(self, handle: Handle, node: Any, frame: Any) -> None:
         """Its statistics have a history, as those of the fused RMS norm have, and no other norm's."""
         told = _NORMS.get(frame.f_code)
-        if told is not None and isinstance(handle, Kept) and node.name() in _STATISTICS_WITH_HISTORY:
+        if told is not None and isinstance(handle, Kept) and node_name(node) in _STATISTICS_WITH_HISTORY:
             handle.setting = self._norm_settings(frame, told)
 
     def _with_history(self, tensor: Tensor, node: Any, name: str, frame: Any) -> Handle:
@@ -249,7 +250,7 @@ class Deriving:
         base: Any = whole.grad_fn
         between: list[tuple[Any, int]] = []
         above, output = node, number
-        while above is not base and above is not None and above.name() in VIEWS:
+        while above is not base and above is not None and node_name(above) in VIEWS:
             between.append((above, output))
             above, output = above.next_functions[0]
         awaited = [(above, output) for above, output in between if _is_awaited(above, output)]
@@ -303,7 +304,7 @@ class Deriving:
         return isinstance(kept, Kept | Derived) and kept.made_in_place == version
 
     def _derived(self, tensor: Tensor, node: Any, number: int, version: int, frame: Any) -> Handle | None:
-        name = node.name()
+        name = node_name(node)
         if name in _OF_TWO and any(self._is_surely_not_at_hand(*edge) for edge in node.next_functions):
             return self._later(tensor, node, number)
         rule, self._left = RULES[name], MOST_SEARCHED
@@ -335,7 +336,7 @@ class Deriving:
         while node is not None:
             if self._noted(node.metadata, (_FOUND, number)) is not None:
                 return False
-            name = node.name()
+            name = node_name(node)
             if name not in _OF_ONE and not (name == "MulBackward0" and kept_by(node, "self") is None):
                 return name in SUMS or (name not in RULES and name != _LEAF)
             node, number = node.next_functions[0]
@@ -349,7 +350,7 @@ class Deriving:
         contiguous is not contiguous either.
         """
         base = tensor if tensor._base is None else tensor._base
-        if name not in _COPIES and (base.grad_fn is None or base.grad_fn.name() not in _COPIES):
+        if name not in _COPIES and (base.grad_fn is None or node_name(base.grad_fn) not in _COPIES):
             return base.is_contiguous()
         views = []
         while isinstance(handle, Derived) and not handle.moves:
@@ -368,7 +369,7 @@ class Deriving:
         known = self._noted(metadata, (_FOUND, number))
         if known is not None:
             return (known.apart or known) if known.may_be_read else None
-        name = node.name()
+        name = node_name(node)
         if name == _LEAF:
             return self._leaf(node.variable)
         rule = RULES.get(name)
@@ -403,7 +404,7 @@ class Deriving:
 
     def _later(self, tensor: Tensor, node: Any, number: int) -> Kept | None:
         """Keeps a tensor until somebody keeps what it can be made of, as `x * sigmoid(x)` does, the sigmoid first."""
-        name = node.name()
+        name = node_name(node)
         if name in SUMS and not _turns_a_part(node):  # most are residual sums, of which nothing would come
             return None
         self._left = MOST_SEARCHED
@@ -430,7 +431,7 @@ class Deriving:
         found = self._find(node, number)
         if found is not None:
             return found
-        name = node.name()
+        name = node_name(node)
         rule = RULES.get(name)
         summed = name in SUMS
         if name == _LEAF or (summed and not _turns_a_part(node)):
@@ -461,17 +462,17 @@ class Deriving:
         if not _is_plain(tensor):
             kind = f"a {type(tensor).__name__}" if type(tensor) not in _PLAIN else "sparse or nested"
             return f"{kind}, which has rules of its own"
-        if node.name() not in RULES:
+        if node_name(node) not in RULES:
             return "there is no recipe for that operator"
-        if tensor._version and not self._worked_in_place(node, node.name(), tensor._version):
+        if tensor._version and not self._worked_in_place(node, node_name(node), tensor._version):
             return "changed in place"
         self._left = MOST_SEARCHED
-        recipe = RULES[node.name()](node, tensor.output_nr, self._find)
+        recipe = RULES[node_name(node)](node, tensor.output_nr, self._find)
         if recipe is not None:
             return f"its recipe would take more than {MOST_STEPS} steps" if recipe.steps > MOST_STEPS else ""
-        if node.name() in _TOLD_IN_THEIR_CALL:
+        if node_name(node) in _TOLD_IN_THEIR_CALL:
             return "it takes numbers that autograd does not record"
-        if node.name() in SUMS:
+        if node_name(node) in SUMS:
             return "it would be added up from another sum that is not kept, and so on"
         return "what it would be made again from is not kept either"
 
@@ -523,7 +524,7 @@ def _made_by_a_rule(node: Any, name: str) -> bool:
         node = node.next_functions[0][0]
         if node is None:
             return False
-        name = node.name()
+        name = node_name(node)
     return name in RULES and name not in ON_THE_WAY
 
 
@@ -532,7 +533,7 @@ def _is_exact_down_to_copies(node: Any) -> bool:
     left, nodes = MOST_SEARCHED, [node]
     while nodes and left:
         left, node = left - 1, nodes.pop()
-        name = None if node is None else node.name()
+        name = None if node is None else node_name(node)
         if name in _EXACT:
             nodes += [producer for producer, _ in node.next_functions]
         elif name in RULES and name not in _COPIES:
@@ -552,10 +553,10 @@ def _is_awaited(node: Any, number: int) -> bool:
 
 def _turns_a_part(node: Any) -> bool:
     """Whether a sum is as of the queries and keys of one projection: `x * cos + y * sin`, of a part x of a tensor."""
-    if not all(producer is not None and producer.name() == "MulBackward0" for producer, _ in node.next_functions[:2]):
+    if not all(summand is not None and node_name(summand) == "MulBackward0" for summand, _ in node.next_functions[:2]):
         return False
     while node is not None:
-        name = node.name()
+        name = node_name(node)
         if name in _PARTS or not (name in SUMS or name in _OF_ONE or name == "MulBackward0"):
             return name in _PARTS
         node = node.next_functions[0][0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, PackedMask, kept_by
 from invact.deriving.words import in_words, listed
 from invact.ledger import Entry, Key, Ledger, dense_parts, storage_sizes
-from invact.pytorch_inside import StorageWeakRef, changes_in_place, transforms_active
+from invact.pytorch_inside import StorageWeakRef, changes_in_place, node_name, transforms_active
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Journal:
         path, version = self._ledger.running(), changes_in_place(tensor)
         node = tensor.grad_fn
         alone = tensor if node is None else tensor.detach()
-        note = _Note(weakref.ref(handle), alone, version, "" if node is None else node.name(), path, why_kept)
+        note = _Note(weakref.ref(handle), alone, version, "" if node is None else node_name(node), path, why_kept)
         self._notes.append(note)
         self._packers.setdefault(handle, []).append(path)
         self._kept_as.setdefault(handle, note)
@@ -111,7 +111,7 @@ class Journal:
         """A recipe was found for an output of `node`."""
         metadata = node._input_metadata[number]
         nbytes = math.prod(metadata.shape) * metadata.dtype.itemsize
-        self._made[handle] = (node.name(), self._path_of(node), nbytes)
+        self._made[handle] = (node_name(node), self._path_of(node), nbytes)
 
     def _path_of(self, node: Any) -> str | None:
         """The module that ran the operator, told by who was running when it kept its own operands; or None."""

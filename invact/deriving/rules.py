@@ -28,7 +28,7 @@ from invact.deriving.handles import Bits, Derived, Handle, Kept, LogProbabilitie
 from invact.deriving.parameters import is_parameter
 from invact.kernels.masks import dropped, unpacked
 from invact.kernels.rounding import rounded
-from invact.pytorch_inside import make_contiguous_strides_for
+from invact.pytorch_inside import make_contiguous_strides_for, node_name
 
 aten = torch.ops.aten
 
@@ -387,7 +387,7 @@ def batch_norm(node: Node, told: Any, find: Find) -> Derived | None:
             return None  # the copies, which nobody counts, are to be nothing beside what they make again
         mean, var = (each.repeat(told.images) for each in told.running)
         return _with_optional(lambda x, w, b: F.batch_norm(x, mean, var, w, b, eps=eps), x, weight, bias)
-    if node.name() != "NativeBatchNormBackward0":  # only they themselves know how they round
+    if node_name(node) != "NativeBatchNormBackward0":  # only they themselves know how they round
         return _with_optional(lambda x, w, b: F.batch_norm(x, None, None, w, b, True, eps=eps), x, weight, bias)
     mean, invstd = saved(node, "result1"), saved(node, "result2")
     return _with_optional(
@@ -437,7 +437,7 @@ def along_a_row(node: Node, number: int, find: Find) -> Derived | None:
     dim, keepdim = settings(node, "dim", "keepdim")
     if dim is None or len(dim) != 1 or not keepdim:
         return None
-    operator = torch.mean if node.name() == "MeanBackward1" else torch.sum
+    operator = torch.mean if node_name(node) == "MeanBackward1" else torch.sum
     dtype = node._input_metadata[0].dtype
     return derived(lambda x: operator(x, dim, keepdim=True, dtype=dtype), _surely_laid_out(produced(node, 0, find)))
 
@@ -465,7 +465,7 @@ def cast(node: Node, number: int, find: Find) -> Derived | None:
     to, (producer, output) = node._input_metadata[0], node.next_functions[0]
     if producer is None or producer._input_metadata[output].device != to.device:
         return None
-    if producer.name() == "torch::autograd::AccumulateGrad" and is_parameter(producer.variable):
+    if node_name(producer) == "torch::autograd::AccumulateGrad" and is_parameter(producer.variable):
         return None
     dtype = to.dtype
     handle = derived(lambda x: x.to(dtype), find(producer, output))
@@ -543,7 +543,7 @@ def clone(node: Node, number: int, find: Find) -> Derived | None:
 @rule("CatBackward0", "StackBackward0")
 def cat_or_stack(node: Node, number: int, find: Find) -> Derived | None:
     (dim,) = settings(node, "dim")
-    stacked = node.name() == "StackBackward0"
+    stacked = node_name(node) == "StackBackward0"
     edges = [edge for edge, (producer, _) in enumerate(node.next_functions) if producer is not None or stacked]
     if len(edges) < len(node.next_functions) and not _fill(node, dim, edges):
         return None

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invact.deriving.rules import VIEWS, signed
+from invact.pytorch_inside import node_name
 
 Node = Any
 
@@ -37,7 +38,7 @@ class Stead(NamedTuple):
 def stead_of(tensor: Tensor, node: Node, frame: Any) -> Stead | None:
     """What can be kept in the stead of `tensor`, an output of `node`; `frame` is what called its operator."""
     value = tensor.detach()
-    name = node.name()
+    name = node_name(node)
     while (undo := _UNDO.get(name)) is not None:
         undone = undo(value, node)
         if undone is None:
@@ -45,7 +46,7 @@ def stead_of(tensor: Tensor, node: Node, frame: Any) -> Stead | None:
         value, (node, _) = undone, node.next_functions[0]
         if node is None:
             return None
-        name = node.name()
+        name = node_name(node)
     part = _PARTS.get(name)
     if part is not None:
         return part(value, node)
@@ -114,7 +115,7 @@ def _copied(value: Tensor, node: Node) -> Stead | None:
     producer, number = node.next_functions[0]
     if producer is None:
         return None
-    if producer.name() == "ExpandBackward0":
+    if node_name(producer) == "ExpandBackward0":
         return _repeated(value, producer)
     return Stead(value, producer, number, smaller=False)
 
@@ -146,7 +147,7 @@ def _logits(node: Node, frame: Any) -> Stead | None:
     if producer is None:
         return None
     read = _in_a_variable(frame, producer, number)
-    if read is None and producer.name() == "ToCopyBackward0":  # autocast's, which nobody sees
+    if read is None and node_name(producer) == "ToCopyBackward0":  # autocast's, which nobody sees
         producer, number = producer.next_functions[0]
         read = None if producer is None else _in_a_variable(frame, producer, number)
     if read is None or read._version:
@@ -158,9 +159,9 @@ def _logits(node: Node, frame: Any) -> Stead | None:
     if dtype is None:
         return None
     between = producer
-    while (undo := _UNDO.get(between.name())) is not None and (undone := undo(value, between)) is not None:
+    while (undo := _UNDO.get(node_name(between))) is not None and (undone := undo(value, between)) is not None:
         value, (between, _) = undone, between.next_functions[0]
-    if between.name() == "ToCopyBackward0" and (cast := _cast(value, between)) is not None:
+    if node_name(between) == "ToCopyBackward0" and (cast := _cast(value, between)) is not None:
         return cast
     return Stead(read.detach().to(dtype), None, 0, smaller=True)
 
@@ -180,7 +181,7 @@ def _narrow_before(producer: Node, number: int) -> torch.dtype | None:
         dtype: torch.dtype = producer._input_metadata[number].dtype
         if dtype in _NARROW:
             return dtype
-        if producer.name() not in _SAME_NUMBERS:
+        if node_name(producer) not in _SAME_NUMBERS:
             return None
         producer, number = producer.next_functions[0]
     return None

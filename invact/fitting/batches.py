@@ -86,6 +86,7 @@ def needs(
     decided: Decided,
     *,
     optimizer: OptimizerLike = "adamw",
+    batches: tuple[int, int] = _BATCHES,
 ) -> dict[str, Need]:
     """What a training step needs at its peak, by way of training.
 
@@ -94,13 +95,15 @@ def needs(
         inputs_of: makes the model's inputs, best with labels, for a batch size.
         decided: what invact does to the model.
         optimizer: a name of `invact.fitting.optimizers.NAMES`, or one of the user's.
+        batches: two sizes, the smaller first, best near those asked for: kernels on a CPU work in pieces, so that some
+            temporaries grow with small batches alone.
 
     Raises:
         NotSimulatedError: the step does not run on simulated tensors.
     """
     ways = [way for way in _IN_WORDS if "checkpointing" not in way or can_checkpoint(model)]
     steps: dict[str, list[Step]] = {way: [] for way in ways}
-    for batch in _BATCHES:
+    for batch in batches:
         with simulated_training(model, inputs_of(batch), setting, optimizer) as take_step:
             for way in ways:
                 with (
@@ -108,15 +111,15 @@ def needs(
                     checkpointed(model) if "checkpointing" in way else nullcontext(),
                 ):
                     steps[way].append(take_step())
-    return {way: _need(*pair) for way, pair in steps.items()}
+    return {way: _need(*pair, batches) for way, pair in steps.items()}
 
 
-def _need(small: Step, large: Step) -> Need:
+def _need(small: Step, large: Step, batches: tuple[int, int]) -> Need:
     """From the same step with two batches."""
     pairs = list(zip(small.alive, large.alive, strict=False))
     if len(small.alive) != len(large.alive):  # it ran otherwise with more samples
         pairs = [(max(small.alive), max(large.alive))]
-    first, second = _BATCHES
+    first, second = batches
     lines = set()
     for at_first, at_second in pairs:
         per_sample = max(0, -(-(at_second - at_first) // (second - first)))

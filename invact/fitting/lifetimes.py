@@ -20,6 +20,7 @@ from invact.pytorch_inside import (
     TorchDispatchMode,
     cast_operation,
     current_node,
+    node_name,
     nodes_made,
     storage_identity,
     tree_leaves,
@@ -84,6 +85,7 @@ class Lifetimes(TorchDispatchMode):
         self._device = device
         self.now = 0
         self._made: list[tuple[int, int, str, str]] = []
+        self._there_before: set[int] = set()
         self._died: dict[int, int] = {}
         self._alive: dict[Key, tuple[int, Any]] = {}
         self._running: list[str] = []
@@ -101,7 +103,9 @@ class Lifetimes(TorchDispatchMode):
 
     def see(self, tensor: Tensor, what: str) -> None:
         """Follows a tensor that was there before, under a name of its own in the place of an operator's."""
+        first = len(self._made)
         self._see(tensor, what)
+        self._there_before.update(range(first, len(self._made)))
 
     def numbers(self, tensor: Tensor) -> Iterator[int]:
         """Which of `allocations` hold what a tensor holds."""
@@ -113,6 +117,22 @@ class Lifetimes(TorchDispatchMode):
     def alive(self) -> set[int]:
         """Which of `allocations` were not freed so far."""
         return {number for number, _ in self._alive.values()}
+
+    def alive_bytes(self) -> int:
+        """Of what operations made and was not freed so far.
+
+        What was there before counts where an operation gave a view of it, unless it was told of by `see`.
+
+        Example:
+            >>> weight = torch.ones(8)
+            >>> with Lifetimes() as lifetimes:
+            ...     lifetimes.see(weight, WEIGHT)
+            ...     row, kept, dropped = weight[:2], torch.ones(4), torch.ones(100)
+            >>> del dropped
+            >>> lifetimes.alive_bytes()
+            16
+        """
+        return sum(self._made[number][0] for number in self.alive() - self._there_before)
 
     @contextmanager
     def by_module(self, model: nn.Module) -> Iterator[dict[str, Call]]:
@@ -193,7 +213,7 @@ class Lifetimes(TorchDispatchMode):
         if self._running:  # a region that is run once more
             return self._running[-1], ""
         place = bisect.bisect_right(self._nodes, node._sequence_nr()) - 1
-        return (self._paths[place] if place >= 0 else ""), node.name()
+        return (self._paths[place] if place >= 0 else ""), node_name(node)
 
     def _note_nodes(self) -> None:
         """From this node of the graph on, nodes are of the module that runs now."""
