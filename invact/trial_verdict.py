@@ -75,7 +75,8 @@ def judge(runs: Sequence[Run], measure: Yardsticks) -> str:
 
     Ways that do not fit the memory, if one was named, are out, and ways whose losses leave the spread between seeds.
     Of those that remain it is the one that keeps the fewest bytes for the whole batch, and of several that keep as few,
-    the fastest.
+    the fastest; where they have a memory to fit, and do, the fastest of all, and of several as fast, the one that keeps
+    the fewest bytes.
 
     Args:
         runs: the baseline first.
@@ -85,12 +86,14 @@ def judge(runs: Sequence[Run], measure: Yardsticks) -> str:
     if not remaining:
         return f"None of these is the one to use here. {_refusals(refused)}"
     stock = runs[0]
-    best = _fewest_bytes(remaining)
+    best = _fewest_bytes(remaining) if measure.memory_bytes is None else _fastest(remaining)
     words = [f"For this workload use {_name(best)}: {_why(best, stock, measure)}."]
     faster, others = _worth_their_bytes(remaining, best, stock)
     if faster:
         words.append(f"Where that time is too long: {_figures(faster, stock)}.")
-    if others:
+    if others and measure.memory_bytes is not None:
+        words.append(f"These fit as well: {_figures(others, stock)}.")
+    elif others:
         words.append(f"Nothing is won by: {_figures(others, stock)}.")
     if refused:
         words.append(_refusals(refused))
@@ -102,6 +105,12 @@ def judge(runs: Sequence[Run], measure: Yardsticks) -> str:
 def _fewest_bytes(runs: Sequence[Run]) -> Run:
     fewest = min(run.bytes_of_all for run in runs)
     return min((run for run in runs if run.bytes_of_all <= (1 + _ALIKE) * fewest), key=lambda run: run.seconds_per_step)
+
+
+def _fastest(runs: Sequence[Run]) -> Run:
+    least = min(run.seconds_per_step for run in runs)
+    as_fast = (run for run in runs if run.seconds_per_step <= (1 + _ALIKE) * least)
+    return min(as_fast, key=lambda run: run.bytes_of_all)
 
 
 def _worth_their_bytes(runs: Sequence[Run], best: Run, stock: Run) -> tuple[list[Run], list[Run]]:
@@ -122,8 +131,10 @@ def _worth_their_bytes(runs: Sequence[Run], best: Run, stock: Run) -> tuple[list
 
 def _why(best: Run, stock: Run, measure: Yardsticks) -> str:
     within = "stay within the spread between seeds" if measure.spread is not None else "are the baseline's to rounding"
-    fitting = "" if measure.memory_bytes is None else f"that fit in {format_bytes(measure.memory_bytes)} and "
-    return f"of the ways {fitting}whose losses {within} it keeps the fewest bytes, {_figure(best, stock)}"
+    if measure.memory_bytes is None:
+        return f"of the ways whose losses {within} it keeps the fewest bytes, {_figure(best, stock)}"
+    fitting = f"that fit in {format_bytes(measure.memory_bytes)} and whose losses {within}"
+    return f"of the ways {fitting} it takes the least time, {_figure(best, stock)}"
 
 
 def _figures(runs: Sequence[Run], stock: Run) -> str:
