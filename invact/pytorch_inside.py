@@ -77,6 +77,10 @@ math_attention: Callable[..., Any] = _found(torch.ops.aten, "_scaled_dot_product
 # The operation behind a change of dtype: copies of weights under autocast would be counted as activations.
 cast_operation: Any = _found(_found(torch.ops.aten, "_to_copy"), "default")
 
+# How C++ asks for a fake tensor's device, twice as often as it runs an operator: each time the long way round.
+device_query: Any = _found(_found(torch.ops.prim, "device"), "default")
+_found(FakeTensorMode, "dispatch")
+
 # nn.MultiheadAttention's function as PyTorch has it, which hides its operations from a mode: see `seen_by_modes`.
 stock_multi_head_attention: types.FunctionType = _found(functional, "multi_head_attention_forward")
 
@@ -287,6 +291,7 @@ __all__ = [
     "current_backward",
     "current_node",
     "current_stream",
+    "device_query",
     "efficient_attention",
     "engine_call",
     "flash_attention",
