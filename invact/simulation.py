@@ -26,12 +26,14 @@ from invact.pytorch_inside import (
     FakeTensorMode,
     TorchDispatchMode,
     checkpoint_generator,
+    detach_operator,
     device_query,
     efficient_attention,
     flash_attention,
     has_fused_rms_norm,
     hooks_taken_off,
     math_attention,
+    on_meta,
     seen_by_modes,
     stock_attention,
     stock_multi_head_attention,
@@ -97,11 +99,15 @@ class AsOnGpu(TorchFunctionMode):
         self._device = setting.device
         self._on_cpu = stand_in(setting.device).type == "cpu"
         self._in_others_attention = False
+        attention = (stock_attention, stock_multi_head_attention, F.multi_head_attention_forward)
+        self._imitated = frozenset((F.dropout, F.rms_norm, torch.rms_norm, *attention))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func not in self._imitated:  # of a hundred thousand, most of them questions for a tensor's attributes
+            return users_call(func, *args, **kwargs)
         if self._on_cpu and func is F.dropout:
             return users_call(_dropout, *args, **kwargs)
         if self._on_cpu and func in (F.rms_norm, torch.rms_norm) and has_fused_rms_norm(self._device):
@@ -263,6 +269,8 @@ class Simulation(FakeTensorMode):
     ) -> Any:
         if func is device_query and type(args[0]) is FakeTensor:  # two of three calls
             return args[0].device
+        if func is detach_operator and type(args[0]) is FakeTensor and args[0].constant is None:  # every third of those
+            return self._detached(args[0])
         if self._in_operator:
             return users_call(self.dispatch, func, types, args, kwargs or {})
         self._in_operator = True
@@ -273,6 +281,12 @@ class Simulation(FakeTensorMode):
         if self._deadline is not None:
             self._deadline.check(out)
         return out
+
+    def _detached(self, tensor: FakeTensor) -> FakeTensor:
+        """As `dispatch` gives it, which looks up in its cache what a detached tensor looks like."""
+        with on_meta(self):
+            detached = detach_operator(tensor)
+        return FakeTensor(self, detached, tensor.fake_device)
 
     def _as_real_kernels(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         packet = getattr(func, "overloadpacket", None)  # which operators of higher order have not
