@@ -19,6 +19,7 @@ from invact.pytorch_inside import (
     StorageWeakRef,
     TorchDispatchMode,
     cast_operation,
+    device_query,
     is_traceable_wrapper_subclass,
     sparse_parts,
 )
@@ -66,6 +67,8 @@ class _Casts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is device_query:  # as often as all operators together, and each mode below would be told of it
+            return args[0].device
         out = users_call(func, *args, **(kwargs or {}))
         if func is cast_operation and out.dtype is not args[0].dtype:
             for copied, source in zip(dense_parts(out), dense_parts(args[0]), strict=False):

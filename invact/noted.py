@@ -91,7 +91,7 @@ class NotedDict:
 
     @classmethod
     def of(cls, owner: Any) -> NotedDict:
-        base = collections.OrderedDict if isinstance(owner, collections.OrderedDict) else dict
+        base = _base_of(owner)
         return cls(owner, base, tuple(base.keys(owner)), tuple(base.values(owner)))
 
     def put_back(self) -> None:
@@ -111,6 +111,21 @@ class NotedDict:
         for key, value in zip(self.keys, self.values, strict=True):
             if not (_dead(key) or _dead(value)) and dict.get(self.owner, key, MISSING) is not value:
                 self.base.__setitem__(self.owner, key, value)
+
+
+def _base_of(owner: Any) -> Any:
+    return collections.OrderedDict if isinstance(owner, collections.OrderedDict) else dict
+
+
+@dataclass(slots=True)
+class NotedEmptyDict:
+    """A dict, or an OrderedDict, that held nothing."""
+
+    owner: Any
+
+    def put_back(self) -> None:
+        if dict.__len__(self.owner):
+            NotedDict(self.owner, _base_of(self.owner), (), ()).put_back()
 
 
 @dataclass(slots=True)

@@ -30,6 +30,7 @@ from invact.fusing import fused_norms
 from invact.kernels import Curve
 from invact.ledger import Entry, Key
 from invact.norms import Fusion, walk_norms
+from invact.one_thread import in_one_thread
 from invact.own_loss import OwnLoss, loss_bytes
 from invact.patchers import example_inputs as make_inputs
 from invact.probing import Call, Observation, Stock, observe
@@ -188,7 +189,7 @@ def _decide(
 ) -> Decided:
     """Walk, probe, choose; then probe again with the choice applied, so that both totals are counts."""
     already = [site for path, module in model.named_modules() for site in _already_inverted(path, module)]
-    with as_it_was(model):
+    with as_it_was(model), in_one_thread():
         found = list(walk(model))
         fusible = has_fused_rms_norm(setting.device) and not (exact or everywhere)
         norms = list(walk_norms(unpatched_modules(model))) if fusible else []
@@ -220,7 +221,8 @@ def _decide(
     chosen = {site.path: site.action for site in sites if site.action in (INVERT, APPROXIMATE)}
     decided = Decided(setting, Report(sites=[*sites, *already]), {}, {}, {})
     allowed_norms = {norm.path for norm in norms if _allowed(norm.path, include, exclude)}
-    decided.report.fused = fused_norms(norms, choice.calls, allowed_norms, setting)
+    with in_one_thread():
+        decided.report.fused = fused_norms(norms, choice.calls, allowed_norms, setting)
     chosen_norms = {norm.path for norm in decided.report.fused}
     decided.norms.update({norm.path: norm.fusion for norm in norms if norm.path in chosen_norms})
     for site in found:

@@ -7,7 +7,7 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +31,12 @@ from invact.norms import FoundNorm
 from invact.own_errors import raised_by_invact, users_call
 from invact.own_loss import OwnLoss, own_loss
 from invact.patchers import as_on_real_tensors
-from invact.pytorch_inside import FakeTensorMode, changes_in_place, transforms_active, tree_map_only
+from invact.pytorch_inside import changes_in_place, transforms_active, tree_map_only
 from invact.rewriting import Runner, Written
 from invact.simulation import (
     AsOnGpu,
-    AsRealKernels,
     Setting,
+    Simulation,
     autocast_as_set,
     autocast_here,
     checkpoints_counted,
@@ -164,7 +164,7 @@ def observe(
     """
     probe = _Probe(model, inputs, setting, watch, checkpointing, computed, derived, derives)
     with ONE_AT_A_TIME:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = Simulation(setting)
         at_first = references_to(mode)
         found = probe.on_simulated_tensors(mode)
         if isinstance(found, str):
@@ -191,7 +191,7 @@ class _Probe:
     derived: bool
     derives: Mapping[str, bool]
 
-    def on_simulated_tensors(self, mode: FakeTensorMode) -> Observation | str:
+    def on_simulated_tensors(self, mode: Simulation) -> Observation | str:
         """What was kept, or why the model does not run so."""
         device = stand_in(self.setting.device)
         try:
@@ -200,8 +200,8 @@ class _Probe:
                 simulated(self.model, self.inputs, self.setting, mode) as (weights, inputs),
             ):
                 as_on_gpu = AsOnGpu(self.setting) if self.setting.device.type == "cuda" else nullcontext()
-                with as_on_gpu, AsRealKernels(self.setting), fake_tensor_log_silent():
-                    found = self._run(weights, inputs)
+                with as_on_gpu, fake_tensor_log_silent():
+                    found = self._run(weights, inputs, mode.limited(TIME_LIMIT))
         except Exception as error:
             if _ends_the_probe(error):
                 raise
@@ -231,9 +231,9 @@ class _Probe:
 
     def _run_real(self, inputs: Inputs) -> Observation:
         with as_it_was(self.model, self.inputs, tensors=True):
-            return self._run(_weights(self.model), inputs)
+            return self._run(_weights(self.model), inputs, TimeLimit(TIME_LIMIT))
 
-    def _run(self, weights: dict[str, Tensor], inputs: Any) -> Observation:
+    def _run(self, weights: dict[str, Tensor], inputs: Any, time_limit: AbstractContextManager[Any]) -> Observation:
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
         calls: list[_OpenCall] = []
         checkpoints, without_hooks = [0], [0]
@@ -247,7 +247,7 @@ class _Probe:
             stack.enter_context(hooks_standing_aside(packs_for_us, without_hooks))
             stack.enter_context(autocast_as_set(self.setting))
             stack.enter_context(_recorded(self.model, self.watch, ledger, calls, self.derives))
-            stack.enter_context(TimeLimit(TIME_LIMIT))
+            stack.enter_context(time_limit)
             with computed or nullcontext(), ledger, journal.open() if journal else nullcontext():
                 # In a context of its own: what forward sets context variables to ends with it.
                 call = contextvars.copy_context().run
@@ -277,7 +277,7 @@ class _Probe:
 
 @contextmanager
 def simulated(
-    model: nn.Module, inputs: Inputs, setting: Setting, mode: FakeTensorMode
+    model: nn.Module, inputs: Inputs, setting: Setting, mode: Simulation
 ) -> Iterator[tuple[dict[str, Tensor], Any]]:
     """The model's weights and the inputs as simulated tensors; after the block the model is what it was."""
     device, moved = stand_in(setting.device), setting.device != device_of(model)
@@ -290,7 +290,7 @@ def packs_for_us(pack: Any) -> bool:
     return isinstance(getattr(pack, "__self__", None), Ledger | Deriving)
 
 
-def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device, moved: bool) -> Tensor:
+def _fake(mode: Simulation, tensor: Tensor, device: torch.device, moved: bool) -> Tensor:
     """A simulated tensor on `device`, or, of a model that is planned for where it is, where it is."""
     if not moved and not tensor.is_meta:
         device = tensor.device

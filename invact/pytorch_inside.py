@@ -42,7 +42,7 @@ try:
     from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
 
     # Simulated tensors, which a probe runs the model on: without them each probe would be a real forward pass.
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
     # A storage's identity, and whether it still lives: without it the ledger would count some storages twice.
     from torch.multiprocessing.reductions import StorageWeakRef
@@ -76,6 +76,14 @@ math_attention: Callable[..., Any] = _found(torch.ops.aten, "_scaled_dot_product
 
 # The operation behind a change of dtype: copies of weights under autocast would be counted as activations.
 cast_operation: Any = _found(_found(torch.ops.aten, "_to_copy"), "default")
+
+# How C++ asks for a fake tensor's device, twice as often as it runs an operator: each time the long way round.
+device_query: Any = _found(_found(torch.ops.prim, "device"), "default")
+_found(FakeTensorMode, "dispatch")
+
+# The operator whose output needs no looking up, and the block in which operators take fake tensors for those on meta.
+detach_operator: Any = torch.ops.aten.detach.default
+on_meta: Any = in_kernel_invocation_manager
 
 # nn.MultiheadAttention's function as PyTorch has it, which hides its operations from a mode: see `seen_by_modes`.
 stock_multi_head_attention: types.FunctionType = _found(functional, "multi_head_attention_forward")
@@ -293,6 +301,8 @@ __all__ = [
     "current_backward",
     "current_node",
     "current_stream",
+    "detach_operator",
+    "device_query",
     "efficient_attention",
     "engine_call",
     "flash_attention",
@@ -308,6 +318,7 @@ __all__ = [
     "modes_off",
     "names_missing",
     "nodes_made",
+    "on_meta",
     "outer_hooks",
     "plain_parts",
     "schema_of",

@@ -22,19 +22,25 @@ from invact.own_errors import ImitatedError, users_call
 from invact.pytorch_inside import (
     RELEASE,
     CheckpointFunction,
+    FakeTensor,
+    FakeTensorMode,
     TorchDispatchMode,
     checkpoint_generator,
+    detach_operator,
+    device_query,
     efficient_attention,
     flash_attention,
     has_fused_rms_norm,
     hooks_taken_off,
     math_attention,
+    on_meta,
     seen_by_modes,
     stock_attention,
     stock_multi_head_attention,
     suggest_memory_format,
     torch_graph,
 )
+from invact.time_limit import Deadline
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,15 @@ class AsOnGpu(TorchFunctionMode):
         self._device = setting.device
         self._on_cpu = stand_in(setting.device).type == "cpu"
         self._in_others_attention = False
+        attention = (stock_attention, stock_multi_head_attention, F.multi_head_attention_forward)
+        self._imitated = frozenset((F.dropout, F.rms_norm, torch.rms_norm, *attention))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func not in self._imitated:  # of a hundred thousand, most of them questions for a tensor's attributes
+            return users_call(func, *args, **kwargs)
         if self._on_cpu and func is F.dropout:
             return users_call(_dropout, *args, **kwargs)
         if self._on_cpu and func in (F.rms_norm, torch.rms_norm) and has_fused_rms_norm(self._device):
@@ -219,13 +229,15 @@ def _added(mask: Tensor, query: Tensor) -> Tensor:
     return mask
 
 
-class AsRealKernels(TorchDispatchMode):
-    """Makes fake tensors refuse the dtypes, and take the strides, that the kernels behind real ones do.
+class Simulation(FakeTensorMode):
+    """Fake tensors that refuse the dtypes, and take the strides, that the kernels behind real ones do; and in time.
 
     On fake tensors PyTorch lets matrix products of mixed dtypes pass, and its batch and group norm on the CPU lay their
     output out otherwise: then a reshape after it copies in one case and not in the other. Norms with 32-bit weights
     keep 32-bit statistics of 16-bit inputs there, and layer norms on a GPU always do. How much oneDNN's LSTM keeps it
     does not know at all.
+
+    All in the one mode that fake tensors need: each further one would add a tenth to the time of a pass.
     """
 
     # And where what makes their statistics 32-bit ones stands among the arguments: the weight, running means as well.
@@ -238,15 +250,48 @@ class AsRealKernels(TorchDispatchMode):
     _imitated = frozenset((*(norm for norm, _ in _norms), *_products, torch.ops.aten.mkldnn_rnn_layer))
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__()
+        super().__init__(allow_non_fake_inputs=True)
         self._for_cpu = setting.device.type == "cpu"
+        self._deadline: Deadline | None = None
+        self._in_operator = False  # what it is made up of is PyTorch's affair
+
+    @contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """The block's operations as inside `invact.time_limit.TimeLimit`."""
+        with Deadline(seconds) as self._deadline:
+            try:
+                yield
+            finally:
+                self._deadline = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        packet = func.overloadpacket
+        if func is device_query and type(args[0]) is FakeTensor:  # two of three calls
+            return args[0].device
+        if func is detach_operator and type(args[0]) is FakeTensor and args[0].constant is None:  # every third of those
+            return self._detached(args[0])
+        if self._in_operator:
+            return users_call(self.dispatch, func, types, args, kwargs or {})
+        self._in_operator = True
+        try:
+            out = self._as_real_kernels(func, types, args, kwargs or {})
+        finally:
+            self._in_operator = False
+        if self._deadline is not None:
+            self._deadline.check(out)
+        return out
+
+    def _detached(self, tensor: FakeTensor) -> FakeTensor:
+        """As `dispatch` gives it, which looks up in its cache what a detached tensor looks like."""
+        with on_meta(self):
+            detached = detach_operator(tensor)
+        return FakeTensor(self, detached, tensor.fake_device)
+
+    def _as_real_kernels(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        packet = getattr(func, "overloadpacket", None)  # which operators of higher order have not
         if packet not in self._imitated:
-            return users_call(func, *args, **(kwargs or {}))
+            return users_call(self.dispatch, func, types, args, kwargs)
         if packet in self._products:
             # addmm(bias, a, b) has its factors last, convolution(x, weight, bias) first.
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -255,7 +300,7 @@ class AsRealKernels(TorchDispatchMode):
                 raise ImitatedError(f"the factors of {func} have different dtypes: {[f.dtype for f in factors]}")
         if packet is torch.ops.aten.mkldnn_rnn_layer and self._for_cpu:
             raise ImitatedError("only oneDNN knows how much its LSTM keeps")
-        out = users_call(func, *args, **(kwargs or {}))
+        out: Any = users_call(self.dispatch, func, types, args, kwargs)
         for norm, places in self._norms:
             if packet is norm and args[0].device.type == "cpu":
                 normed, *statistics = out

@@ -28,6 +28,7 @@ from invact.noted import (
     NotedCell,
     NotedDeque,
     NotedDict,
+    NotedEmptyDict,
     NotedList,
     NotedNames,
     NotedObject,
@@ -158,6 +159,9 @@ class Snapshot:
         self._follow(gc.get_referents(value))
 
     def _dict(self, value: dict[Any, Any]) -> None:
+        if not dict.__len__(value):  # most are: the hooks of modules that have none
+            self._noted.append(NotedEmptyDict(value))
+            return
         if _is_of_a_module_or_class(value):
             return
         noted = NotedDict.of(value)

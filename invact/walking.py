@@ -11,6 +11,7 @@ from torch import nn
 
 from invact.expressions import written_in
 from invact.kernels import Curve
+from invact.one_thread import in_one_thread
 from invact.recognition import recognise
 from invact.rewriting import Written
 from invact.settings import EVERY_MODULE_HAS, Settings, UnseenError, settings_of_module
@@ -51,7 +52,11 @@ def walk(model: nn.Module) -> list[Found]:
         >>> walk(nn.TransformerEncoderLayer(8, 2, activation="gelu"))[0].path
         '_ff_block:gelu'
     """
-    sites: list[Found] = []
+    with in_one_thread():
+        return list(_sites(model))
+
+
+def _sites(model: nn.Module) -> Iterator[Found]:
     known: dict[tuple[type, str], Curve | None] = {}
     for path, module in unpatched_modules(model):
         alike = _torchs_own(module)
@@ -62,11 +67,10 @@ def walk(model: nn.Module) -> list[Found]:
                 known[alike] = recognise(module)
             curve = known[alike]
         if curve is None:
-            sites += _written_sites(path, module)
+            yield from _written_sites(path, module)
         else:
             replaced = "forward" in vars(module)
-            sites.append(Found(path, curve, type(module).__name__, module, path, _settings(module), replaced=replaced))
-    return sites
+            yield Found(path, curve, type(module).__name__, module, path, _settings(module), replaced=replaced)
 
 
 def _torchs_own(module: nn.Module) -> tuple[type, str] | None:

@@ -23,18 +23,18 @@ from invact.leftovers import check_no_leftovers, references_to
 from invact.own_errors import first_line, raised_by_invact, users_call
 from invact.patchers import as_on_real_tensors
 from invact.probing import ONE_AT_A_TIME, TIME_LIMIT, packs_for_us, simulated
-from invact.pytorch_inside import FakeTensorMode, engine_call, tree_leaves
+from invact.pytorch_inside import engine_call, tree_leaves
 from invact.simulation import (
     AsOnGpu,
-    AsRealKernels,
     Setting,
+    Simulation,
     autocast_as_set,
     fake_tensor_log_silent,
     hooks_standing_aside,
     stand_in,
 )
 from invact.swapping import as_on
-from invact.time_limit import TimeLimit, TookTooLongError
+from invact.time_limit import TookTooLongError
 
 KINDS = WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY = (
     "weights",
@@ -168,10 +168,10 @@ def simulated_training(
         TimeoutError: a step takes longer than `invact.probing.TIME_LIMIT`.
     """
     with ONE_AT_A_TIME:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = Simulation(setting)
         at_first = references_to(mode)
         with as_on_real_tensors(inputs), simulated(model, inputs, setting, mode) as simulated_tensors:
-            take_step = TakeStep(model, *simulated_tensors, setting, optimizer, accumulating)
+            take_step = TakeStep(model, *simulated_tensors, setting, optimizer, accumulating, mode.limited)
             del simulated_tensors
             try:
                 yield take_step
@@ -192,9 +192,10 @@ class TakeStep:
         setting: Setting,
         optimizer: OptimizerLike,
         accumulating: bool,
+        limited: Callable[[float], AbstractContextManager[None]],
     ) -> None:
         self._model, self._weights, self._inputs, self._setting = model, weights, inputs, setting
-        self._accumulating = accumulating
+        self._accumulating, self._limited = accumulating, limited
         self._held = held_by(optimizer, self._trained(), setting.device)
 
     def __call__(self, *, with_work: bool = False) -> Step:
@@ -216,6 +217,7 @@ class TakeStep:
     def let_go(self) -> None:
         """Of the simulated tensors."""
         self._weights, self._inputs = {}, ()
+        self._limited = nullcontext
 
     def _trained(self) -> list[nn.Parameter]:
         return [w for w in self._weights.values() if isinstance(w, nn.Parameter) and w.requires_grad]
@@ -225,7 +227,6 @@ class TakeStep:
         work = Work(lifetimes) if with_work else None
         with ExitStack() as stack:
             stack.enter_context(AsOnGpu(self._setting) if self._setting.device.type == "cuda" else nullcontext())
-            stack.enter_context(AsRealKernels(self._setting))
             stack.enter_context(fake_tensor_log_silent())
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -234,7 +235,7 @@ class TakeStep:
             stack.enter_context(imitated_on(self._setting.device))
             # Backward in this thread on a machine with a GPU as well: what is imitated is so for this thread alone.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            stack.enter_context(TimeLimit(TIME_LIMIT))
+            stack.enter_context(self._limited(TIME_LIMIT))
             calls = stack.enter_context(lifetimes.by_module(self._model))
             stack.enter_context(lifetimes)
             forward_ended, kept = self._forward_and_backward(lifetimes, work or nullcontext())

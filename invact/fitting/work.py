@@ -8,7 +8,7 @@ from torch.utils.flop_counter import flop_registry
 
 from invact.fitting.lifetimes import Lifetimes
 from invact.own_errors import users_call
-from invact.pytorch_inside import TorchDispatchMode
+from invact.pytorch_inside import TorchDispatchMode, device_query
 
 FLOPS_A_BYTE = 100
 """How many operations a GPU does while it moves a byte: 400 Tflop/s of its 16-bit products and 3 to 4 TB/s are what an
@@ -30,6 +30,8 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is device_query:
+            return args[0].device
         out = users_call(func, *args, **(kwargs or {}))
         if (count := flop_registry.get(func.overloadpacket)) is not None:
             self._flops.append((self._clock.now, count(*args, **(kwargs or {}), out_val=out)))
