@@ -11,7 +11,6 @@ from torch import nn
 
 from invact.expressions import written_in
 from invact.kernels import Curve
-from invact.one_thread import in_one_thread
 from invact.recognition import recognise
 from invact.rewriting import Written
 from invact.settings import EVERY_MODULE_HAS, Settings, UnseenError, settings_of_module
@@ -52,11 +51,7 @@ def walk(model: nn.Module) -> list[Found]:
         >>> walk(nn.TransformerEncoderLayer(8, 2, activation="gelu"))[0].path
         '_ff_block:gelu'
     """
-    with in_one_thread():
-        return list(_sites(model))
-
-
-def _sites(model: nn.Module) -> Iterator[Found]:
+    sites: list[Found] = []
     known: dict[tuple[type, str], Curve | None] = {}
     for path, module in unpatched_modules(model):
         alike = _torchs_own(module)
@@ -67,10 +62,11 @@ def _sites(model: nn.Module) -> Iterator[Found]:
                 known[alike] = recognise(module)
             curve = known[alike]
         if curve is None:
-            yield from _written_sites(path, module)
+            sites += _written_sites(path, module)
         else:
             replaced = "forward" in vars(module)
-            yield Found(path, curve, type(module).__name__, module, path, _settings(module), replaced=replaced)
+            sites.append(Found(path, curve, type(module).__name__, module, path, _settings(module), replaced=replaced))
+    return sites
 
 
 def _torchs_own(module: nn.Module) -> tuple[type, str] | None:
