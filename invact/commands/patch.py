@@ -222,7 +222,7 @@ def _step(
     from invact.fitting.optimizers import NotSimulatedError
 
     try:
-        found = fit_in(decided, model, inputs, optimizer=optimizer, memory=memory)
+        found = fit_in(decided, model, inputs, optimizer=optimizer, memory=memory, quick=True)
     except DoesNotFitError as error:
         return None, str(error)
     except NotSimulatedError as error:

@@ -12,7 +12,7 @@ from invact.amounts import format_bytes
 from invact.arguments import Inputs
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.optimizers import OptimizerLike
-from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, in_order
+from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, foreseen_step, in_order
 from invact.fitting.step import STATES, TEMPORARY, WEIGHTS, Step, TakeStep, simulated_training
 from invact.planning import Decided
 from invact.pytorch_inside import tree_leaves
@@ -22,6 +22,9 @@ _CLEARLY = 1.01
 """A foreseen peak that is above the budget by more than this is not simulated: foreseen are most to a thousandth, and
 none was seen to be off by more than this relative to its neighbours."""
 
+
+MANY = 15_000
+"""Operations of a step that take seconds to simulate; a Llama-3.1-8B has 9,000, with LoRA on all layers 20,000."""
 
 _MUCH = 0.1
 """The share of a peak from which on its temporary tensors are told of."""
@@ -56,6 +59,7 @@ def fit_in(
     optimizer: OptimizerLike = "adamw",
     memory: int | None = None,
     accumulating: bool = False,
+    quick: bool = False,
 ) -> Fitted:
     """Simulates the step, checkpoints the fewest blocks with which it fits, and adds both to what was decided.
 
@@ -67,13 +71,14 @@ def fit_in(
         optimizer: a name of `invact.fitting.optimizers.NAMES`, or one of the user's.
         memory: bytes for all of a step; None checkpoints nothing.
         accumulating: gradients of earlier batches are there all the time.
+        quick: of a step of more than `MANY` operations, that with checkpointed blocks is foreseen and not simulated.
 
     Raises:
         DoesNotFitError: the step does not fit with all blocks checkpointed, or there are none; the report tells of that
             step then, and nothing is to be checkpointed.
         NotSimulatedError: the step does not run on simulated tensors.
     """
-    found = _fitted(decided, model, inputs, optimizer, memory, accumulating)
+    found = _fitted(decided, model, inputs, optimizer, memory, accumulating, quick)
     decided.checkpointed[:] = [block.path for block in found.blocks]
     report, after = decided.report, found.after
     report.optimizer = optimizer if isinstance(optimizer, str) else type(optimizer).__name__
@@ -101,6 +106,7 @@ def _fitted(
     optimizer: OptimizerLike,
     memory: int | None,
     accumulating: bool,
+    quick: bool,
 ) -> Fitted:
     paths = repeated_blocks(model) if memory is not None else []
     with simulated_training(model, inputs, decided.setting, optimizer, accumulating=accumulating) as take_step:
@@ -109,7 +115,9 @@ def _fitted(
             patched = take_step(with_work=bool(paths))
         if memory is None or patched.peak_bytes <= memory:
             return Fitted(before, patched, patched, [])
-        search = _Search(model, decided, take_step, patched, in_order(blocks_of(patched, paths)), memory)
+        blocks = in_order(blocks_of(patched, paths))
+        simulates = not (quick and patched.backward_ended > MANY)
+        search = _Search(model, decided, take_step, patched, blocks, memory, simulates)
         return Fitted(before, patched, *search.fewest())
 
 
@@ -124,9 +132,10 @@ class _Search:
         patched: Step,
         blocks: Sequence[Block],
         memory: int,
+        simulates: bool,
     ) -> None:
         self._model, self._decided, self._take_step = model, decided, take_step
-        self._patched, self._blocks, self._memory = patched, blocks, memory
+        self._patched, self._blocks, self._memory, self._simulates = patched, blocks, memory, simulates
         self._off = 0  # how far the last foreseen peak was below the simulated one
 
     def fewest(self) -> tuple[Step, list[Block]]:
@@ -163,6 +172,8 @@ class _Search:
         return None
 
     def _simulated(self, chosen: Sequence[Block]) -> Step:
+        if not self._simulates:
+            return foreseen_step(self._patched, chosen)
         self._decided.checkpointed[:] = [block.path for block in chosen]
         try:
             with self._decided.applied(self._model):

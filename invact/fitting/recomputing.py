@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from invact.fitting.lifetimes import WEIGHT, Allocation, Call
+from invact.fitting.lifetimes import NEVER, WEIGHT, Allocation, Call
 from invact.fitting.step import Step
 from invact.fitting.work import FLOPS_A_BYTE
 
@@ -69,52 +70,98 @@ def in_order(blocks: Sequence[Block]) -> list[Block]:
 
 def foreseen_peak(step: Step, chosen: Collection[Block]) -> int:
     """About the peak of the step, in bytes, if these blocks were checkpointed."""
-    in_backward = sorted(chosen, key=lambda block: block.backward[0])
-    starts = [block.backward[0] for block in in_backward]
-    lengths = [block.call.ended - block.call.began for block in in_backward]
-    inserted = list(itertools.accumulate(lengths, initial=0))
-
-    def shifted(moment: int) -> int:
-        """Where a moment of the step is in the longer one; a block's backward after its second forward."""
-        return moment + inserted[bisect.bisect_right(starts, moment)]
-
-    again = {block.path: block.backward[0] + inserted[number] for number, block in enumerate(in_backward)}
-    in_forward = sorted(chosen, key=lambda block: block.call.began)
-    began = [block.call.began for block in in_forward]
-    held_until: dict[int, int] = {}
-    for block in chosen:
-        for number in block.call.given:
-            held_until[number] = max(held_until.get(number, 0), block.backward[1])
-    end = shifted(step.backward_ended)
-    changes = [0] * (end + 2)
-
-    def count(nbytes: int, born: int, died: int) -> None:
-        changes[min(born, end)] += nbytes
-        changes[min(died, end + 1)] -= nbytes
-
-    for number, allocation in enumerate(step.allocations):
-        if allocation.operator == WEIGHT:
-            continue
-        died = max(allocation.died, held_until.get(number, 0))
-        born, nbytes = allocation.born, allocation.nbytes
-        place = bisect.bisect_right(began, born) - 1
-        block_around = in_forward[place] if place >= 0 and born < in_forward[place].call.ended else None
-        if block_around is None or born >= step.forward_ended:
-            count(nbytes, shifted(born), shifted(min(died, step.backward_ended + 1)))
-            continue
-        call, second = block_around.call, again[block_around.path]
-        outlives = number in call.gives or number in held_until
-        count(nbytes, born, shifted(min(died, step.backward_ended + 1)) if outlives else min(died, call.ended))
-        born_again = second + born - call.began
-        if died <= call.ended:
-            count(nbytes, born_again, second + died - call.began)
-        elif died > block_around.backward[0] and not outlives:
-            count(nbytes, born_again, shifted(min(died, step.backward_ended + 1)))
-        else:
-            count(nbytes, born_again, second + call.ended - call.began)
+    longer = _Longer(step, chosen)
+    changes = [0] * (longer.ended + 2)
+    for piece in longer.pieces():
+        changes[min(piece.born, longer.ended)] += piece.nbytes
+        changes[min(piece.died, longer.ended + 1)] -= piece.nbytes
     levels = list(itertools.accumulate(changes[:-1]))
     levels[-1] += step.held.temporary
     return step.resident + max(levels)
+
+
+def foreseen_step(step: Step, chosen: Collection[Block]) -> Step:
+    """The step as it would be, about, if these blocks were checkpointed; the calls are those of the step without."""
+    longer = _Longer(step, chosen)
+    weights = [(n, a) for n, a in enumerate(step.allocations) if a.operator == WEIGHT]
+    pieces = [_Piece(n, a.born, a.died, a.nbytes) for n, a in weights]
+    pieces = sorted([*pieces, *longer.pieces()], key=lambda piece: piece.born)
+    allocations = []
+    for piece in pieces:
+        made = step.allocations[piece.number]
+        died = NEVER if piece.died > longer.ended else piece.died
+        allocations.append(replace(made, born=piece.born, died=died))
+    numbered = list(enumerate(pieces))
+    return replace(
+        step,
+        allocations=allocations,
+        backward_ended=longer.ended,
+        gradients=frozenset(n for n, piece in numbered if piece.number in step.gradients),
+        kept=frozenset(n for n, piece in numbered if piece.born < step.forward_ended < piece.died),
+    )
+
+
+class _Piece(NamedTuple):
+    """What one allocation comes to, or one of its two lives."""
+
+    number: int  # of the allocation
+    born: int
+    died: int
+    nbytes: int
+
+
+class _Longer:
+    """The moments of a step in which some blocks run twice."""
+
+    def __init__(self, step: Step, chosen: Collection[Block]) -> None:
+        self._step = step
+        in_backward = sorted(chosen, key=lambda block: block.backward[0])
+        self._starts = [block.backward[0] for block in in_backward]
+        lengths = [block.call.ended - block.call.began for block in in_backward]
+        self._inserted = list(itertools.accumulate(lengths, initial=0))
+        moved = [at + inserted for at, inserted in zip(self._starts, self._inserted, strict=False)]
+        self._again = {block.path: at for block, at in zip(in_backward, moved, strict=True)}
+        self._in_forward = sorted(chosen, key=lambda block: block.call.began)
+        self._began = [block.call.began for block in self._in_forward]
+        self._held_until: dict[int, int] = {}
+        for block in chosen:
+            for number in block.call.given:
+                self._held_until[number] = max(self._held_until.get(number, 0), block.backward[1])
+        self.ended = self._shifted(step.backward_ended)
+
+    def pieces(self) -> Iterator[_Piece]:
+        """All that is allocated but for weights, in the moments of the longer step."""
+        step, last = self._step, self._step.backward_ended + 1
+        for number, allocation in enumerate(step.allocations):
+            if allocation.operator == WEIGHT:
+                continue
+            born, nbytes = allocation.born, allocation.nbytes
+            died = min(max(allocation.died, self._held_until.get(number, 0)), last)
+            block = self._block_around(born)
+            if block is None:
+                yield _Piece(number, self._shifted(born), self._shifted(died), nbytes)
+                continue
+            call, second = block.call, self._again[block.path]
+            outlives = number in call.gives or number in self._held_until
+            yield _Piece(number, born, self._shifted(died) if outlives else min(died, call.ended), nbytes)
+            if died <= call.ended:
+                dies_again = second + died - call.began
+            elif died > block.backward[0] and not outlives:
+                dies_again = self._shifted(died)
+            else:
+                dies_again = second + call.ended - call.began
+            yield _Piece(number, second + born - call.began, dies_again, nbytes)
+
+    def _shifted(self, moment: int) -> int:
+        """Where a moment of the step is in the longer one; a block's backward after its second forward."""
+        return moment + self._inserted[bisect.bisect_right(self._starts, moment)]
+
+    def _block_around(self, born: int) -> Block | None:
+        """The chosen block in whose forward something is made."""
+        place = bisect.bisect_right(self._began, born) - 1
+        if place < 0 or born >= min(self._in_forward[place].call.ended, self._step.forward_ended):
+            return None
+        return self._in_forward[place]
 
 
 def _cost(step: Step, began: int, ended: int) -> float:
