@@ -1,4 +1,4 @@
-"""The most bytes that live in real training steps on the CPU: counted apart from `invact.fitting`, storage by storage."""
+"""The most bytes that live in real training steps on the CPU: counted apart from `invact.fitting`."""
 
 from __future__ import annotations
 

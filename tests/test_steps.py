@@ -9,7 +9,6 @@ import small_trained
 import torch
 import transformers
 from described import described
-from invact.real_models import with_weights
 from real_steps import OPTIMIZERS, counted_peak
 from small_trained import inputs_for, token_inputs
 from torch import nn
@@ -20,6 +19,7 @@ from invact.fitting.optimizers import NotSimulatedError
 from invact.fitting.step import simulated_training
 from invact.planning import decide
 from invact.pytorch_inside import tree_map_only
+from invact.real_models import with_weights
 from invact.simulation import Setting
 
 pytestmark = [
