@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 
 import invact
 from invact.cli import app
-from invact.fitting_batch import resident_bytes
+from invact.fitting.step import simulated_training
 from invact.ledger import Ledger
 from invact.planning import decide_for_device
+from invact.simulation import Setting
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -104,7 +105,11 @@ def test_optimiser_states_are_counted_of_what_trains():
     trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(2 * p.numel() for p in model.parameters() if not p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    assert resident_bytes(model, "adamw") == 4 * trained + frozen + buffers
+    setting = Setting(torch.device("cuda"))
+    with simulated_training(model, IDS, setting, "adamw") as take_step:
+        step = take_step()
+    assert step.weights == trained + frozen + buffers
+    assert step.held.states == pytest.approx(2 * trained, rel=1e-2)  # besides them, a number for each parameter
 
 
 def test_weights_in_4_bits_have_their_bytes_and_the_output_embeddings_keep_theirs():
@@ -161,7 +166,8 @@ def test_layer_in_4_bits_runs_forward_and_backward_in_shapes_alone(around):
 def test_model_of_pefts_is_planned_without_inputs():
     model = with_lora(llama("meta"), 8)
     assert library_of(model).name == "transformers"
-    assert {name: ids.shape for name, ids in example_inputs(model, 2, 16).items()} == {"input_ids": (2, 16)}
+    shapes = {name: ids.shape for name, ids in example_inputs(model, 2, 16).items()}
+    assert shapes == {"input_ids": (2, 16), "labels": (2, 16)}
     assert invact.plan(model).saving > 0
 
 
@@ -239,8 +245,10 @@ def test_command_counts_adapters_and_says_so_in_its_title(directory):
 
 def test_command_fits_more_with_the_base_in_4_bits(directory):
     options = ("--lora-rank", "4", "--lora-targets", "c_attn", "--gpu-memory", "8GiB", "--json")
-    fits = [json.loads(run(directory, *options, *more).stdout)["fit"] for more in ([], ["--quantize", "4bit"])]
-    in_16_bits, in_4_bits = (fit["needs"]["invact"]["constant"] for fit in fits)
+    command = ["patch", str(directory), *options]
+    printed = [CliRunner().invoke(app, [*command, *more]).stdout for more in ([], ["--quantize", "4bit"])]
+    fits = [json.loads(text)["fit"] for text in printed]
+    in_16_bits, in_4_bits = (fit["needs"]["invact"]["lines"][0][0] for fit in fits)
     quantised = [64 * 3 * 64, 64 * 64, 64 * 4 * 64, 4 * 64 * 64]
     saved = sum(2 * numel - quantized.bytes_in_4bit(numel) for numel in quantised)
     assert in_16_bits - in_4_bits == pytest.approx(saved, rel=0.05)

@@ -10,14 +10,18 @@ from html import escape
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
-from invact.charts import memory_chart
+from invact.charts import memory_chart, timeline_chart
 from invact.cli import app
 from invact.deriving.journal import DerivedTensor
+from invact.fitting.step import simulated_training
 from invact.layers import Layer, layer_name
 from invact.page import plan_page, trial_page
 from invact.report import FusedNorm, Report, Site
+from invact.simulation import Setting
 from invact.trial import train_in_ways
 from invact.trial_task import make_task
 
@@ -167,6 +171,18 @@ def test_the_name_of_a_layer_deep_inside_takes_two_lines():
     assert re.findall(r">(visual[^<]*|resblocks[^<]*)<", svg) == ["visual.transformer.", "resblocks.0"]
 
 
+def test_the_course_of_a_step_says_where_it_is_highest_and_draws_the_budget():
+    model, inputs = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), (torch.randn(64, 64),)
+    with simulated_training(model, inputs, Setting(torch.device("cpu")), "adamw") as take_step:
+        step = take_step()
+    chart = timeline_chart(step, step, memory_bytes=1 << 20)
+    assert f"{step.peak_bytes / 1024:.1f} KiB at the highest, in " in chart.caption
+    assert step.where(step.highest) in chart.alternative
+    kinds = ("weights", "optimizer states", "gradients", "kept for backward", "temporary")
+    assert all(f">{words}<" in chart.svg for words in (*kinds, "before", "the budget", "forward", "backward"))
+    assert ">the budget<" not in timeline_chart(step, step).svg
+
+
 def test_dry_run_writes_the_page_without_training(tmp_path: Path):
     page = tmp_path / "page.html"
     arguments = ["--model", "timm/test_vit", "--batch-size", "2", "--html", str(page), "--json"]
@@ -174,6 +190,7 @@ def test_dry_run_writes_the_page_without_training(tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["bytes_after"] > 0
     html = page.read_text(encoding="utf-8")
-    assert html.count("<svg") == 1
+    assert html.count("<svg") == 2
     assert "blocks.0" in html
+    assert "The course of a step from forward over backward to the optimizer, highest at" in html
     assert "The ways of training" not in html

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,8 +16,8 @@ from verdicts import verdict_on_batch
 
 from invact.bench_steps import loss_of
 from invact.checkpointing import checkpointed
-from invact.fitting_batch import Need, needs, resident_bytes
-from invact.ledger import Ledger
+from invact.fitting.batches import Need, needs
+from invact.fitting.lifetimes import NEVER, WEIGHT, Lifetimes
 from invact.planning import decide
 from invact.simulation import Setting
 
@@ -62,7 +64,7 @@ def measure(item: str, record: Record, tiny: bool, prepared: tuple[nn.Module, An
             "planned": planned,
             "true": true,
             "verdict": verdict_on_batch(planned, true),
-            "need": {"constant": predicted[name].constant, "per_sample": predicted[name].per_sample},
+            "need": predicted[name].lines,
             "tries": search.tries,
         }
         record[item] = found
@@ -115,15 +117,28 @@ class _Search:
     def _step(self, batch: int) -> dict[str, int]:
         inputs = self.inputs_of(batch)
         if DEVICE.type != "cuda":
-            with Ledger(self.model) as ledger:
-                loss = loss_of(self.model(**inputs))  # held: what nobody holds is not kept
-            kept = ledger.memory().total_bytes
-            del loss
-            return {"bytes": resident_bytes(self.model, "adamw") + kept}
+            with Lifetimes() as lifetimes:
+                for tensor in [*self.model.parameters(), *self.model.buffers(), *inputs.values()]:
+                    lifetimes.see(tensor, WEIGHT)
+                self._train(inputs)
+            return {"bytes": _most_alive(lifetimes)}
         torch.cuda.reset_peak_memory_stats()
+        self._train(inputs)
+        torch.cuda.synchronize()
+        return {"peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
+
+    def _train(self, inputs: Any) -> None:
+        """Two steps, as the planner counts them: of the first the optimizer has its states."""
         for _ in range(2):
             loss_of(self.model(**inputs)).backward()
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=False)  # as the planner counts: gradients are there all the time
-        torch.cuda.synchronize()
-        return {"peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
+            self.optimizer.zero_grad()
+
+
+def _most_alive(lifetimes: Lifetimes) -> int:
+    changes = Counter[int]()
+    for allocation in lifetimes.allocations():
+        changes[allocation.born] += allocation.nbytes
+        changes[allocation.died] -= allocation.nbytes
+    del changes[NEVER]
+    return max(accumulate(changes[moment] for moment in sorted(changes)))

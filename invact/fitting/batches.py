@@ -118,13 +118,19 @@ def _need(small: Step, large: Step, batches: tuple[int, int]) -> Need:
     """From the same step with two batches."""
     pairs = list(zip(small.alive, large.alive, strict=False))
     if len(small.alive) != len(large.alive):  # it ran otherwise with more samples
-        pairs = [(max(small.alive), max(large.alive))]
+        pairs = list(zip(_highest_by_part(small), _highest_by_part(large), strict=True))
     first, second = batches
     lines = set()
     for at_first, at_second in pairs:
         per_sample = max(0, -(-(at_second - at_first) // (second - first)))
         lines.add((large.resident + at_second - second * per_sample, per_sample))
     return Need(tuple(_highest(lines)))
+
+
+def _highest_by_part(step: Step) -> list[int]:
+    """Of forward, its end, backward, and the optimizer's step: where all is alike whatever the batch, and where not."""
+    turn, alive = step.forward_ended, step.alive
+    return [max(alive[:turn]), alive[turn], max(alive[turn:-1]), alive[-1]]
 
 
 def _highest(lines: set[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -239,11 +239,11 @@ class TakeStep:
             calls = stack.enter_context(lifetimes.by_module(self._model))
             stack.enter_context(lifetimes)
             forward_ended, kept = self._forward_and_backward(lifetimes, work or nullcontext())
+        allocations = lifetimes.allocations()  # before gradients are let go: the optimizer's step finds them
         trained = self._trained()
         gradients = [n for weight in trained if weight.grad is not None for n in lifetimes.numbers(weight.grad)]
         for weight in trained:
             weight.grad = None
-        allocations = lifetimes.allocations()
         weights = sum(allocation.nbytes for allocation in allocations if allocation.operator == WEIGHT)
         ended = forward_ended, lifetimes.now
         return Step(allocations, *ended, frozenset(gradients), kept, weights, self._held, calls, work)
