@@ -358,6 +358,6 @@ def test_a_batch_that_is_too_large_says_which_would_fit_and_that_does():
 
 def test_a_model_without_blocks_has_none_to_checkpoint():
     model = nn.Sequential(nn.Linear(64, 2048), nn.GELU(), nn.Linear(2048, 64))
-    with pytest.raises(DoesNotFitError, match="it has no blocks to checkpoint"):
+    with pytest.raises(DoesNotFitError, match="it has no blocks that could be checkpointed"):
         invact.fit(model, (torch.randn(4096, 64),), memory="8MiB", optimizer="sgd")
     assert type(model[1]) is nn.GELU
