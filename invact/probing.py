@@ -31,7 +31,7 @@ from invact.norms import FoundNorm
 from invact.own_errors import raised_by_invact, users_call
 from invact.own_loss import OwnLoss, own_loss
 from invact.patchers import as_on_real_tensors
-from invact.pytorch_inside import changes_in_place, transforms_active, tree_map_only
+from invact.pytorch_inside import FakeTensorMode, changes_in_place, transforms_active, tree_map_only
 from invact.rewriting import Runner, Written
 from invact.simulation import (
     AsOnGpu,
@@ -277,7 +277,7 @@ class _Probe:
 
 @contextmanager
 def simulated(
-    model: nn.Module, inputs: Inputs, setting: Setting, mode: Simulation
+    model: nn.Module, inputs: Inputs, setting: Setting, mode: FakeTensorMode
 ) -> Iterator[tuple[dict[str, Tensor], Any]]:
     """The model's weights and the inputs as simulated tensors; after the block the model is what it was."""
     device, moved = stand_in(setting.device), setting.device != device_of(model)
@@ -290,7 +290,7 @@ def packs_for_us(pack: Any) -> bool:
     return isinstance(getattr(pack, "__self__", None), Ledger | Deriving)
 
 
-def _fake(mode: Simulation, tensor: Tensor, device: torch.device, moved: bool) -> Tensor:
+def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device, moved: bool) -> Tensor:
     """A simulated tensor on `device`, or, of a model that is planned for where it is, where it is."""
     if not moved and not tensor.is_meta:
         device = tensor.device

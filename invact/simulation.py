@@ -264,9 +264,7 @@ class Simulation(FakeTensorMode):
             finally:
                 self._deadline = None
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is device_query and type(args[0]) is FakeTensor:  # two of three calls
             return args[0].device
         if func is detach_operator and type(args[0]) is FakeTensor and args[0].constant is None:  # every third of those

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from invact.fitting.step import NotSimulatedError, simulated_training
+from invact.fitting.optimizers import NotSimulatedError
+from invact.fitting.step import simulated_training
 from invact.simulation import Setting
 from invact.trial_processes import PROCESSES
 from invact.trial_run import COMPRESSION

@@ -12,7 +12,7 @@ from torch import nn
 from invact.arguments import Inputs
 from invact.checkpointing import enable_checkpointing
 from invact.fitting.choosing import DoesNotFitError
-from invact.fitting.step import NotSimulatedError
+from invact.fitting.optimizers import NotSimulatedError
 from invact.patching import approximate_everywhere, fit, patch
 from invact.selective import checkpoint_selectively
 from invact.trial_run import BASELINE, COMPRESSION, EXACT, FIT, INVACT, SELECTIVE

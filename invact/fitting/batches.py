@@ -111,7 +111,7 @@ def needs(
                     checkpointed(model) if "checkpointing" in way else nullcontext(),
                 ):
                     steps[way].append(take_step())
-    return {way: _need(*pair, batches) for way, pair in steps.items()}
+    return {way: _need(small, large, batches) for way, (small, large) in steps.items()}
 
 
 def _need(small: Step, large: Step, batches: tuple[int, int]) -> Need:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -105,19 +105,20 @@ class Held:
     temporary: int
 
 
-def held_by(optimizer: OptimizerLike, parameters: Sequence[nn.Parameter], device: torch.device) -> Held:
+def held_by(optimizer: OptimizerLike, simulated: Mapping[nn.Parameter, nn.Parameter], device: torch.device) -> Held:
     """Runs two steps of the optimizer on simulated parameters: the first makes its states, the second is watched.
 
     Args:
-        optimizer: a name, or one of the user's, of whose kind and with whose settings another is made.
-        parameters: simulated ones, that take a gradient; they have none afterwards.
+        optimizer: a name, or one of the user's, of whose kind and with whose groups of parameters another is made.
+        simulated: what stands for each of the model's parameters that takes a gradient; none has one afterwards.
         device: that is planned for.
     """
-    if optimizer == NONE or not parameters:
+    if optimizer == NONE or not simulated:
         return Held(0, 0)
+    parameters = list(simulated.values())
     try:
         with Lifetimes() as lifetimes, _NumbersToldAsOne():
-            made = _made(optimizer, list(parameters), device.type == "cuda")
+            made = _made(optimizer, simulated, device.type == "cuda")
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
             made.step()
@@ -149,15 +150,25 @@ class _NumbersToldAsOne(TorchDispatchMode):
         return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
-def _made(optimizer: OptimizerLike, parameters: list[nn.Parameter], at_once: bool) -> Optimizer:
+def _made(optimizer: OptimizerLike, simulated: Mapping[nn.Parameter, nn.Parameter], at_once: bool) -> Optimizer:
     if isinstance(optimizer, str):
-        return OPTIMIZERS[optimizer](parameters, at_once)
+        return OPTIMIZERS[optimizer](list(simulated.values()), at_once)
     kind: Callable[..., Optimizer] = type(optimizer)
     takes = inspect.signature(kind).parameters
-    settings = {name: value for name, value in optimizer.defaults.items() if name in takes}
-    if at_once and not settings.get("fused") and settings.get("foreach", False) is None:
-        settings = {**settings, "foreach": True}
-    return kind(parameters, **settings)
+
+    def taken(settings: Mapping[str, Any]) -> dict[str, Any]:
+        found = {name: value for name, value in settings.items() if name in takes and name != "params"}
+        if at_once and not found.get("fused") and found.get("foreach", False) is None:
+            found["foreach"] = True
+        return found
+
+    groups = [
+        {**taken(group), "params": [simulated[p] for p in group["params"] if p in simulated]}
+        for group in optimizer.param_groups
+    ]
+    groups = [group for group in groups if group["params"]]
+    parameters: list[Any] = groups or list(simulated.values())
+    return kind(parameters, **taken(optimizer.defaults))
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:

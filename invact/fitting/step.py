@@ -196,7 +196,9 @@ class TakeStep:
     ) -> None:
         self._model, self._weights, self._inputs, self._setting = model, weights, inputs, setting
         self._accumulating, self._limited = accumulating, limited
-        self._held = held_by(optimizer, self._trained(), setting.device)
+        own = dict(model.named_parameters())
+        simulated = {own[name]: w for name, w in weights.items() if isinstance(w, nn.Parameter) and w.requires_grad}
+        self._held = held_by(optimizer, simulated, setting.device)
 
     def __call__(self, *, with_work: bool = False) -> Step:
         """The step, on the model as it is patched now.
@@ -217,7 +219,7 @@ class TakeStep:
     def let_go(self) -> None:
         """Of the simulated tensors."""
         self._weights, self._inputs = {}, ()
-        self._limited = nullcontext
+        self._limited = lambda seconds: nullcontext()
 
     def _trained(self) -> list[nn.Parameter]:
         return [w for w in self._weights.values() if isinstance(w, nn.Parameter) and w.requires_grad]
