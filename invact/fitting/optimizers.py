@@ -167,7 +167,7 @@ def _made(optimizer: OptimizerLike, simulated: Mapping[nn.Parameter, nn.Paramete
         for group in optimizer.param_groups
     ]
     groups = [group for group in groups if group["params"]]
-    parameters: list[Any] = groups or list(simulated.values())
+    parameters: list[Any] = groups if groups else [*simulated.values()]
     return kind(parameters, **taken(optimizer.defaults))
 
 
