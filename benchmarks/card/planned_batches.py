@@ -57,7 +57,7 @@ def measure(item: str, record: Record, tiny: bool, prepared: tuple[nn.Module, An
         "ways": {},
     }
     for name, way in ways.items():
-        search = _Search(model, inputs_of, optimizer, way, memory)
+        search = _Search(model, inputs_of, optimizer, way, memory, predicted[name])
         planned = predicted[name].largest_batch(memory)
         true = search.largest(planned)
         found["ways"][name] = {
@@ -79,8 +79,9 @@ def _cap(memory: int) -> None:
 class _Search:
     """Tries batches around the one that is planned."""
 
-    def __init__(self, model: nn.Module, inputs_of: Any, optimizer: Any, way: Any, memory: int) -> None:
+    def __init__(self, model: nn.Module, inputs_of: Any, optimizer: Any, way: Any, memory: int, need: Need) -> None:
         self.model, self.inputs_of, self.optimizer, self.way, self.memory = model, inputs_of, optimizer, way, memory
+        self.need = need
         self.tries: list[dict[str, Any]] = []
 
     def largest(self, guess: int) -> int:
@@ -100,7 +101,7 @@ class _Search:
 
     def _fits(self, batch: int) -> bool:
         """Whether two steps with the optimiser's run: the second one has its states."""
-        attempt: dict[str, Any] = {"batch": batch}
+        attempt: dict[str, Any] = {"batch": batch, "predicted": self.need.bytes_at(batch)}  # beside what it took
         try:
             with self.way():
                 attempt |= self._step(batch)
