@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from invact import functional, nn
     from invact.callback import InvActCallback as InvActCallback
     from invact.fitting.choosing import DoesNotFitError
+    from invact.fitting.optimizers import NotSimulatedError
     from invact.patching import fit, patch, patched, unpatch
     from invact.planning import plan
     from invact.probing import activation_memory
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DoesNotFitError",
+    "NotSimulatedError",
     "Report",
     "Site",
     "activation_memory",
@@ -40,6 +42,7 @@ __all__ = [
 _HOME = {
     "DoesNotFitError": "invact.fitting.choosing",
     "InvActCallback": "invact.callback",
+    "NotSimulatedError": "invact.fitting.optimizers",
     "Report": "invact.report",
     "Site": "invact.report",
     "activation_memory": "invact.probing",

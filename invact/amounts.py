@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 LEAST_MEMORY = 1 << 20  # bytes; no GPU has less
 
@@ -35,6 +36,11 @@ def _parsed(text: str) -> int:
         raise ValueError(f"{text!r} has no unit. Write it as {number}GiB or {number}GB.")
     exponent = " KMGT".index(prefix.upper()) if prefix else 0
     return int(float(number) * (1024 if binary else 1000) ** exponent)
+
+
+def in_words(parts: Mapping[str, int]) -> str:
+    """What some bytes are for, as "1.5 KiB weights, 12 B temporary"."""
+    return ", ".join(f"{format_bytes(nbytes)} {kind}" for kind, nbytes in parts.items())
 
 
 def format_bytes(nbytes: int) -> str:

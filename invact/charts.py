@@ -150,7 +150,7 @@ def loss_chart(trial: Trial) -> Chart:
         width = 1 + min(1.1, 6 / len(trial.runs)) * (len(trial.runs) - 1 - position)
         colour = _COLOURS[position % len(_COLOURS)]
         line = _LINES[(position + position // len(_COLOURS)) % len(_LINES)]  # another where a colour comes again
-        axes.plot(range(1, len(run.losses) + 1), run.losses, line, color=colour, linewidth=width, label=run.name)
+        axes.plot(range(1, len(run.losses) + 1), run.losses, ls=line, color=colour, lw=width, label=run.name)
     baseline = trial.runs[0].losses_by_seed
     if len(baseline) > 1:
         by_step = list(zip(*baseline, strict=False))

@@ -15,6 +15,7 @@ from invact.arguments import Inputs, check_exact, check_few_bits, check_patterns
 from invact.fitting.optimizers import NotSimulatedError, as_counted
 from invact.patching import fitted, patched
 from invact.report import Report
+from invact.time_limit import TookTooLongError
 
 
 class PatchedDuringTraining:
@@ -81,7 +82,7 @@ class PatchedDuringTraining:
         step = {"memory": self._memory, "optimizer": as_counted(optimizer), "accumulating": accumulating}
         try:
             report = self._undo.enter_context(fitted(model, inputs, **step, **options))
-        except NotSimulatedError:
+        except (NotSimulatedError, TookTooLongError):
             if self._memory is not None:
                 raise
             report = self._undo.enter_context(patched(model, inputs, **options))  # and no peak is predicted

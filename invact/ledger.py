@@ -241,7 +241,7 @@ class Ledger:
             self._running.pop()
 
     def _pack(self, tensor: Tensor) -> _Kept:
-        kept = _Kept(tensor if tensor.grad_fn is None else tensor.detach())
+        kept = _Kept(tensor.detach())
         self._packed.append((weakref.ref(kept), self.running()))
         return kept
 

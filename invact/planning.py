@@ -614,8 +614,7 @@ def _note_on_loss(report: Report, loss: OwnLoss) -> str:
     if not loss.vocabulary or report.loss_bytes < _NOTICEABLE * report.bytes_after:
         return ""
     return (
-        f"the loss keeps {format_bytes(report.loss_bytes)} of what is kept after, "
-        f"{report.loss_bytes / report.bytes_after:.1%}: logits of {loss.tokens:,} tokens for {loss.vocabulary:,} "
+        f"the loss keeps {format_bytes(report.loss_bytes)}, logits of {loss.tokens:,} tokens for {loss.vocabulary:,} "
         "entries. A loss taken in chunks of tokens would save nearly all of that, and the largest tensors of the turn "
         "from forward to backward: TRL's SFTTrainer has one, others are Liger Kernel's fused linear cross entropy and "
         "cut-cross-entropy."

@@ -221,6 +221,12 @@ def schema_of(operator: Any) -> Any:
     return getattr(operator, "_schema", None)
 
 
+def changed_arguments(operator: Any) -> list[int]:
+    """The places of the arguments that an operator changes in place."""
+    arguments = getattr(schema_of(operator), "arguments", [])
+    return [n for n, each in enumerate(arguments) if each.alias_info is not None and each.alias_info.is_write]
+
+
 @contextmanager
 def modes_off() -> Iterator[None]:
     """Tensor operations in the block are real and as written: no mode sees them, no default device moves them."""
@@ -295,6 +301,7 @@ __all__ = [
     "as_if_compiling",
     "autocast_anywhere",
     "cast_operation",
+    "changed_arguments",
     "changes_in_place",
     "checkpoint_generator",
     "constant_when_compiled",

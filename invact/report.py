@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from invact.amounts import format_bytes
+from invact.amounts import format_bytes, in_words
 from invact.deriving.journal import DerivedTensor
 from invact.tables import Column, print_table
 
@@ -242,7 +242,7 @@ class Report:
         done += [f"{len(self.approximate)} approximate"] if self.approximate else []
         done += [f"{len(self.derived)} tensors made again"] if self.derived else []
         done += [f"{len(self.fused)} norms fused"] if self.fused else []
-        done += [f"{len(self.blocks)} blocks checkpointed"] if self.blocks else []
+        done += [f"{_counted(len(self.blocks), 'block')} checkpointed"] if self.blocks else []
         kept = f"{format_bytes(self.bytes_after)} instead of {format_bytes(self.bytes_before)} kept for backward"
         line = f"invact: {', '.join(done)}; {kept}, {self.saving:.1%} less"
         if self.peak_bytes:
@@ -254,18 +254,19 @@ class Report:
         """The predicted peak before and after, where it is and what it is for, and what is left of the budget."""
         if not self.peak_bytes:
             return []
-        parts = ", ".join(f"{format_bytes(nbytes)} {kind}" for kind, nbytes in self.peak.items())
         lines = [
             f"Peak of a step with {self.optimizer}: {format_bytes(self.peak_bytes_before)} before, "
-            f"{format_bytes(self.peak_bytes)} after, {self.peak_at}: {parts}."
+            f"{format_bytes(self.peak_bytes)} after, {self.peak_at}: {in_words(self.peak)}."
         ]
         if self.memory_bytes >= self.peak_bytes:
             left = format_bytes(self.memory_bytes - self.peak_bytes)
-            how = f"{len(self.blocks)} blocks checkpointed" if self.blocks else "nothing checkpointed"
+            how = f"{_counted(len(self.blocks), 'block')} checkpointed" if self.blocks else "nothing checkpointed"
             if self.peak_bytes_before <= self.memory_bytes:
                 how += "; it fits as it is, too"
-            beyond = f" {_BEYOND_TENSORS}" if "on cuda" in self.setting else ""
-            lines.append(f"It fits {format_bytes(self.memory_bytes)} with {left} left, {how}.{beyond}")
+            lines.append(f"It fits {format_bytes(self.memory_bytes)} with {left} left, {how}.")
+            if "on cuda" in self.setting:
+                short = self.memory_bytes - self.peak_bytes < BEYOND_TENSORS
+                lines.append(_MORE_THAN_IS_LEFT if short else _BEYOND_TENSORS)
         return lines
 
     def fused_kinds(self) -> list[list[FusedNorm]]:
@@ -366,6 +367,14 @@ def _from_floor(above: float, approximate: bool) -> str:
     return "this plan is there."
 
 
+BEYOND_TENSORS = 1 << 29
+"""Bytes of a GPU that CUDA's context and libraries take, about: 400 to 600 MiB on NVIDIA's cards of today."""
+
+_MORE_THAN_IS_LEFT = (
+    "CUDA's own context and libraries take half a GiB or so, which is more than is left: if the GPU has no more than "
+    "this, ask for half a GiB less. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is against fragments."
+)
+
 _BEYOND_TENSORS = (
     "Not counted are CUDA's own context and libraries, half a GiB or so; with "
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True the allocator hardly reserves more than that."
@@ -376,6 +385,10 @@ _FAR = 0.08
 
 _WORTH_SAYING = 0.005
 """The least share of what remains that is told of by itself."""
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit if number == 1 else unit + 's'}"
 
 
 def _row(kind: list[Site]) -> list[str]:

@@ -16,7 +16,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +30,7 @@ from invact.few_bits import few_bits, may_approximate
 from invact.kernels import Curve
 from invact.norms import Fusion
 from invact.own_errors import users_call
-from invact.pytorch_inside import hooks_on_all_modules, transforms_active
+from invact.pytorch_inside import hooks_on_all_modules, transforms_active, tree_leaves
 from invact.rewriting import Runner, Written, calling, methods_of
 from invact.settings import Settings
 
@@ -458,32 +458,93 @@ def has_own_switch(kind: type) -> bool:
 class _Switch:
     """An attribute that reads as ours whatever the module's own is, which can be set all the same."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Callable[[], Any]) -> None:
         self._value = value
 
     def __set_name__(self, kind: type, name: str) -> None:
         self._name = name  # the same in all classes
 
     def __get__(self, module: Any, kind: type) -> Any:
-        return self._value
+        return self._value()
 
     def __set__(self, module: Any, value: Any) -> None:
         module.__dict__[self._name] = value
 
 
-_ON = _Switch(True)
-_CHECKPOINT = _Switch(functools.partial(checkpoint, use_reentrant=False))
+def _may_checkpoint() -> bool:
+    """Whether there is a backward for which to run a block again, and hooks on what is kept may be set."""
+    return torch.is_grad_enabled() and not transforms_active()
+
+
+def _checkpointed_layer(function: Any, *args: Any) -> Any:
+    """What a layer of transformers has its forward run by: `function` holds the layer and its keyword arguments."""
+    given = args, getattr(function, "keywords", {})
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *args, use_reentrant=False)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=functools.partial(_contexts, None, given))
+
+
+_ON = _Switch(_may_checkpoint)
+_CHECKPOINT = _Switch(lambda: _checkpointed_layer)
 
 
 def _checkpointed_method(below: type[nn.Module], name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(below, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         method_below = getattr(below, name)
-        if not (torch.is_grad_enabled() and _is_patched(self)):
+        if not (_may_checkpoint() and _is_patched(self)):
             return users_call(method_below, self, *args, **kwargs)
-        return users_call(checkpoint, method_below, self, *args, use_reentrant=False, **kwargs)
+        if torch.compiler.is_compiling():
+            return users_call(checkpoint, method_below, self, *args, use_reentrant=False, **kwargs)
+        contexts = functools.partial(_contexts, self, (args, kwargs))
+        return users_call(checkpoint, method_below, self, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return method
+
+
+# Whose buffers a forward changes and no gradient depends on in training.
+WITH_RUNNING_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _contexts(
+    block: nn.Module | None, given: tuple[tuple[Any, ...], Mapping[str, Any]]
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Those of the first and of the second forward of a block that is checkpointed.
+
+    Args:
+        block: whose running statistics are to be counted once; None for one that has none.
+        given: the arguments of the block.
+    """
+    args, kwargs = given
+    # PyTorch looks after tensors that are arguments by position; of others it would take what they have become.
+    others = [arg for arg in args if not isinstance(arg, Tensor)], kwargs
+    versions = [(leaf, leaf._version) for leaf in tree_leaves(others) if isinstance(leaf, Tensor)]
+    return nullcontext(), _second_forward(block, versions)
+
+
+@contextmanager
+def _second_forward(block: nn.Module | None, versions: list[tuple[Tensor, int]]) -> Iterator[None]:
+    """In the block batch norms count into copies: the first forward has counted already.
+
+    Raises:
+        RuntimeError: an argument was changed in place since the first forward.
+    """
+    if any(tensor._version != version for tensor, version in versions):
+        raise RuntimeError(
+            "a block that invact.fit has checkpointed runs once more in backward, and one of its arguments has been "
+            "changed in place since it was given. Change a copy of it, or leave the block out: exclude=..., or "
+            "invact.patch, which checkpoints nothing."
+        )
+    modules = [] if block is None else block.modules()
+    buffers = [m._buffers for m in modules if isinstance(m, WITH_RUNNING_STATISTICS)]
+    own = [dict(each) for each in buffers]
+    for each in buffers:
+        each.update({name: None if buffer is None else buffer.clone() for name, buffer in each.items()})
+    try:
+        yield
+    finally:
+        for each, before in zip(buffers, own, strict=True):
+            each.update(before)
 
 
 def _is_patched(module: Any) -> bool:

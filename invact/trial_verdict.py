@@ -98,7 +98,7 @@ def judge(runs: Sequence[Run], measure: Yardsticks) -> str:
     if refused:
         words.append(_refusals(refused))
     if not _OURS & set(best.name.split("+")):
-        words.append(_why_not_invact(runs, refused, best))
+        words.append(_why_not_invact(runs, refused, best, measure))
     return " ".join(words)
 
 
@@ -145,7 +145,7 @@ def _figure(run: Run, stock: Run) -> str:
     share = f"{run.bytes_of_all / stock.bytes_of_all:.1%}"
     slower = f"{run.seconds_per_step / stock.seconds_per_step:.2f}"
     if run is stock:
-        return "as much as the baseline keeps, which it is"
+        return "and is what the others are measured by"
     return f"{share} of the baseline's at {slower} times its time"
 
 
@@ -159,10 +159,13 @@ def _refusals(refused: dict[str, str]) -> str:
     return "Not: " + "; ".join(f"{name} {why}" for name, why in refused.items()) + "."
 
 
-def _why_not_invact(runs: Sequence[Run], refused: dict[str, str], best: Run) -> str:
+def _why_not_invact(runs: Sequence[Run], refused: dict[str, str], best: Run, measure: Yardsticks) -> str:
     ours = next((run for run in runs if run.name == INVACT), None)
     if ours is None:
         return ""
     why = refused.get(INVACT)
-    kept = f"it keeps {format_bytes(ours.bytes_of_all)}, {best.name} {format_bytes(best.bytes_of_all)}"
-    return f"invact is not the one to use here: {'it ' + why if why else kept}."
+    otherwise = f"it keeps {format_bytes(ours.bytes_of_all)}, {best.name} {format_bytes(best.bytes_of_all)}"
+    if measure.memory_bytes is not None:
+        slower = f"{ours.seconds_per_step / best.seconds_per_step:.2f}"
+        otherwise = f"it takes {slower} times the time, and memory is not short"
+    return f"invact is not the one to use here: {'it ' + why if why else otherwise}."

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from invact.charts import memory_chart, timeline_chart
+from invact.charts import loss_chart, memory_chart, timeline_chart
 from invact.cli import app
 from invact.deriving.journal import DerivedTensor
 from invact.fitting.step import simulated_training
@@ -23,7 +23,10 @@ from invact.page import plan_page, trial_page
 from invact.report import FusedNorm, Report, Site
 from invact.simulation import Setting
 from invact.trial import train_in_ways
+from invact.trial_result import Trial
+from invact.trial_run import Run
 from invact.trial_task import make_task
+from invact.trial_verdict import Yardsticks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,3 +197,10 @@ def test_dry_run_writes_the_page_without_training(tmp_path: Path):
     assert "blocks.0" in html
     assert "The course of a step from forward over backward to the optimizer, highest at" in html
     assert "The ways of training" not in html
+
+
+def test_the_losses_of_more_ways_than_there_are_line_styles_are_drawn():
+    losses = [2.0, 1.5, 1.0]
+    runs = [Run(f"way {n}", 100, None, 1.0, losses, [losses]) for n in range(11)]
+    trial = Trial("a model", "3 steps", runs, Yardsticks(), Report([]), [])
+    assert loss_chart(trial).svg.startswith("<svg")

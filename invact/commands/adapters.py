@@ -44,6 +44,8 @@ class Adapters:
 
 def asked_for(rank: int | None, dropout: float | None, targets: str | None, quantize: str | None) -> Adapters | None:
     """What the options say, or None where they ask for no adapters; fails where they do not go together."""
+    if targets is not None and not _names(targets):
+        fail("--lora-targets names no layer. Name some, as in --lora-targets q_proj,v_proj, or leave it out for all.")
     if rank is not None:
         return Adapters(rank, dropout or 0.0, _names(targets), in_4bit=quantize is not None)
     if quantize is not None:

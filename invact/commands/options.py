@@ -37,7 +37,7 @@ MODEL_NAMES = (
 
 GpuMemory = Annotated[
     int | None,
-    typer.Option("--gpu-memory", parser=memory, metavar="SIZE", help="Say which batch fits, as in 24GiB."),
+    typer.Option("--gpu-memory", parser=memory, metavar="SIZE", help="What is to be fitted, as in 24GiB."),
 ]
 Exact = Annotated[
     bool,

@@ -144,7 +144,8 @@ def patch(
         batches = None
         if gpu_memory is not None and batch_size is None:
             batches = _batches(asked, decided, loaded, optimizer.value, gpu_memory)
-        page = _page(decided, loaded, inputs, batches, course) if html else None
+        said = [*decided.report.peak_in_words(), *([str(batches)] if batches else []), *([why_not] if why_not else [])]
+        page = _page(decided, loaded, inputs, said, course) if html else None
     report = decided.report
     if json:
         fit = {"fit": batches.to_dict()} if batches else {}
@@ -220,12 +221,13 @@ def _step(
     """A step before and after, or neither where it can not be simulated, and why it does not fit; "" if it does."""
     from invact.fitting.choosing import DoesNotFitError, fit_in
     from invact.fitting.optimizers import NotSimulatedError
+    from invact.time_limit import TookTooLongError
 
     try:
         found = fit_in(decided, model, inputs, optimizer=optimizer, memory=memory, quick=True)
     except DoesNotFitError as error:
-        return None, str(error)
-    except NotSimulatedError as error:
+        return (error.least.before, error.least.after), str(error)
+    except (NotSimulatedError, TookTooLongError) as error:
         if memory is not None:
             fail(str(error))
         decided.report.notes.append(str(error))
@@ -245,14 +247,13 @@ def _batches(asked: _Asked, decided: Decided, model: nn.Module, optimizer: str, 
 
 
 def _page(
-    decided: Decided, model: nn.Module, inputs: Any, batches: Batches | None, course: tuple[Step, Step] | None
+    decided: Decided, model: nn.Module, inputs: Any, what_fits: list[str], course: tuple[Step, Step] | None
 ) -> Page:
     from invact.layers import memory_by_layer
     from invact.page import plan_page
 
     layers = memory_by_layer(model, inputs, decided.setting, decided)
-    fit = "\n".join([*decided.report.peak_in_words(), *([str(batches)] if batches else [])])
-    return plan_page(decided.report, layers, command(), fit, course)
+    return plan_page(decided.report, layers, command(), "\n".join(what_fits), course)
 
 
 def _count_compiled(decided: Decided, model: nn.Module, inputs: Any) -> None:

@@ -118,13 +118,14 @@ def trial(
             exact=exact,
             gpu_memory=gpu_memory,
         )
-        page = _trial_page(result) if html else None
     if json:
         typer.echo(result.to_json())
     else:
         print_report(result)
-    if page and html:
-        write(page.html(), html)
+    if html:  # after the figures, which took long
+        with library_chatter_on_stderr():
+            page = _trial_page(result).html()
+        write(page, html)
     if result.interrupted:
         end_interrupted("Interrupted: the figures are of the steps taken so far.")
 

@@ -88,7 +88,7 @@ class Journal:
         """A tensor was about to be kept, and this is kept in its stead."""
         path, version = self._ledger.running(), changes_in_place(tensor)
         node = tensor.grad_fn
-        alone = tensor if node is None else tensor.detach()
+        alone = tensor.detach()  # the user's own may hold what it was given
         note = _Note(weakref.ref(handle), alone, version, "" if node is None else node_name(node), path, why_kept)
         self._notes.append(note)
         self._packers.setdefault(handle, []).append(path)

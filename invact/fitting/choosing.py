@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from invact.amounts import format_bytes
+from invact.amounts import format_bytes, in_words
 from invact.arguments import Inputs
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, foreseen_step, in_order
-from invact.fitting.step import STATES, TEMPORARY, WEIGHTS, Step, TakeStep, simulated_training
+from invact.fitting.step import GRADIENTS, STATES, TEMPORARY, WEIGHTS, Step, TakeStep, simulated_training
+from invact.patchers import without_adapters
 from invact.planning import Decided
 from invact.pytorch_inside import tree_leaves
 from invact.report import CheckpointedBlock
@@ -31,7 +34,15 @@ _MUCH = 0.1
 
 
 class DoesNotFitError(ValueError):
-    """No choice of blocks lets the step fit; the message says what would."""
+    """No choice of blocks lets the step fit; the message says what would.
+
+    Attributes:
+        least: the step as given, and as it takes the least.
+    """
+
+    def __init__(self, message: str, least: Fitted) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 @dataclass(frozen=True)
@@ -93,9 +104,14 @@ def fit_in(
             "what is checkpointed keeps nothing between forward and backward but what it was given; the bytes saved at "
             "its sites and tensors are those by which it keeps less while it is run once more."
         )
+    if not after.from_its_loss and "labels" in inspect.signature(without_adapters(model).forward).parameters:
+        report.notes.append(
+            "the model was given no labels, with which it would compute its loss: backward begins at the sum of what "
+            "it gives, and the peak lacks what the loss takes."
+        )
     if memory is not None and after.peak_bytes > memory:
         decided.checkpointed.clear()
-        raise DoesNotFitError(_why_not(found, inputs, memory))
+        raise DoesNotFitError(_why_not(found, inputs, memory), found)
     return found
 
 
@@ -188,31 +204,58 @@ def _why_not(found: Fitted, inputs: Inputs, memory: int) -> str:
     """What does not fit, and what would."""
     step, blocks = found.after, len(found.blocks)
     kinds = step.kinds_at(step.highest)
-    gradients = sum(step.allocations[number].nbytes for number in step.gradients)
-    fixed = gradients + sum(kinds.get(kind, 0) for kind in (WEIGHTS, STATES))
-    checkpointed = (
-        f"with all of its {blocks} blocks checkpointed" if blocks else "and it has no blocks that could be checkpointed"
-    )
+    none = "and it has no blocks that could be checkpointed"
+    checkpointed = f"with all of its {blocks} blocks checkpointed" if blocks else none
     words = [
         f"A step takes {format_bytes(step.peak_bytes)} at the least, {checkpointed}, and {format_bytes(memory)} were "
-        f"given. Of that, {format_bytes(fixed)} are weights, gradients and optimizer states, whatever the batch."
+        f"given. It is highest {step.where(step.highest)}: {in_words(kinds)}."
     ]
     if step.is_at_the_turn and kinds.get(TEMPORARY, 0) > _MUCH * step.peak_bytes:
         words.append(
-            f"It is highest {step.where(step.highest)}, where {format_bytes(kinds[TEMPORARY])} are temporary: of a "
-            "language model's loss that can be had in chunks (TRL's SFTTrainer, Liger Kernel, cut-cross-entropy)."
+            "What is temporary there is mostly a language model's loss, which can be had in chunks: TRL's SFTTrainer, "
+            "Liger Kernel and cut-cross-entropy have one."
         )
-    if fixed >= memory:
+    whatever_the_batch = step.resident + step.alive[step.backward_ended]
+    fixed = sum(kinds.get(kind, 0) for kind in (WEIGHTS, STATES, GRADIENTS))
+    if whatever_the_batch > memory:
+        words.append(_of_the_optimizer(step, memory))
+    elif fixed >= memory:
+        words.append(_of_the_weights(step))
+    else:
+        batch = next((t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()), 1)
+        fits = int(batch * _share_that_fits(step, memory))
         words.append(
-            "Train fewer parameters, as with LoRA (invact patch --lora-rank 16, --quantize 4bit), or take an optimizer "
-            "that holds less, such as adamw-8bit or adafactor."
+            f"By these figures a batch of about {fits} instead of {batch} would fit."
+            if fits
+            else "By these figures not even one sample would fit; a shorter or smaller one might."
         )
-        return " ".join(words)
-    batch = next((t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()), 1)
-    fits = int(batch * (memory - fixed) / max(1, step.peak_bytes - fixed))
-    words.append(
-        f"By these figures a batch of {fits} instead of {batch} would fit."
-        if fits
-        else "By these figures not even one sample would fit: shorten it, or train fewer parameters, as with LoRA."
-    )
     return " ".join(words)
+
+
+def _share_that_fits(step: Step, memory: int) -> float:
+    """Of the batch; at each moment all but weights, optimizer states and gradients is taken to shrink with it."""
+    changes = [0] * (step.backward_ended + 2)
+    for number in step.gradients:
+        changes[step.allocations[number].born] += step.allocations[number].nbytes
+    gradients = itertools.accumulate(changes)
+    moments = zip(step.alive[: step.backward_ended], gradients, strict=False)
+    shares = ((memory - step.resident - fixed) / (alive - fixed) for alive, fixed in moments if alive > fixed)
+    return max(0.0, min(shares, default=1.0))
+
+
+def _of_the_optimizer(step: Step, memory: int) -> str:
+    """What would help where the optimizer's step does not fit, which is the same for every batch."""
+    gradients = sum(step.allocations[number].nbytes for number in step.gradients)
+    taken = f"The optimizer's step takes {format_bytes(step.resident + step.alive[step.backward_ended])}"
+    if step.resident + gradients <= memory:
+        return f"{taken} whatever the batch, {format_bytes(step.held.temporary)} of it temporary: adamw-fused has none."
+    return f"{taken} whatever the batch. {_of_the_weights(step)}"
+
+
+def _of_the_weights(step: Step) -> str:
+    gradients = sum(step.allocations[number].nbytes for number in step.gradients)
+    if 2 * gradients < step.weights:  # most of them are frozen
+        return "Most of that are frozen weights: load them in 4 bits, as QLoRA does, or take a smaller model."
+    return (
+        "Train fewer parameters, as LoRA does, or take an optimizer that holds less, such as adamw-8bit or adafactor."
+    )

@@ -7,7 +7,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from invact.own_errors import users_call
 from invact.pytorch_inside import (
     TorchDispatchMode,
     cast_operation,
+    changed_arguments,
     current_node,
     device_query,
     node_name,
@@ -94,6 +95,9 @@ class Lifetimes(TorchDispatchMode):
         self._nodes: list[int] = []
         self._paths: list[str] = []
         self._in_backward = False
+        self._changes: dict[Any, list[int]] = {}  # by operator, which of its arguments it changes in place
+        # By allocation, the last operation of forward that changed it in place.
+        self.changed: dict[int, int] = {}
 
     def allocations(self) -> list[Allocation]:
         """All that were made so far, in this order."""
@@ -141,9 +145,9 @@ class Lifetimes(TorchDispatchMode):
         calls: dict[str, Call] = {}
         began: dict[str, tuple[int, frozenset[int]]] = {}
 
-        def before(path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        def before(path: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
             if path not in calls and path not in began:
-                began[path] = self.now, self._held(args)
+                began[path] = self.now, self._held((args, kwargs))
             self._running.append(path)
             self._note_nodes()
 
@@ -155,7 +159,13 @@ class Lifetimes(TorchDispatchMode):
                 calls[path] = Call(at, self.now, given, self._held(output))
             self._note_nodes()
 
-        with module_hooks(model, before, after):
+        with ExitStack() as stack:
+            for path, module in model.named_modules():
+                if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks from outside
+                    hook = functools.partial(before, path)
+                    added = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+                    stack.callback(added.remove)
+            stack.enter_context(module_hooks(model, None, after))
             yield calls
 
     @contextmanager
@@ -180,6 +190,12 @@ class Lifetimes(TorchDispatchMode):
             for part in out:
                 if isinstance(part, Tensor):
                     self._see(part, func)
+        places = self._changes.get(func)
+        if places is None:
+            places = self._changes[func] = changed_arguments(func)
+        for place in () if self._in_backward else places:
+            if place < len(args) and isinstance(args[place], Tensor):
+                self.changed.update(dict.fromkeys(self.numbers(args[place]), self.now))
         self.now += 1
         return out
 

@@ -128,7 +128,7 @@ def held_by(optimizer: OptimizerLike, simulated: Mapping[nn.Parameter, nn.Parame
         name = optimizer if isinstance(optimizer, str) else type(optimizer).__name__
         raise NotSimulatedError(
             f"What {name} holds can not be told, since another one like it does not run on simulated tensors: "
-            f"{type(error).__name__}: {first_line(error)[:200]}. Pass the name of the nearest: {', '.join(NAMES)}."
+            f"{type(error).__name__}: {first_line(error)}. Pass the name of the nearest: {', '.join(NAMES)}."
         ) from error
     states = [value for state in made.state.values() for value in state.values() if isinstance(value, Tensor)]
     for parameter in parameters:

@@ -37,7 +37,7 @@ class Block:
 
 
 def blocks_of(step: Step, paths: Iterable[str]) -> list[Block]:
-    """The blocks that run in a step and keep more than they are given, in the order of forward.
+    """The blocks of a step that keep more than they are given and compute the same once more, in the order of forward.
 
     Args:
         step: one taken with work counted.
@@ -51,7 +51,7 @@ def blocks_of(step: Step, paths: Iterable[str]) -> list[Block]:
         if path in backward:
             call = step.calls[path]
             block = Block(path, call, backward[path], _bytes_won(step, call), cost / whole)
-            if block.bytes_won > 0:
+            if block.bytes_won > 0 and _may_run_again(step, call):
                 blocks.append(block)
     return sorted(blocks, key=lambda block: block.call.began)
 
@@ -172,23 +172,27 @@ def _cost(step: Step, began: int, ended: int) -> float:
 
 
 def _bytes_won(step: Step, call: Call) -> int:
-    made = range(*_births(step.allocations, call.began, call.ended))
+    made = range(_first(step.allocations, call.began), _first(step.allocations, call.ended))
     kept = sum(step.allocations[n].nbytes for n in made if n in step.kept and n not in call.gives)
     given = sum(step.allocations[n].nbytes for n in call.given if n not in step.kept and not _is_weight(step, n))
     return kept - given
+
+
+def _may_run_again(step: Step, call: Call) -> bool:
+    """Whether a block finds again what it was given and what it reads: none of it is changed in place from then on."""
+    if any(step.changed.get(number, -1) >= call.began for number in call.given):
+        return False
+    changed_inside = (n for n, moment in step.changed.items() if call.began <= moment < call.ended)
+    return not any(_is_weight(step, number) for number in changed_inside)
 
 
 def _is_weight(step: Step, number: int) -> bool:
     return step.allocations[number].operator == WEIGHT
 
 
-def _births(allocations: Sequence[Allocation], began: int, ended: int) -> tuple[int, int]:
-    """The numbers from the first allocation of a stretch to the first after it."""
-
-    def key(allocation: Allocation) -> int:
-        return allocation.born
-
-    return bisect.bisect_left(allocations, began, key=key), bisect.bisect_left(allocations, ended, key=key)
+def _first(allocations: Sequence[Allocation], moment: int) -> int:
+    """The number of the first allocation from a moment on."""
+    return bisect.bisect_left(allocations, moment, key=lambda allocation: allocation.born)
 
 
 def _spans_in_backward(step: Step, paths: Collection[str]) -> dict[str, tuple[int, int]]:
@@ -196,7 +200,7 @@ def _spans_in_backward(step: Step, paths: Collection[str]) -> dict[str, tuple[in
     known = set(paths)
     owner: dict[str, str | None] = {}
     spans: dict[str, tuple[int, int]] = {}
-    for allocation in step.allocations[_births(step.allocations, step.forward_ended, 0)[0] :]:
+    for allocation in step.allocations[_first(step.allocations, step.forward_ended) :]:
         path = allocation.path
         if path not in owner:
             owner[path] = _nearest(path, known)

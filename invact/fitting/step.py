@@ -33,7 +33,7 @@ from invact.simulation import (
     hooks_standing_aside,
     stand_in,
 )
-from invact.swapping import as_on
+from invact.swapping import WITH_RUNNING_STATISTICS, as_on
 from invact.time_limit import TookTooLongError
 
 KINDS = WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY = (
@@ -65,6 +65,8 @@ class Step:
         weights: bytes of parameters and buffers.
         held: by the optimizer.
         calls: the first forward of each module, by path.
+        changed: when forward last changed an allocation in place, but for batch norms' running statistics.
+        from_its_loss: whether backward began at a loss of the model's own, and not at the sum of what it gives.
         work: what forward computes; only where it was asked for.
     """
 
@@ -76,6 +78,8 @@ class Step:
     weights: int
     held: Held
     calls: dict[str, Call]
+    changed: dict[int, int]
+    from_its_loss: bool
     work: Work | None = None
 
     @cached_property
@@ -195,7 +199,7 @@ class TakeStep:
         limited: Callable[[float], AbstractContextManager[None]],
     ) -> None:
         self._model, self._weights, self._inputs, self._setting = model, weights, inputs, setting
-        self._accumulating, self._limited = accumulating, limited
+        self._accumulating, self._limited, self._from_its_loss = accumulating, limited, False
         own = dict(model.named_parameters())
         simulated = {own[name]: w for name, w in weights.items() if isinstance(w, nn.Parameter) and w.requires_grad}
         self._held = held_by(optimizer, simulated, setting.device)
@@ -213,7 +217,7 @@ class TakeStep:
                 raise
             raise NotSimulatedError(
                 f"A training step of {type(self._model).__name__} can not be simulated, so its peak can not be told: "
-                f"{type(error).__name__}: {first_line(error)[:200]}. Use invact.patch, which needs the forward alone."
+                f"{type(error).__name__}: {first_line(error)}. Use invact.patch, which needs the forward alone."
             ) from error
 
     def let_go(self) -> None:
@@ -248,7 +252,18 @@ class TakeStep:
             weight.grad = None
         weights = sum(allocation.nbytes for allocation in allocations if allocation.operator == WEIGHT)
         ended = forward_ended, lifetimes.now
-        return Step(allocations, *ended, frozenset(gradients), kept, weights, self._held, calls, work)
+        return Step(
+            allocations,
+            *ended,
+            frozenset(gradients),
+            kept,
+            weights,
+            self._held,
+            calls,
+            self._changed(lifetimes),
+            self._from_its_loss,
+            work,
+        )
 
     def _forward_and_backward(
         self, lifetimes: Lifetimes, in_forward: AbstractContextManager[Any]
@@ -274,6 +289,17 @@ class TakeStep:
         users_call(in_context_of_its_own, torch.func.functional_call, whole, weights, ())
         return seen[0]
 
+    def _changed(self, lifetimes: Lifetimes) -> dict[int, int]:
+        counters = {
+            number
+            for path, module in self._model.named_modules()
+            if isinstance(module, WITH_RUNNING_STATISTICS)
+            for name in module._buffers
+            if (buffer := self._weights.get(f"{path}.{name}".lstrip("."))) is not None
+            for number in lifetimes.numbers(buffer)
+        }
+        return {number: moment for number, moment in lifetimes.changed.items() if number not in counters}
+
     def _seen(self) -> Lifetimes:
         """What will follow the step, and knows what is there before."""
         device = stand_in(self._setting.device)
@@ -294,10 +320,14 @@ class TakeStep:
         output = users_call(self._model, *args, **kwargs)
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad:
+            self._from_its_loss = True
             return loss.sum()
         given = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not given:
-            raise NotSimulatedError("nothing that the model gives takes a gradient")
+            raise NotSimulatedError(
+                f"Nothing that {type(self._model).__name__} gives takes a gradient, so there is no step to take. Let "
+                "some of its parameters train: p.requires_grad_()."
+            )
         return _summed(given)
 
 
