@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import invact
+from invact.amounts import format_bytes
 from invact.cli import app
 from invact.ledger import Ledger
 
@@ -299,7 +300,7 @@ def test_a_language_model_with_its_loss_keeps_what_is_said_and_gets_stocks_gradi
     assert report.loss_bytes_before == pytest.approx(wide * logits, rel=0.03)
     assert report.loss_bytes == pytest.approx(2 * logits, rel=0.03)
     (note,) = [note for note in report.notes if "the loss keeps" in note]
-    assert f"{report.loss_bytes / report.bytes_after:.1%}" in note
+    assert format_bytes(report.loss_bytes) in note
     assert "256 tokens for 2,000 entries" in note
 
 
