@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import invact
+from invact import patchers
 from invact.amounts import format_bytes
 from invact.cli import app
 from invact.ledger import Ledger
@@ -289,7 +290,7 @@ def test_a_language_model_with_its_loss_keeps_what_is_said_and_gets_stocks_gradi
     torch.manual_seed(0)
     model = build().train()
     model = model if autocast else model.bfloat16()
-    inputs = invact.patchers.example_inputs(model, 4, 64)
+    inputs = patchers.example_inputs(model, 4, 64)
     stock = step_of_transformers(model, inputs, autocast)
     with invact.patched(model, inputs, autocast=torch.bfloat16 if autocast else None, exact=True) as report:
         ours = step_of_transformers(model, inputs, autocast)
@@ -306,7 +307,7 @@ def test_a_language_model_with_its_loss_keeps_what_is_said_and_gets_stocks_gradi
 
 def test_without_labels_nothing_is_said_of_a_loss():
     model = gpt2().train()
-    report = invact.plan(model, invact.patchers.example_inputs(model, 4, 64, loss=False))
+    report = invact.plan(model, patchers.example_inputs(model, 4, 64, loss=False))
     assert (report.loss_bytes_before, report.loss_bytes) == (0, 0)
     assert "without a loss" in report.setting
     assert not any("the loss" in note for note in report.notes)
