@@ -36,7 +36,7 @@ from invact.patchers import example_inputs as make_inputs
 from invact.probing import Call, Observation, Stock, observe
 from invact.pytorch_inside import has_fused_rms_norm
 from invact.recognition import Rounding, own_rounding
-from invact.report import APPROXIMATE, DERIVE, INVERT, KEEP, Report, Site
+from invact.report import APPROXIMATE, DERIVE, INVERT, KEEP, NOTICEABLE, Report, Site
 from invact.rewriting import Runner, Written
 from invact.simulation import Setting, autocast_here
 from invact.snapshot import as_it_was
@@ -605,13 +605,9 @@ def _what_is_approximate(report: Report, bits: int) -> str:
     )
 
 
-_NOTICEABLE = 0.05
-"""The share of what is kept after from which on the loss's is told of."""
-
-
 def _note_on_loss(report: Report, loss: OwnLoss) -> str:
     """What the loss of a language model keeps of all that is kept after, and who has one that keeps less; or ""."""
-    if not loss.vocabulary or report.loss_bytes < _NOTICEABLE * report.bytes_after:
+    if not loss.vocabulary or report.loss_bytes < NOTICEABLE * report.bytes_after:
         return ""
     return (
         f"the loss keeps {format_bytes(report.loss_bytes)}, logits of {loss.tokens:,} tokens for {loss.vocabulary:,} "

@@ -323,6 +323,9 @@ class Report:
             lines.append(
                 f"Besides, autocast keeps {format_bytes(self.weight_cast_bytes)} of cast weights, whatever the batch."
             )
+        if self.loss_bytes >= NOTICEABLE * self.bytes_after > 0:
+            share = f"{self.loss_bytes / self.bytes_after:.1%}"
+            lines.append(f"Of what is kept after, {format_bytes(self.loss_bytes)} are the loss's, {share}.")
         lines += self.peak_in_words()
         if self.compiled:
             lines.append(
@@ -379,6 +382,9 @@ _BEYOND_TENSORS = (
     "Not counted are CUDA's own context and libraries, half a GiB or so; with "
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True the allocator hardly reserves more than that."
 )
+
+NOTICEABLE = 0.05
+"""The share of what is kept after from which on the loss's is told of."""
 
 _FAR = 0.08
 """How far above the floor a plan is said to be far from it."""

@@ -53,7 +53,7 @@ def test_a_batch_never_simulated_needs_what_a_real_step_does(model, predicted, b
         with around():
             peak, _ = counted_peak(model, inputs_of(batch))
         said = predicted[way].bytes_at(batch)
-        assert said == pytest.approx(peak, rel=1e-3) if way != "invact" or batch == 3 else said > peak
+        assert said == pytest.approx(peak, rel=1e-3) if way != "invact" or batch == 3 else said > 0.95 * peak
 
 
 def test_where_the_logits_are_larger_than_a_block_that_is_predicted_too():

@@ -237,7 +237,10 @@ class Given(nn.Sequential):
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [(Branching, "A training step of Branching can not be simulated"), (Given, "nothing that the model gives takes")],
+    [
+        (Branching, "A training step of Branching can not be simulated"),
+        (Given, "Nothing that Given gives takes a gradient"),
+    ],
 )
 def test_a_step_that_can_not_be_simulated_is_refused_and_changes_nothing(kind, why):
     model, inputs = kind(nn.Linear(8, 8), nn.GELU()), (torch.randn(2, 8),)
