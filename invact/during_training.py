@@ -12,10 +12,9 @@ from torch import nn
 
 from invact.amounts import format_bytes, memory_bytes
 from invact.arguments import Inputs, check_exact, check_few_bits, check_patterns, holds_a_tensor
-from invact.fitting.optimizers import NotSimulatedError, as_counted
-from invact.patching import fitted, patched
+from invact.fitting.optimizers import as_counted
+from invact.patching import fitted
 from invact.report import Report
-from invact.time_limit import TookTooLongError
 
 
 class PatchedDuringTraining:
@@ -80,12 +79,7 @@ class PatchedDuringTraining:
             "few_bits": self._few_bits,
         }
         step = {"memory": self._memory, "optimizer": as_counted(optimizer), "accumulating": accumulating}
-        try:
-            report = self._undo.enter_context(fitted(model, inputs, **step, **options))
-        except (NotSimulatedError, TookTooLongError):
-            if self._memory is not None:
-                raise
-            report = self._undo.enter_context(patched(model, inputs, **options))  # and no peak is predicted
+        report = self._undo.enter_context(fitted(model, inputs, **step, **options))
         self.report = replace(
             report,
             sites=[replace(site, path=site.path.removeprefix(within)) for site in report.sites],

@@ -249,7 +249,7 @@ class Ledger:
 @contextmanager
 def module_hooks(
     model: nn.Module,
-    before: Callable[[str, nn.Module, tuple[Any, ...]], None] | None,
+    before: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None] | None,
     after: Callable[[str, nn.Module, tuple[Any, ...], Any], None],
 ) -> Iterator[None]:
     """Calls `before` and `after` with the dotted path around the forward of every module of `model`."""
@@ -258,7 +258,9 @@ def module_hooks(
             if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks from outside
                 continue
             if before is not None:
-                stack.callback(module.register_forward_pre_hook(_bound(before, path), prepend=True).remove)
+                stack.callback(
+                    module.register_forward_pre_hook(_bound(before, path), prepend=True, with_kwargs=True).remove
+                )
             stack.callback(module.register_forward_hook(_bound(after, path), always_call=True).remove)
         yield
 

@@ -12,11 +12,12 @@ from torch import nn
 from invact.amounts import memory_bytes
 from invact.arguments import Inputs, check_few_bits, check_model
 from invact.fitting.choosing import fit_in
-from invact.fitting.optimizers import OptimizerLike, check_optimizer
+from invact.fitting.optimizers import NotSimulatedError, OptimizerLike, check_optimizer
 from invact.patchers import example_inputs as make_inputs
 from invact.planning import decide
 from invact.report import Report
 from invact.swapping import Swaps, swaps_in
+from invact.time_limit import TookTooLongError
 
 
 def patch(
@@ -102,7 +103,10 @@ def fit(
 
 @contextmanager
 def fitted(model: nn.Module, example_inputs: Inputs | None = None, **options: Any) -> Iterator[Report]:
-    """`fit` for the length of a block, with the arguments of that; `memory` may be None, which checkpoints nothing."""
+    """`fit` for the length of a block, with the arguments of that.
+
+    `memory` may be None, which checkpoints nothing; the peak is told then if it can be.
+    """
     report, swaps = _fit(model, example_inputs, **options)
     try:
         yield report
@@ -193,5 +197,9 @@ def _fit(
         check_model(model)
         example_inputs = make_inputs(model)
     decided = decide(model, example_inputs, **options)
-    fit_in(decided, model, example_inputs, optimizer=optimizer, memory=budget, accumulating=accumulating)
+    try:
+        fit_in(decided, model, example_inputs, optimizer=optimizer, memory=budget, accumulating=accumulating)
+    except (NotSimulatedError, TookTooLongError):
+        if budget is not None:
+            raise  # without one, only the peak is not told
     return decided.report, decided.apply(model)

@@ -478,10 +478,7 @@ def _may_checkpoint() -> bool:
 
 def _checkpointed_layer(function: Any, *args: Any) -> Any:
     """What a layer of transformers has its forward run by: `function` holds the layer and its keyword arguments."""
-    given = args, getattr(function, "keywords", {})
-    if torch.compiler.is_compiling():
-        return checkpoint(function, *args, use_reentrant=False)
-    return checkpoint(function, *args, use_reentrant=False, context_fn=functools.partial(_contexts, None, given))
+    return _run_checkpointed(None, function, args, {}, held=getattr(function, "keywords", {}))
 
 
 _ON = _Switch(_may_checkpoint)
@@ -494,12 +491,24 @@ def _checkpointed_method(below: type[nn.Module], name: str) -> Callable[..., Any
         method_below = getattr(below, name)
         if not (_may_checkpoint() and _is_patched(self)):
             return users_call(method_below, self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            return users_call(checkpoint, method_below, self, *args, use_reentrant=False, **kwargs)
-        contexts = functools.partial(_contexts, self, (args, kwargs))
-        return users_call(checkpoint, method_below, self, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return _run_checkpointed(self, functools.partial(method_below, self), args, kwargs, held=kwargs)
 
     return method
+
+
+def _run_checkpointed(
+    block: nn.Module | None, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], held: Mapping[str, Any]
+) -> Any:
+    """PyTorch's checkpointing of one call.
+
+    Args:
+        block: whose running statistics are to be counted once; None for one that has none.
+        held: the keyword arguments that the forward gets, be it that `function` holds them already.
+    """
+    if torch.compiler.is_compiling():
+        return users_call(checkpoint, function, *args, use_reentrant=False, **kwargs)
+    contexts = functools.partial(_contexts, block, args, held)
+    return users_call(checkpoint, function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 # Whose buffers a forward changes and no gradient depends on in training.
@@ -507,15 +516,9 @@ WITH_RUNNING_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Sy
 
 
 def _contexts(
-    block: nn.Module | None, given: tuple[tuple[Any, ...], Mapping[str, Any]]
+    block: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Those of the first and of the second forward of a block that is checkpointed.
-
-    Args:
-        block: whose running statistics are to be counted once; None for one that has none.
-        given: the arguments of the block.
-    """
-    args, kwargs = given
+    """Those of the first and of the second forward of a block that is checkpointed; as of `_run_checkpointed`."""
     # PyTorch looks after tensors that are arguments by position; of others it would take what they have become.
     others = [arg for arg in args if not isinstance(arg, Tensor)], kwargs
     versions = [(leaf, leaf._version) for leaf in tree_leaves(others) if isinstance(leaf, Tensor)]
@@ -532,8 +535,7 @@ def _second_forward(block: nn.Module | None, versions: list[tuple[Tensor, int]])
     if any(tensor._version != version for tensor, version in versions):
         raise RuntimeError(
             "a block that invact.fit has checkpointed runs once more in backward, and one of its arguments has been "
-            "changed in place since it was given. Change a copy of it, or leave the block out: exclude=..., or "
-            "invact.patch, which checkpoints nothing."
+            "changed in place since it was given. Change a copy of it, or use invact.patch, which checkpoints nothing."
         )
     modules = [] if block is None else block.modules()
     buffers = [m._buffers for m in modules if isinstance(m, WITH_RUNNING_STATISTICS)]

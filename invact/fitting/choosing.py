@@ -245,16 +245,14 @@ def _share_that_fits(step: Step, memory: int) -> float:
 
 def _of_the_optimizer(step: Step, memory: int) -> str:
     """What would help where the optimizer's step does not fit, which is the same for every batch."""
-    gradients = sum(step.allocations[number].nbytes for number in step.gradients)
     taken = f"The optimizer's step takes {format_bytes(step.resident + step.alive[step.backward_ended])}"
-    if step.resident + gradients <= memory:
+    if step.resident + step.gradient_bytes <= memory:
         return f"{taken} whatever the batch, {format_bytes(step.held.temporary)} of it temporary: adamw-fused has none."
     return f"{taken} whatever the batch. {_of_the_weights(step)}"
 
 
 def _of_the_weights(step: Step) -> str:
-    gradients = sum(step.allocations[number].nbytes for number in step.gradients)
-    if 2 * gradients < step.weights:  # most of them are frozen
+    if 2 * step.gradient_bytes < step.weights:  # most of them are frozen
         return "Most of that are frozen weights: load them in 4 bits, as QLoRA does, or take a smaller model."
     return (
         "Train fewer parameters, as LoRA does, or take an optimizer that holds less, such as adamw-8bit or adafactor."

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,23 @@ class Allocation:
     died: int
     path: str
     operator: str
+
+
+def levels(lives: Iterable[tuple[int, int, int]], ended: int) -> list[int]:
+    """Bytes alive at each moment up to `ended`, that one included.
+
+    Args:
+        lives: bytes, the moment from which on they are alive, and the first one at which they are no more.
+
+    Example:
+        >>> levels([(8, 0, 2), (4, 1, NEVER)], ended=3)
+        [8, 12, 4, 4]
+    """
+    changes = [0] * (ended + 2)
+    for nbytes, born, died in lives:
+        changes[min(born, ended)] += nbytes
+        changes[min(died, ended + 1)] -= nbytes
+    return list(itertools.accumulate(changes[:-1]))
 
 
 class Lifetimes(TorchDispatchMode):
@@ -159,13 +177,7 @@ class Lifetimes(TorchDispatchMode):
                 calls[path] = Call(at, self.now, given, self._held(output))
             self._note_nodes()
 
-        with ExitStack() as stack:
-            for path, module in model.named_modules():
-                if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks from outside
-                    hook = functools.partial(before, path)
-                    added = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-                    stack.callback(added.remove)
-            stack.enter_context(module_hooks(model, None, after))
+        with module_hooks(model, before, after):
             yield calls
 
     @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
-from invact.fitting.lifetimes import Lifetimes
+from invact.fitting.lifetimes import Lifetimes, levels
 from invact.ledger import storage_sizes
 from invact.own_errors import first_line
 from invact.pytorch_inside import TorchDispatchMode
@@ -133,12 +133,9 @@ def held_by(optimizer: OptimizerLike, simulated: Mapping[nn.Parameter, nn.Parame
     states = [value for state in made.state.values() for value in state.values() if isinstance(value, Tensor)]
     for parameter in parameters:
         parameter.grad = None
-    alive = [0] * (lifetimes.now + 1)
-    for allocation in lifetimes.allocations():
-        if allocation.born >= began and allocation.died <= lifetimes.now:
-            alive[allocation.born - began] += allocation.nbytes
-            alive[allocation.died - began] -= allocation.nbytes
-    return Held(_bytes_of(states), _highest(alive))
+    freed_again = (a for a in lifetimes.allocations() if a.born >= began and a.died <= lifetimes.now)
+    alive = levels(((a.nbytes, a.born, a.died) for a in freed_again), lifetimes.now)
+    return Held(_bytes_of(states), max(alive))
 
 
 class _NumbersToldAsOne(TorchDispatchMode):
@@ -173,11 +170,3 @@ def _made(optimizer: OptimizerLike, simulated: Mapping[nn.Parameter, nn.Paramete
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum({key: nbytes for tensor in tensors for key, nbytes in storage_sizes(tensor).items()}.values())
-
-
-def _highest(changes: Iterable[int]) -> int:
-    highest = level = 0
-    for change in changes:
-        level += change
-        highest = max(highest, level)
-    return highest

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from invact.fitting.lifetimes import NEVER, WEIGHT, Allocation, Call
+from invact.fitting.lifetimes import NEVER, WEIGHT, Allocation, Call, levels
 from invact.fitting.step import Step
 from invact.fitting.work import FLOPS_A_BYTE
 
@@ -71,13 +71,9 @@ def in_order(blocks: Sequence[Block]) -> list[Block]:
 def foreseen_peak(step: Step, chosen: Collection[Block]) -> int:
     """About the peak of the step, in bytes, if these blocks were checkpointed."""
     longer = _Longer(step, chosen)
-    changes = [0] * (longer.ended + 2)
-    for piece in longer.pieces():
-        changes[min(piece.born, longer.ended)] += piece.nbytes
-        changes[min(piece.died, longer.ended + 1)] -= piece.nbytes
-    levels = list(itertools.accumulate(changes[:-1]))
-    levels[-1] += step.held.temporary
-    return step.resident + max(levels)
+    alive = levels(((piece.nbytes, piece.born, piece.died) for piece in longer.pieces()), longer.ended)
+    alive[-1] += step.held.temporary
+    return step.resident + max(alive)
 
 
 def foreseen_step(step: Step, chosen: Collection[Block]) -> Step:

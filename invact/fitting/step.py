@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from invact.arguments import Inputs
-from invact.fitting.lifetimes import WEIGHT, WEIGHT_CAST, Allocation, Call, Lifetimes
+from invact.fitting.lifetimes import WEIGHT, WEIGHT_CAST, Allocation, Call, Lifetimes, levels
 from invact.fitting.optimizers import Held, NotSimulatedError, OptimizerLike, held_by
 from invact.fitting.work import Work
 from invact.kernels.imitated import imitated_on
@@ -85,19 +84,20 @@ class Step:
     @cached_property
     def alive(self) -> list[int]:
         """Bytes of the allocations alive at each moment, without weights and optimizer states."""
-        changes = [0] * (self.backward_ended + 2)
-        for allocation in self.allocations:
-            if allocation.operator != WEIGHT:
-                changes[min(allocation.born, self.backward_ended)] += allocation.nbytes
-                changes[min(allocation.died, self.backward_ended + 1)] -= allocation.nbytes
-        levels = list(itertools.accumulate(changes[:-1]))
-        levels[-1] += self.held.temporary
-        return levels
+        lives = ((a.nbytes, a.born, a.died) for a in self.allocations if a.operator != WEIGHT)
+        alive = levels(lives, self.backward_ended)
+        alive[-1] += self.held.temporary
+        return alive
 
     @property
     def resident(self) -> int:
         """Bytes that are there all the time: weights and optimizer states."""
         return self.weights + self.held.states
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all parameters' gradients."""
+        return sum(self.allocations[number].nbytes for number in self.gradients)
 
     @property
     def kept_bytes(self) -> int:
@@ -328,7 +328,8 @@ class TakeStep:
                 f"Nothing that {type(self._model).__name__} gives takes a gradient, so there is no step to take. Let "
                 "some of its parameters train: p.requires_grad_()."
             )
-        return _summed(given)
+        first, *others = given
+        return sum((t.sum() for t in others), start=first.sum())
 
 
 class _Whole(nn.Module):
@@ -341,10 +342,3 @@ class _Whole(nn.Module):
 
     def forward(self) -> None:
         self._run()
-
-
-def _summed(tensors: Sequence[Tensor]) -> Tensor:
-    total = tensors[0].sum()
-    for tensor in tensors[1:]:
-        total = total + tensor.sum()
-    return total
