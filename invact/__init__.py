@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from invact.fitting.choosing import DoesNotFitError
     from invact.fitting.optimizers import NotSimulatedError
     from invact.patching import fit, patch, patched, unpatch
-    from invact.planning import plan
-    from invact.probing import activation_memory
-    from invact.report import Report, Site
+    from invact.planning.plans import plan
+    from invact.probing.probe import activation_memory
+    from invact.report.report import Report, Site
 
 __version__ = "0.1.0"
 
@@ -43,13 +43,13 @@ _HOME = {
     "DoesNotFitError": "invact.fitting.choosing",
     "InvActCallback": "invact.callback",
     "NotSimulatedError": "invact.fitting.optimizers",
-    "Report": "invact.report",
-    "Site": "invact.report",
-    "activation_memory": "invact.probing",
+    "Report": "invact.report.report",
+    "Site": "invact.report.report",
+    "activation_memory": "invact.probing.probe",
     "fit": "invact.patching",
     "patch": "invact.patching",
     "patched": "invact.patching",
-    "plan": "invact.planning",
+    "plan": "invact.planning.plans",
     "unpatch": "invact.patching",
 }
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.arguments import Inputs
 from invact.during_training import PatchedDuringTraining, peak_figures
+from invact.errors.arguments import Inputs
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

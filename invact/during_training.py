@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.amounts import format_bytes, memory_bytes
-from invact.arguments import Inputs, check_exact, check_few_bits, check_patterns, holds_a_tensor
+from invact.errors.arguments import Inputs, check_exact, check_few_bits, check_patterns, holds_a_tensor
 from invact.fitting.optimizers import as_counted
 from invact.patching import fitted
-from invact.report import Report
+from invact.report.amounts import format_bytes, memory_bytes
+from invact.report.report import Report
 
 
 class PatchedDuringTraining:

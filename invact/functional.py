@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from invact.kernels import CURVES, Curve, dispatch, monotone
-from invact.pytorch_inside import forward_ad_active, is_traceable_wrapper_subclass, transforms_active
+from invact.pytorch.inside import forward_ad_active, is_traceable_wrapper_subclass, transforms_active
 
 __all__ = [
     "celu",

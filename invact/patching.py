@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.amounts import memory_bytes
-from invact.arguments import Inputs, check_few_bits, check_model
+from invact.errors.arguments import Inputs, check_few_bits, check_model
 from invact.fitting.choosing import fit_in
 from invact.fitting.optimizers import NotSimulatedError, OptimizerLike, check_optimizer
 from invact.patchers import example_inputs as make_inputs
-from invact.planning import decide
-from invact.report import Report
-from invact.swapping import Swaps, swaps_in
-from invact.time_limit import TookTooLongError
+from invact.planning.plans import decide
+from invact.report.amounts import memory_bytes
+from invact.report.report import Report
+from invact.simulation.time_limit import TookTooLongError
+from invact.swapping.swaps import Swaps, swaps_in
 
 
 def patch(

@@ -1,4 +1,4 @@
-"""All that can be seen from an object, as something to compare: written apart from `invact.snapshot`."""
+"""All that can be seen from an object, as something to compare: written apart from `invact.snapshot.snapshot`."""
 
 from __future__ import annotations
 

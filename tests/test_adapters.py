@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 import invact
 from invact.cli import app
 from invact.fitting.step import simulated_training
-from invact.ledger import Ledger
-from invact.planning import decide_for_device
-from invact.simulation import Setting
+from invact.ledger.ledger import Ledger
+from invact.planning.plans import decide_for_device
+from invact.simulation.simulation import Setting
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from transformers.modeling_outputs import BaseModelOutput
 
 import invact
-from invact.snapshot import Snapshot
+from invact.snapshot.snapshot import Snapshot
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -260,6 +260,6 @@ def test_a_snapshot_that_forgets_a_kind_is_found_out(monkeypatch):
                 return None if value is chosen else original(self, value)
 
             broken.setattr(Snapshot, method, forgetting)
-            broken.setitem(vars(__import__("invact.snapshot", fromlist=["x"]))["_CONTENTS"], kind, forgetting)
+            broken.setitem(vars(__import__("invact.snapshot.snapshot", fromlist=["x"]))["_CONTENTS"], kind, forgetting)
             with pytest.raises((AssertionError, RuntimeError)):  # or simulated tensors are met
                 check(model)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import invact
-from invact import arguments
-from invact.arguments import check_autocast, check_exact, check_inputs, check_model, check_patterns
+from invact.errors import arguments
+from invact.errors.arguments import check_autocast, check_exact, check_inputs, check_model, check_patterns
 
 X = torch.ones(2, 4)
 

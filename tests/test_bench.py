@@ -18,16 +18,19 @@ import torch
 from invact.kernels import CURVES
 from typer.testing import CliRunner, Result
 
-from invact import bench_steps, kept_storages, own_errors, real_models, timing
-from invact.bench import run as bench
-from invact.bench_kernels import HOST_ELEMENTS, time_kernels
-from invact.bench_result import COPY, Bench
-from invact.bench_steps import training_inputs
-from invact.bench_tables import format_seconds
+from invact.bench import real_models, timing
+from invact.bench import steps as bench_steps
+from invact.bench.contenders import PUBLISHED
+from invact.bench.kernels import HOST_ELEMENTS, time_kernels
+from invact.bench.real_models import with_weights
+from invact.bench.result import COPY, Bench
+from invact.bench.running import run as bench
+from invact.bench.steps import training_inputs
+from invact.bench.tables import format_seconds
+from invact.bench.timing import Race
 from invact.cli import app
-from invact.contenders import PUBLISHED
-from invact.real_models import with_weights
-from invact.timing import Race
+from invact.errors import own_errors
+from invact.ledger import kept_storages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -100,7 +100,7 @@ def test_a_piped_report_is_120_wide_where_columns_says_nothing(given, monkeypatc
 
 
 def test_a_fault_of_ours_is_not_blamed_on_the_sizes(monkeypatch):
-    from invact import planning
+    from invact.planning import plans as planning
 
     def broken(*args, **kwargs):
         raise ValueError("a fault in the plan")

@@ -23,12 +23,12 @@ from torch._inductor.utils import fresh_inductor_cache
 from typer.testing import CliRunner
 
 import invact
-from invact import compiled_bytes as compiled_bytes_module
-from invact import compiling
 from invact.cli import app
-from invact.compiled_bytes import compiled_bytes
-from invact.kept_storages import KeptStorages
-from invact.simulation import Setting
+from invact.compiling import compiled_bytes as compiled_bytes_module
+from invact.compiling import inductor as compiling
+from invact.compiling.compiled_bytes import compiled_bytes
+from invact.ledger.kept_storages import KeptStorages
+from invact.simulation.simulation import Setting
 
 WIDTH, HIDDEN = 32, 128
 CPU = Setting(torch.device("cpu"))

@@ -7,8 +7,8 @@ from invact.kernels import CURVES
 from torch import nn
 
 import invact
-from invact.settings import settings_of_module
-from invact.swapping import Inversion, swap_in
+from invact.recognition.settings import settings_of_module
+from invact.swapping.swaps import Inversion, swap_in
 
 
 class Block(nn.Module):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import invact
-from invact.planning import decide_for_device
-from invact.report import Report, Site
+from invact.planning.plans import decide_for_device
+from invact.report.report import Report, Site
 
 TOKENS, WIDTH, WIDE = 64, 32, 64
 ROW = TOKENS * WIDTH * 4

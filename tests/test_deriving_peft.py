@@ -182,7 +182,7 @@ def test_lora_of_a_large_model_on_a_gpu_keeps_less_than_half(dropout, autocast, 
         model = transformers.MistralForCausalLM(base).to(torch.bfloat16)
         model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_dropout=dropout, target_modules="all-linear"))
     inputs = {"input_ids": torch.zeros(2, 512, dtype=torch.long)}
-    report = invact.planning.decide_for_device(model.train(), inputs, autocast=autocast, exact=True).report
+    report = invact.planning.plans.decide_for_device(model.train(), inputs, autocast=autocast, exact=True).report
     assert 1 - report.bytes_after / report.bytes_before >= saving, str(report)
 
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import invact
-from invact import expressions, walking
-from invact.expressions import written_in
-from invact.recognition import recognise
+from invact.planning import walking
+from invact.recognition import expressions
+from invact.recognition.curves import recognise
+from invact.recognition.expressions import written_in
 
 
 def author_swish(x):

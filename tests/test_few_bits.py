@@ -27,13 +27,13 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import invact
-from invact import few_bits as few_bits_module
 from invact import patching
-from invact.arguments import check_few_bits
 from invact.cli import app
-from invact.few_bits import few_bits
+from invact.errors.arguments import check_few_bits
+from invact.inverting import few_bits as few_bits_module
+from invact.inverting.few_bits import few_bits
 from invact.patching import approximate_everywhere
-from invact.planning import decide_for_device
+from invact.planning.plans import decide_for_device
 
 BITS = (1, 2, 3, 4)
 EVERY_NUMBER_OF_BITS = pytest.mark.parametrize("bits", BITS)
@@ -538,7 +538,7 @@ def test_the_report_says_approximate_wherever_it_speaks_of_it() -> None:
     assert site["action"] == "approximate"
     assert "58.0 KiB" in text  # what the site saves, in its own row
     pytest.importorskip("jinja2")
-    from invact.page import plan_page
+    from invact.pages.page import plan_page
 
     page = plan_page(report, [], "invact patch").html()
     assert "approximate: its derivative in steps of 8 values" in page

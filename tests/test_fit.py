@@ -17,7 +17,7 @@ from invact.fitting.blocks import repeated_blocks
 from invact.fitting.choosing import DoesNotFitError, fit_in
 from invact.fitting.recomputing import blocks_of, foreseen_peak
 from invact.fitting.step import simulated_training
-from invact.planning import decide
+from invact.planning.plans import decide
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -12,12 +12,12 @@ from small_blocks import around
 from torch import nn
 
 import invact
-from invact.computed import Computed, Value
-from invact.floor import _fewest, floor_bytes, not_derived, remains
-from invact.ledger import Ledger
-from invact.probing import observe
-from invact.pytorch_inside import StorageWeakRef
-from invact.simulation import Setting
+from invact.ledger.computed import Computed, Value
+from invact.ledger.floor import _fewest, floor_bytes, not_derived, remains
+from invact.ledger.ledger import Ledger
+from invact.probing.probe import observe
+from invact.pytorch.inside import StorageWeakRef
+from invact.simulation.simulation import Setting
 
 TOKENS, WIDTH, WIDE = 8, 64, 256
 ROW, WIDE_ROW = TOKENS * WIDTH * 4, TOKENS * WIDE * 4

@@ -22,11 +22,11 @@ from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
 import invact
-from invact.arguments import check_shapes_known
-from invact.kept_storages import KeptStorages
-from invact.planning import decide_for_device
-from invact.pytorch_inside import checkpoint_generator
-from invact.simulation import AsOnGpu, Setting, checkpoints_counted, fake_tensor_log_silent
+from invact.errors.arguments import check_shapes_known
+from invact.ledger.kept_storages import KeptStorages
+from invact.planning.plans import decide_for_device
+from invact.pytorch.inside import checkpoint_generator
+from invact.simulation.simulation import AsOnGpu, Setting, checkpoints_counted, fake_tensor_log_silent
 
 
 class Attends(nn.Module):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import invact
-from invact.ledger import Ledger
+from invact.ledger.ledger import Ledger
 
 
 def mlp():

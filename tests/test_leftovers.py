@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from invact.ledger import Ledger
-from invact.leftovers import LeftoverError, check_no_leftovers
+from invact.ledger.ledger import Ledger
+from invact.simulation.leftovers import LeftoverError, check_no_leftovers
 
 pytestmark = pytest.mark.usefixtures("all_objects_followed")
 

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import invact
 from invact import patchers
-from invact.amounts import format_bytes
 from invact.cli import app
-from invact.ledger import Ledger
-from invact.pytorch_inside import RELEASE
+from invact.ledger.ledger import Ledger
+from invact.pytorch.inside import RELEASE
+from invact.report.amounts import format_bytes
 
 VOCABULARY, BATCH, LENGTH = 1000, 4, 32
 LOGITS = BATCH * LENGTH * VOCABULARY

@@ -15,9 +15,13 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import invact
-from invact import fusing, norms, planning, pytorch_inside, simulation
-from invact.norms import RmsNorm, accesses_in_steps, own_rounding_of, recognise_norm, walk_norms
-from invact.planning import decide_for_device
+from invact.planning import fusing
+from invact.planning import plans as planning
+from invact.planning.plans import decide_for_device
+from invact.pytorch import inside as pytorch_inside
+from invact.recognition import norms
+from invact.recognition.norms import RmsNorm, accesses_in_steps, own_rounding_of, recognise_norm, walk_norms
+from invact.simulation import simulation
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "use_cache": False}

@@ -29,11 +29,13 @@ from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor, nn
 
 import invact
-from invact import norms, planning, simulation
 from invact.deriving.rules import dropout_scale
-from invact.few_bits import few_bits
 from invact.functional import invert
-from invact.pytorch_inside import has_fused_rms_norm
+from invact.inverting.few_bits import few_bits
+from invact.planning import plans as planning
+from invact.pytorch.inside import has_fused_rms_norm
+from invact.recognition import norms
+from invact.simulation import simulation
 
 pytestmark = pytest.mark.gpu
 

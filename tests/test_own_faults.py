@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import invact
-from invact.own_errors import ImitatedError, raised_by_invact, users_call
-from invact.planning import decide_for_device
+from invact.errors.own_errors import ImitatedError, raised_by_invact, users_call
+from invact.planning.plans import decide_for_device
 
 X = torch.randn(4, 16)
 
@@ -43,12 +43,20 @@ def torch_fails(*args, **kwargs):
 
 
 PLACES = [
-    *("invact.ledger.storage_sizes", "invact.ledger.Ledger._enter_module", "invact.ledger.Ledger._pack"),
-    *("invact.ledger.Ledger.memory", "invact.ledger.dense_parts", "invact.probing._opened"),
-    *("invact.probing._OpenCall.closed", "invact.probing.autocast_as_set", "invact.settings.Settings.unchanged"),
-    *("invact.functional.invert", "invact.functional.wants_gradient", "invact.swapping._set_class"),
-    *("invact.probing.checkpoints_counted", "invact.probing.stand_in", "invact.walking.recognise"),
-    "invact.planning._Choice.sites",
+    *(
+        "invact.ledger.ledger.storage_sizes",
+        "invact.ledger.ledger.Ledger._enter_module",
+        "invact.ledger.ledger.Ledger._pack",
+    ),
+    *("invact.ledger.ledger.Ledger.memory", "invact.ledger.ledger.dense_parts", "invact.probing.probe._opened"),
+    *(
+        "invact.probing.probe._OpenCall.closed",
+        "invact.probing.probe.autocast_as_set",
+        "invact.recognition.settings.Settings.unchanged",
+    ),
+    *("invact.functional.invert", "invact.functional.wants_gradient", "invact.swapping.swaps._set_class"),
+    *("invact.probing.probe.checkpoints_counted", "invact.probing.probe.stand_in", "invact.planning.walking.recognise"),
+    "invact.planning.plans._Choice.sites",
 ]
 
 
@@ -74,7 +82,7 @@ def test_a_fault_in_what_imitates_kernels_is_not_taken_for_one_of_the_operation(
             x = self.norm(x.view(1, 4, 16)).view(1, 1, 4, 16)
             return self.down(self.act(F.scaled_dot_product_attention(x, x, x, torch.ones(4, 4, dtype=torch.bool))))
 
-    monkeypatch.setattr(f"invact.simulation.{place}", failing)
+    monkeypatch.setattr(f"invact.simulation.simulation.{place}", failing)
     device = "cpu" if place == "suggest_memory_format" else "cuda"
     with pytest.raises(OursError) as caught:
         decide_for_device(Attends(), (X,), device=device)
@@ -106,7 +114,7 @@ def test_whose_fault_it_is_is_told_by_the_innermost_code_that_is_not_pytorchs():
         users_call(nn.Linear(1, 1), "text")
     assert not raised_by_invact(users.value)
     with pytest.raises(TypeError) as ours:
-        invact.planning._matches("path", 5)
+        invact.planning.plans._matches("path", 5)
     assert raised_by_invact(ours.value)
     assert not raised_by_invact(ImitatedError())
 

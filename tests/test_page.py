@@ -14,19 +14,19 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from invact.charts import loss_chart, memory_chart, timeline_chart
 from invact.cli import app
 from invact.deriving.journal import DerivedTensor
 from invact.fitting.step import simulated_training
-from invact.layers import Layer, layer_name
-from invact.page import plan_page, trial_page
-from invact.report import FusedNorm, Report, Site
-from invact.simulation import Setting
-from invact.trial import train_in_ways
-from invact.trial_result import Trial
-from invact.trial_run import Run
-from invact.trial_task import make_task
-from invact.trial_verdict import Yardsticks
+from invact.pages.charts import loss_chart, memory_chart, timeline_chart
+from invact.pages.page import plan_page, trial_page
+from invact.planning.by_layer import Layer, layer_name
+from invact.report.report import FusedNorm, Report, Site
+from invact.simulation.simulation import Setting
+from invact.trial.comparing import train_in_ways
+from invact.trial.result import Trial
+from invact.trial.run import Run
+from invact.trial.task import make_task
+from invact.trial.verdict import Yardsticks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

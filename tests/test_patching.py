@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import invact
-from invact import swapping
-from invact.planning import decide
-from invact.swapping import Inverted
+from invact.planning.plans import decide
+from invact.swapping import swaps as swapping
+from invact.swapping.swaps import Inverted
 
 
 @pytest.fixture

@@ -7,17 +7,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from invact.patchers.checkpointing import can_checkpoint, checkpointed
 from real_steps import counted_peak
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from invact.amounts import memory_bytes
-from invact.arguments import device_of
-from invact.checkpointing import can_checkpoint, checkpointed
 from invact.cli import app
+from invact.errors.arguments import device_of
 from invact.fitting.batches import Batches, Need, needs
-from invact.planning import decide, decide_for_device
-from invact.simulation import Setting
+from invact.planning.plans import decide, decide_for_device
+from invact.report.amounts import memory_bytes
+from invact.simulation.simulation import Setting
 
 GIB = 2**30
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import invact
-from invact.planning import decide
+from invact.planning.plans import decide
 
 
 def plan_one(*layers, x=None, **options):
@@ -343,7 +343,7 @@ def test_a_model_in_evaluation_mode_is_planned_for_training_and_stays_in_evaluat
 
 
 def test_planning_for_a_gpu_needs_none_and_counts_attention_as_asked():
-    from invact.planning import decide_for_device
+    from invact.planning.plans import decide_for_device
 
     class Attends(nn.Module):
         def __init__(self):

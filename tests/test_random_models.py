@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import invact
-from invact import swapping
+from invact.swapping import swaps as swapping
 
 # Rows of (3, 11, WIDTH) and images of (2, WIDTH, 4, 4) have just as many elements as it takes to be derived, and the
 # halves of a value have too few.

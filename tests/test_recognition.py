@@ -7,7 +7,7 @@ import torch
 from invact.kernels import monotone
 from torch import nn
 
-from invact.recognition import recognise
+from invact.recognition.curves import recognise
 
 
 class Lambda(nn.Module):

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_outputs import BaseModelOutput
 
 import invact
-from invact.snapshot import Snapshot, as_it_was
+from invact.snapshot.snapshot import Snapshot, as_it_was
 
 COUNT = 0
 SEEN = []

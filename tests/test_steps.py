@@ -14,13 +14,13 @@ from small_trained import inputs_for, token_inputs
 from torch import nn
 
 from invact import patchers
-from invact.arguments import device_of
+from invact.bench.real_models import with_weights
+from invact.errors.arguments import device_of
 from invact.fitting.optimizers import NotSimulatedError
 from invact.fitting.step import simulated_training
-from invact.planning import decide
-from invact.pytorch_inside import tree_map_only
-from invact.real_models import with_weights
-from invact.simulation import Setting
+from invact.planning.plans import decide
+from invact.pytorch.inside import tree_map_only
+from invact.simulation.simulation import Setting
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -20,9 +20,9 @@ from described import described
 from torch import nn
 
 import invact
-from invact.leftovers import LeftoverError
-from invact.snapshot import as_it_was
-from invact.swapping import Patched
+from invact.simulation.leftovers import LeftoverError
+from invact.snapshot.snapshot import as_it_was
+from invact.swapping.swaps import Patched
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 

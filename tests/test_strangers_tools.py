@@ -11,8 +11,8 @@ from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import invact
-from invact import swapping
-from invact.swapping import Patched
+from invact.swapping import swaps as swapping
+from invact.swapping.swaps import Patched
 
 
 class Block(nn.Module):

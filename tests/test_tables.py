@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from invact.report import INVERT, KEEP, Report, Site
-from invact.tables import Column, print_table
+from invact.report.report import INVERT, KEEP, Report, Site
+from invact.report.tables import Column, print_table
 
 WIDTHS = [40, 60, 80, 100, 120, 200]
 REASON = "LayerNorm keeps nothing of its output; inverting would keep one tensor more than it frees"

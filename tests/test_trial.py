@@ -18,15 +18,15 @@ import torch
 from invact.kernels import CURVES
 from typer.testing import CliRunner, Result
 
-from invact import trial_trainee
 from invact.cli import app
 from invact.commands import output
 from invact.functional import invert
-from invact.simulation import Setting
-from invact.trial import train_in_ways
-from invact.trial_result import Trial
-from invact.trial_task import Batch, Task, make_task
-from invact.trial_ways import COMPILED_WAYS, WAYS
+from invact.simulation.simulation import Setting
+from invact.trial import trainee as trial_trainee
+from invact.trial.comparing import train_in_ways
+from invact.trial.result import Trial
+from invact.trial.task import Batch, Task, make_task
+from invact.trial.ways import COMPILED_WAYS, WAYS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

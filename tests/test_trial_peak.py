@@ -12,12 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from invact.simulation import Setting
-from invact.trial import train_in_ways
-from invact.trial_peak import predicted_peak
-from invact.trial_task import Batch, NotTrainableError, Task, make_task
-from invact.trial_trainee import Trainee
-from invact.trial_ways import COMPILED_WAYS, WAYS, Options, change
+from invact.simulation.simulation import Setting
+from invact.trial.comparing import train_in_ways
+from invact.trial.peak import predicted_peak
+from invact.trial.task import Batch, NotTrainableError, Task, make_task
+from invact.trial.trainee import Trainee
+from invact.trial.ways import COMPILED_WAYS, WAYS, Options, change
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

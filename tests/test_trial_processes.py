@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from invact import trial_processes
-from invact.simulation import Setting
-from invact.trial import train_in_ways
-from invact.trial_data import DataError
-from invact.trial_processes import Pair, ProcessError
-from invact.trial_task import Origin, make_task
+from invact.simulation.simulation import Setting
+from invact.trial import processes as trial_processes
+from invact.trial.comparing import train_in_ways
+from invact.trial.data import DataError
+from invact.trial.processes import Pair, ProcessError
+from invact.trial.task import Origin, make_task
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.distributed]
 

@@ -10,7 +10,7 @@ import torch
 from invact.patchers import huggingface
 from torch import nn
 
-from invact.bench_steps import training_inputs
+from invact.bench.steps import training_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

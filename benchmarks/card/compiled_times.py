@@ -15,7 +15,7 @@ from steppers import difference
 from torch import Tensor
 from ways import COMPILE, STOCK, compiled_ways
 
-from invact.sizes import size_in_words
+from invact.report.inputs import size_in_words
 
 SECONDS_TO_COMPILE = 45  # for each of the two ways
 

@@ -11,7 +11,7 @@ import torch
 from record import Record
 
 import invact
-from invact.machine import installed_versions, machine
+from invact.bench.machine import installed_versions, machine
 
 
 def measure(item: str, record: Record, tiny: bool, prepared: None) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from verdicts import verdict_on_fused
 from ways import INVACT, STOCK
 
-from invact.norms import RmsNorm
-from invact.timing import Race
+from invact.bench.timing import Race
+from invact.recognition.norms import RmsNorm
 
 DTYPE = torch.bfloat16
 KEPT = 0.9  # of the mask

@@ -17,11 +17,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from verdicts import smallest_batch_no_slower
 from ways import EXACT, INVACT, STOCK, eager_ways
 
-from invact.bench_kernels import HOST_ELEMENTS, time_kernels
-from invact.bench_result import Bench
+from invact.bench.kernels import HOST_ELEMENTS, time_kernels
+from invact.bench.result import Bench
+from invact.bench.timing import Race, wait_for
 from invact.deriving.handles import Derived, kept_by
 from invact.deriving.hooks import Deriving
-from invact.timing import Race, wait_for
 
 NOTHING = "hooks of nothing"
 BATCHES = (1, 8, 32, 64, 128, 256)

@@ -14,7 +14,7 @@ from torch import Tensor
 from verdicts import verdict_on_kernels
 from ways import INVACT, STOCK
 
-from invact.timing import Race, kernel_seconds
+from invact.bench.timing import Race, kernel_seconds
 
 ELEMENTS = 1 << 26
 CASES = (

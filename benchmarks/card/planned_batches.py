@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from card_models import DEVICE, SPECS, model_and_inputs
+from invact.patchers.checkpointing import checkpointed
 from record import Record
 from torch import nn
 from verdicts import verdict_on_batch
 
-from invact.bench_steps import loss_of
-from invact.checkpointing import checkpointed
+from invact.bench.steps import loss_of
 from invact.fitting.batches import Need, needs
 from invact.fitting.lifetimes import NEVER, WEIGHT, Lifetimes
-from invact.planning import decide
-from invact.simulation import Setting
+from invact.planning.plans import decide
+from invact.simulation.simulation import Setting
 
 MEMORY = 24 << 30
 TINY_MEMORY = 1 << 23

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from verdicts import verdict_on_steps
 from ways import EXACT, INVACT, STOCK, Way, eager_ways
 
-from invact.sizes import size_in_words
-from invact.timing import Race
+from invact.bench.timing import Race
+from invact.report.inputs import size_in_words
 
 SECONDS_OF_TURNS = 5.0
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 15

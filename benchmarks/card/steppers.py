@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from ways import Way, stock
 
+from invact.bench.timing import Race, wait_for, wall_seconds
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
-from invact.timing import Race, wait_for, wall_seconds
 
 
 class Stepper:

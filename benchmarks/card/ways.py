@@ -11,14 +11,14 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from invact.patchers.checkpointing import enable_checkpointing
 from torch import nn
 
-from invact.checkpointing import enable_checkpointing
-from invact.compiling import backend
+from invact.compiling.inductor import backend
 from invact.patching import patch
-from invact.planning import decide
-from invact.report import Report
-from invact.selective import checkpoint_selectively
+from invact.planning.plans import decide
+from invact.report.report import Report
+from invact.trial.selective import checkpoint_selectively
 
 STOCK, INVACT, EXACT, INVERTING = "stock", "invact", "exact", "inverting"
 CHECKPOINTING, SELECTIVE, LIGER = "checkpointing", "selective", "liger"

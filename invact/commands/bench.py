@@ -21,7 +21,7 @@ from invact.commands.output import (
 )
 
 if TYPE_CHECKING:
-    from invact.bench_result import Bench
+    from invact.bench.result import Bench
 
 
 class Only(str, Enum):
@@ -97,8 +97,8 @@ def bench(
 def _measured(**options: Any) -> Bench:
     try:
         from invact import patchers
-        from invact.bench import BenchError, run
-        from invact.bench_steps import StepError
+        from invact.bench.running import BenchError, run
+        from invact.bench.steps import StepError
 
         try:
             with progress(total=None) as shown:

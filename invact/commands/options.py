@@ -21,8 +21,8 @@ class Dtype(str, Enum):
 
 
 def memory(text: str) -> int:
-    """As `invact.amounts.memory_bytes`, refused as a bad parameter."""
-    from invact.amounts import memory_bytes
+    """As `invact.report.amounts.memory_bytes`, refused as a bad parameter."""
+    from invact.report.amounts import memory_bytes
 
     try:
         return memory_bytes(text)

@@ -198,7 +198,7 @@ def check_page_can_be_made(path: Path | None) -> None:
     """Before the work, not after it."""
     if path is None:
         return
-    from invact.page import MissingPageLibraryError, require_page_libraries
+    from invact.pages.page import MissingPageLibraryError, require_page_libraries
 
     try:
         require_page_libraries()

@@ -33,8 +33,8 @@ from invact.commands.output import (
     print_report,
     write,
 )
-from invact.own_errors import first_line, own_error
-from invact.sizes import size_in_words
+from invact.errors.own_errors import first_line, own_error
+from invact.report.inputs import size_in_words
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
     from invact.fitting.batches import Batches
     from invact.fitting.step import Step
-    from invact.page import Page
-    from invact.planning import Decided
+    from invact.pages.page import Page
+    from invact.planning.plans import Decided
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -180,7 +180,7 @@ class _Asked:
     def decided(self) -> tuple[nn.Module, Any, Decided]:
         """The model on meta, its inputs, and what is decided for a GPU; fails where they can not be had."""
         from invact import patchers
-        from invact.planning import decide_for_device
+        from invact.planning.plans import decide_for_device
 
         try:
             loaded = _loaded(self.name, torch_dtype(self.dtype), self.library, self.image_size)
@@ -221,7 +221,7 @@ def _step(
     """A step before and after, or neither where it can not be simulated, and why it does not fit; "" if it does."""
     from invact.fitting.choosing import DoesNotFitError, fit_in
     from invact.fitting.optimizers import NotSimulatedError
-    from invact.time_limit import TookTooLongError
+    from invact.simulation.time_limit import TookTooLongError
 
     try:
         found = fit_in(decided, model, inputs, optimizer=optimizer, memory=memory, quick=True)
@@ -249,15 +249,15 @@ def _batches(asked: _Asked, decided: Decided, model: nn.Module, optimizer: str, 
 def _page(
     decided: Decided, model: nn.Module, inputs: Any, what_fits: list[str], course: tuple[Step, Step] | None
 ) -> Page:
-    from invact.layers import memory_by_layer
-    from invact.page import plan_page
+    from invact.pages.page import plan_page
+    from invact.planning.by_layer import memory_by_layer
 
     layers = memory_by_layer(model, inputs, decided.setting, decided)
     return plan_page(decided.report, layers, command(), "\n".join(what_fits), course)
 
 
 def _count_compiled(decided: Decided, model: nn.Module, inputs: Any) -> None:
-    from invact.compiled_bytes import compiled_bytes
+    from invact.compiling.compiled_bytes import compiled_bytes
 
     report = decided.report
     counted = compiled_bytes(model, inputs, decided.setting)
@@ -288,7 +288,7 @@ def _loaded(name: str, dtype: torch.dtype, library: str | None, image_size: int 
 def _run_on_meta(model: nn.Module, inputs: Any) -> None:
     import torch
 
-    from invact.pytorch_inside import tree_map_only
+    from invact.pytorch.inside import tree_map_only
 
     on_meta = tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs)
     model(**on_meta) if isinstance(on_meta, dict) else model(*on_meta)

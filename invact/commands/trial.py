@@ -33,15 +33,15 @@ from invact.commands.output import (
 )
 
 if TYPE_CHECKING:
-    from invact.page import Page
-    from invact.trial_result import Trial
+    from invact.pages.page import Page
+    from invact.trial.result import Trial
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_LEARNING_RATE = 5e-4
 
 
 class Also(str, Enum):
-    """Ways of training on demand; those of `invact.trial_ways`, which loads torch."""
+    """Ways of training on demand; those of `invact.trial.ways`, which loads torch."""
 
     exact = "exact"
     selective = "selective"
@@ -151,12 +151,12 @@ def _trained(
         import torch
 
         from invact import patchers
-        from invact.simulation import Setting
-        from invact.trial import train_in_ways
-        from invact.trial_data import DataError
-        from invact.trial_processes import ProcessError
-        from invact.trial_task import NotTrainableError, make_task
-        from invact.trial_ways import COMPILED_WAYS, WAYS
+        from invact.simulation.simulation import Setting
+        from invact.trial.comparing import train_in_ways
+        from invact.trial.data import DataError
+        from invact.trial.processes import ProcessError
+        from invact.trial.task import NotTrainableError, make_task
+        from invact.trial.ways import COMPILED_WAYS, WAYS
 
         try:
             task = make_task(name, data, seq_len, adapters)
@@ -209,6 +209,6 @@ def _estimate_in_words(seconds: float, steps: int, seeds: range) -> str:
 
 
 def _trial_page(result: Trial) -> Page:
-    from invact.page import trial_page
+    from invact.pages.page import trial_page
 
     return trial_page(result, command())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from invact import functional
 from invact.kernels.masks import packed, unpacked
-from invact.pytorch_inside import (
+from invact.pytorch.inside import (
     accelerator_type,
     autocast_anywhere,
     current_backward,

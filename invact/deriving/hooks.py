@@ -34,7 +34,7 @@ from invact.deriving.journal import journal_here
 from invact.deriving.parameters import copied, is_parameter, parameters_may_go
 from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, SUMS, VIEWS
 from invact.deriving.stead import stead_of
-from invact.pytorch_inside import (
+from invact.pytorch.inside import (
     FakeTensor,
     StorageWeakRef,
     hooks_allowed,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, PackedMask, kept_by
 from invact.deriving.words import in_words, listed
-from invact.ledger import Entry, Key, Ledger, dense_parts, storage_sizes
-from invact.pytorch_inside import StorageWeakRef, changes_in_place, node_name, transforms_active
+from invact.ledger.ledger import Entry, Key, Ledger, dense_parts, storage_sizes
+from invact.pytorch.inside import StorageWeakRef, changes_in_place, node_name, transforms_active
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch import nn
 
-from invact.swapping import has_own_switch, is_checkpointed, stock_class
+from invact.swapping.swaps import has_own_switch, is_checkpointed, stock_class
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from invact.amounts import format_bytes, in_words
-from invact.arguments import Inputs
+from invact.errors.arguments import Inputs
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, foreseen_step, in_order
 from invact.fitting.step import GRADIENTS, STATES, TEMPORARY, WEIGHTS, Step, TakeStep, simulated_training
 from invact.patchers import without_adapters
-from invact.planning import Decided
-from invact.pytorch_inside import tree_leaves
-from invact.report import CheckpointedBlock
+from invact.planning.plans import Decided
+from invact.pytorch.inside import tree_leaves
+from invact.report.amounts import format_bytes, in_words
+from invact.report.report import CheckpointedBlock
 
 _CLEARLY = 1.01
 """A foreseen peak that is above the budget by more than this is not simulated: foreseen are most to a thousandth, and

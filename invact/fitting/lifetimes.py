@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invact.ledger import Key, dense_parts, module_hooks
-from invact.own_errors import users_call
-from invact.pytorch_inside import (
+from invact.errors.own_errors import users_call
+from invact.ledger.ledger import Key, dense_parts, module_hooks
+from invact.pytorch.inside import (
     TorchDispatchMode,
     cast_operation,
     changed_arguments,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
+from invact.errors.own_errors import first_line
 from invact.fitting.lifetimes import Lifetimes, levels
-from invact.ledger import storage_sizes
-from invact.own_errors import first_line
-from invact.pytorch_inside import TorchDispatchMode
+from invact.ledger.ledger import storage_sizes
+from invact.pytorch.inside import TorchDispatchMode
 
 OptimizerLike: TypeAlias = str | Optimizer
 

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invact.arguments import Inputs
+from invact import probing
+from invact.errors.arguments import Inputs
+from invact.errors.own_errors import first_line, raised_by_invact, users_call
 from invact.fitting.lifetimes import WEIGHT, WEIGHT_CAST, Allocation, Call, Lifetimes, levels
 from invact.fitting.optimizers import Held, NotSimulatedError, OptimizerLike, held_by
 from invact.fitting.work import Work
 from invact.kernels.imitated import imitated_on
-from invact.leftovers import check_no_leftovers, references_to
-from invact.own_errors import first_line, raised_by_invact, users_call
 from invact.patchers import as_on_real_tensors
-from invact.probing import ONE_AT_A_TIME, TIME_LIMIT, packs_for_us, simulated
-from invact.pytorch_inside import engine_call, tree_leaves
-from invact.simulation import (
+from invact.probing.probe import ONE_AT_A_TIME, packs_for_us, simulated
+from invact.pytorch.inside import engine_call, tree_leaves
+from invact.simulation.leftovers import check_no_leftovers, references_to
+from invact.simulation.simulation import (
     AsOnGpu,
     Setting,
     Simulation,
@@ -32,8 +33,8 @@ from invact.simulation import (
     hooks_standing_aside,
     stand_in,
 )
-from invact.swapping import WITH_RUNNING_STATISTICS, as_on
-from invact.time_limit import TookTooLongError
+from invact.simulation.time_limit import TookTooLongError
+from invact.swapping.swaps import WITH_RUNNING_STATISTICS, as_on
 
 KINDS = WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY = (
     "weights",
@@ -159,7 +160,7 @@ def simulated_training(
     """Gives what takes a step of the model, as often as it is called, each time as the model is patched then.
 
     Backward begins at the model's own loss where its output has one, else at the sum of all that it gives. Afterwards
-    all that can be reached from the model is what it was; see `invact.snapshot`.
+    all that can be reached from the model is what it was; see `invact.snapshot.snapshot`.
 
     Args:
         model: on any device or on meta.
@@ -241,7 +242,7 @@ class TakeStep:
             stack.enter_context(imitated_on(self._setting.device))
             # Backward in this thread on a machine with a GPU as well: what is imitated is so for this thread alone.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            stack.enter_context(self._limited(TIME_LIMIT))
+            stack.enter_context(self._limited(probing.TIME_LIMIT))
             calls = stack.enter_context(lifetimes.by_module(self._model))
             stack.enter_context(lifetimes)
             forward_ended, kept = self._forward_and_backward(lifetimes, work or nullcontext())

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.utils.flop_counter import flop_registry
 
+from invact.errors.own_errors import users_call
 from invact.fitting.lifetimes import Lifetimes
-from invact.own_errors import users_call
-from invact.pytorch_inside import TorchDispatchMode, device_query
+from invact.pytorch.inside import TorchDispatchMode, device_query
 
 FLOPS_A_BYTE = 100
 """How many operations a GPU does while it moves a byte: 400 Tflop/s of its 16-bit products and 3 to 4 TB/s are what an

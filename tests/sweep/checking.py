@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
 import invact
-from invact import swapping
+from invact.swapping import swaps as swapping
 
 BYTES_WITHIN = 0.01
 OUTPUTS_WITHIN = 1e-5

@@ -1,0 +1,1 @@
+"""A plan or a trial as one HTML page with drawings, nothing to fetch."""

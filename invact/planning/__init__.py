@@ -1,0 +1,8 @@
+"""Walk a model, probe it, and decide for every activation whether inverting it pays.
+
+`plans.decide` is the way through, from a model to what is to be swapped in it.
+"""
+
+from invact.planning.plans import Decided, decide, decide_for_device, plan
+
+__all__ = ["Decided", "decide", "decide_for_device", "plan"]
