@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from invact.patching import fit, patch, patched, unpatch
     from invact.planning.plans import plan
     from invact.probing.probe import activation_memory
-    from invact.report.report import Report, Site
+    from invact.report.records import Site
+    from invact.report.report import Report
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import invact
 from invact.planning.plans import decide_for_device
-from invact.report.report import Report, Site
+from invact.report.records import Site
+from invact.report.report import Report
 
 TOKENS, WIDTH, WIDE = 64, 32, 64
 ROW = TOKENS * WIDTH * 4

@@ -115,8 +115,13 @@ def noted(file: str) -> list[str]:
     return [pattern for node, pattern in sentences(file) if (node.lineno, node.col_offset) in given]  # type: ignore[attr-defined]
 
 
-REASONS = [pattern for file in ("planning.py", "fusing.py") for _, pattern in sentences(file)]
-NOTES = [pattern for file in ("probing.py", "trial.py", "fitting/choosing.py") for pattern in noted(file)]
+REASONS = [pattern for file in ("report/reasons.py", "planning/fusing.py") for _, pattern in sentences(file)]
+NOTES = [pattern for _, pattern in sentences("report/notes.py")]
+NOTES += [
+    pattern
+    for file in sorted((ROOT / "invact").rglob("*.py"))
+    for pattern in noted(str(file.relative_to(ROOT / "invact")))
+]
 
 
 def test_reasons_were_found_in_the_source() -> None:

@@ -17,6 +17,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 import invact
 from invact.planning import fusing
 from invact.planning import plans as planning
+from invact.planning.options import Options
 from invact.planning.plans import decide_for_device
 from invact.pytorch import inside as pytorch_inside
 from invact.recognition import norms
@@ -344,7 +345,7 @@ def test_include_and_exclude_hold_for_norms_as_well():
 
     def fused(**arguments):
         setting = simulation.Setting(torch.device("cuda"))
-        report = planning._decide(model, inputs, setting, **arguments).report
+        report = planning.decide_in(model, inputs, setting, Options(**arguments)).report
         return [norm.path for norm in report.fused]
 
     assert fused(include="model.norm*") == ["model.norm"]

@@ -9,6 +9,7 @@ from torch import nn
 
 import invact
 from invact.errors.own_errors import ImitatedError, raised_by_invact, users_call
+from invact.planning.options import matches
 from invact.planning.plans import decide_for_device
 
 X = torch.randn(4, 16)
@@ -56,7 +57,7 @@ PLACES = [
     ),
     *("invact.functional.invert", "invact.functional.wants_gradient", "invact.swapping.swaps._set_class"),
     *("invact.probing.probe.checkpoints_counted", "invact.probing.probe.stand_in", "invact.planning.walking.recognise"),
-    "invact.planning.plans._Choice.sites",
+    "invact.planning.deciding.decide_sites",
 ]
 
 
@@ -114,7 +115,7 @@ def test_whose_fault_it_is_is_told_by_the_innermost_code_that_is_not_pytorchs():
         users_call(nn.Linear(1, 1), "text")
     assert not raised_by_invact(users.value)
     with pytest.raises(TypeError) as ours:
-        invact.planning.plans._matches("path", 5)
+        matches("path", 5)
     assert raised_by_invact(ours.value)
     assert not raised_by_invact(ImitatedError())
 

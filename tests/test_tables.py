@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from invact.report.report import INVERT, KEEP, Report, Site
+from invact.report.records import INVERT, KEEP, Site
+from invact.report.report import Report
 from invact.report.tables import Column, print_table
 
 WIDTHS = [40, 60, 80, 100, 120, 200]

@@ -19,7 +19,7 @@ from invact.patchers import without_adapters
 from invact.planning.plans import Decided
 from invact.pytorch.inside import tree_leaves
 from invact.report.amounts import format_bytes, in_words
-from invact.report.report import CheckpointedBlock
+from invact.report.records import CheckpointedBlock
 
 _CLEARLY = 1.01
 """A foreseen peak that is above the budget by more than this is not simulated: foreseen are most to a thousandth, and

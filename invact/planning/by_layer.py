@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from invact.errors.arguments import Inputs
-from invact.planning.plans import Decided
+from invact.planning.plans import Decided, observed_with
 from invact.probing.probe import observe
 from invact.simulation.simulation import Setting
 
@@ -24,11 +24,7 @@ class Layer:
 def memory_by_layer(model: nn.Module, inputs: Inputs, setting: Setting, decided: Decided) -> list[Layer]:
     """The layers that keep anything, in the order of the forward pass."""
     before = observe(model, inputs, setting)
-    swaps = decided.apply(model)
-    try:
-        after = observe(model, inputs, setting)
-    finally:
-        swaps.undo()
+    after = observed_with(decided, model, inputs)
     layers: dict[str, Layer] = {}
     for observation, side in ((before, "before"), (after, "after")):
         for path, nbytes in observation.memory.by_module.items():

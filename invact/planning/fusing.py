@@ -8,7 +8,7 @@ import torch
 
 from invact.probing.probe import Call
 from invact.recognition.norms import FoundNorm, accesses_in_steps, own_rounding_of
-from invact.report.report import FusedNorm
+from invact.report.records import FusedNorm
 from invact.simulation.simulation import Setting
 
 
