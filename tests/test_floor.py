@@ -16,7 +16,7 @@ from invact.ledger.computed import Computed, Value
 from invact.ledger.floor import _fewest, floor_bytes, not_derived, remains
 from invact.ledger.ledger import Ledger
 from invact.probing.probe import observe
-from invact.pytorch.inside import StorageWeakRef
+from invact.pytorch.tensors import StorageWeakRef
 from invact.simulation.simulation import Setting
 
 TOKENS, WIDTH, WIDE = 8, 64, 256

@@ -25,7 +25,7 @@ import invact
 from invact.errors.arguments import check_shapes_known
 from invact.ledger.kept_storages import KeptStorages
 from invact.planning.plans import decide_for_device
-from invact.pytorch.inside import checkpoint_generator
+from invact.pytorch.checkpointing import checkpoint_generator
 from invact.simulation.simulation import AsOnGpu, Setting, checkpoints_counted, fake_tensor_log_silent
 
 

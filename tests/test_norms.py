@@ -18,7 +18,7 @@ import invact
 from invact.planning import fusing
 from invact.planning import plans as planning
 from invact.planning.plans import decide_for_device
-from invact.pytorch import inside as pytorch_inside
+from invact.pytorch.operators import has_fused_rms_norm
 from invact.recognition import norms
 from invact.recognition.norms import RmsNorm, accesses_in_steps, own_rounding_of, recognise_norm, walk_norms
 from invact.simulation import simulation
@@ -42,7 +42,7 @@ def t5():
 
 MODELS = pytest.mark.parametrize("make", [llama, gemma, t5], ids=lambda make: make.__name__)
 NEEDS_FUSED = pytest.mark.skipif(
-    not pytorch_inside.has_fused_rms_norm(torch.device("cuda")), reason="this PyTorch has no fused RMS norm for GPUs"
+    not has_fused_rms_norm(torch.device("cuda")), reason="this PyTorch has no fused RMS norm for GPUs"
 )
 
 

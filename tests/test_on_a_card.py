@@ -33,7 +33,7 @@ from invact.deriving.rules import dropout_scale
 from invact.functional import invert
 from invact.inverting.few_bits import few_bits
 from invact.planning import plans as planning
-from invact.pytorch.inside import has_fused_rms_norm
+from invact.pytorch.operators import has_fused_rms_norm
 from invact.recognition import norms
 from invact.simulation import simulation
 

@@ -19,7 +19,7 @@ from invact.errors.arguments import device_of
 from invact.fitting.optimizers import NotSimulatedError
 from invact.fitting.step import simulated_training
 from invact.planning.plans import decide
-from invact.pytorch.inside import tree_map_only
+from invact.pytorch.containers import tree_map_only
 from invact.simulation.simulation import Setting
 
 pytestmark = [

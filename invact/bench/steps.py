@@ -20,7 +20,7 @@ from invact.ledger.kept_storages import KeptStorages
 from invact.ledger.ledger import Ledger
 from invact.patchers.checkpointing import can_checkpoint, enable_checkpointing
 from invact.patching import patch
-from invact.pytorch.inside import tree_leaves
+from invact.pytorch.containers import tree_leaves
 from invact.report.inputs import size_in_words
 
 # By the type of the device, or the longest sequence that the model takes where that is shorter.

@@ -27,7 +27,9 @@ from invact.errors.arguments import Inputs
 from invact.errors.own_errors import first_line, raised_by_invact, users_call
 from invact.ledger.ledger import storage_sizes
 from invact.probing.probe import simulated
-from invact.pytorch.inside import FakeTensorMode, as_if_compiling, tree_leaves
+from invact.pytorch.compiler_flags import as_if_compiling
+from invact.pytorch.containers import tree_leaves
+from invact.pytorch.fake_tensors import FakeTensorMode
 from invact.simulation.simulation import AsOnGpu, Setting, autocast_as_set, fake_tensor_log_silent
 from invact.simulation.time_limit import TimeLimit, TookTooLongError
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, PackedMask, kept_by
 from invact.deriving.words import in_words, listed
 from invact.ledger.ledger import Entry, Key, Ledger, dense_parts, storage_sizes
-from invact.pytorch.inside import StorageWeakRef, changes_in_place, node_name, transforms_active
+from invact.pytorch.backward import node_name
+from invact.pytorch.circumstances import transforms_active
+from invact.pytorch.tensors import StorageWeakRef, changes_in_place
 
 
 @dataclass(frozen=True)

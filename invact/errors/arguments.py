@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from invact.pytorch.inside import tree_leaves
+from invact.pytorch.containers import tree_leaves
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 """How a model is called: a dict holds keyword arguments, a tuple positional ones."""

@@ -17,7 +17,7 @@ from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, foreseen
 from invact.fitting.step import GRADIENTS, STATES, TEMPORARY, WEIGHTS, Step, TakeStep, simulated_training
 from invact.patchers import without_adapters
 from invact.planning.plans import Decided
-from invact.pytorch.inside import tree_leaves
+from invact.pytorch.containers import tree_leaves
 from invact.report.amounts import format_bytes, in_words
 from invact.report.report import CheckpointedBlock
 

@@ -22,7 +22,8 @@ from invact.fitting.work import Work
 from invact.kernels.imitated import imitated_on
 from invact.patchers import as_on_real_tensors
 from invact.probing.probe import ONE_AT_A_TIME, packs_for_us, simulated
-from invact.pytorch.inside import engine_call, tree_leaves
+from invact.pytorch.backward import engine_call
+from invact.pytorch.containers import tree_leaves
 from invact.simulation.leftovers import check_no_leftovers, references_to
 from invact.simulation.simulation import (
     AsOnGpu,

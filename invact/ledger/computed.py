@@ -16,7 +16,9 @@ from torch import Tensor
 
 from invact.errors.own_errors import users_call
 from invact.ledger.ledger import Key, dense_parts
-from invact.pytorch.inside import StorageWeakRef, TorchDispatchMode, schema_of, storage_identity
+from invact.pytorch.modes import TorchDispatchMode
+from invact.pytorch.operators import schema_of
+from invact.pytorch.tensors import StorageWeakRef, storage_identity
 
 RESIDUAL_SUMS = "residual sums"
 """Sums of what comes of different roots: to make the sum again, both summands would have to be kept in its stead."""

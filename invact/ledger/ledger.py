@@ -15,14 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from invact.errors.own_errors import users_call
-from invact.pytorch.inside import (
-    StorageWeakRef,
-    TorchDispatchMode,
-    cast_operation,
-    device_query,
-    is_traceable_wrapper_subclass,
-    sparse_parts,
-)
+from invact.pytorch.modes import TorchDispatchMode
+from invact.pytorch.operators import cast_operation, device_query
+from invact.pytorch.tensors import StorageWeakRef, is_traceable_wrapper_subclass, sparse_parts
 
 Key = int
 """Identity of a storage, unique among the storages that are alive."""

@@ -32,8 +32,8 @@ from invact.patchers import example_inputs as make_inputs
 from invact.planning.fusing import fused_norms
 from invact.planning.walking import unpatched_modules, walk
 from invact.probing.probe import Call, Observation, Stock, observe
-from invact.pytorch.inside import has_fused_rms_norm
 from invact.pytorch.one_thread import in_one_thread
+from invact.pytorch.operators import has_fused_rms_norm
 from invact.recognition.curves import Rounding, own_rounding
 from invact.recognition.found import Found
 from invact.recognition.norms import Fusion, walk_norms

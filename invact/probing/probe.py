@@ -30,7 +30,10 @@ from invact.ledger.computed import Computed
 from invact.ledger.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
 from invact.ledger.own_loss import OwnLoss, own_loss
 from invact.patchers import as_on_real_tensors
-from invact.pytorch.inside import FakeTensorMode, changes_in_place, transforms_active, tree_map_only
+from invact.pytorch.circumstances import transforms_active
+from invact.pytorch.containers import tree_map_only
+from invact.pytorch.fake_tensors import FakeTensorMode
+from invact.pytorch.tensors import changes_in_place
 from invact.recognition.found import Found
 from invact.recognition.norms import FoundNorm
 from invact.recognition.rewriting import Runner, Written

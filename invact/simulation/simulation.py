@@ -19,27 +19,21 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from invact.errors.own_errors import ImitatedError, users_call
-from invact.pytorch.inside import (
-    RELEASE,
-    CheckpointFunction,
-    FakeTensor,
-    FakeTensorMode,
-    TorchDispatchMode,
-    checkpoint_generator,
-    detach_operator,
-    device_query,
+from invact.pytorch.attention import (
     efficient_attention,
     flash_attention,
-    has_fused_rms_norm,
-    hooks_taken_off,
     math_attention,
-    on_meta,
     seen_by_modes,
     stock_attention,
     stock_multi_head_attention,
-    suggest_memory_format,
-    torch_graph,
 )
+from invact.pytorch.checkpointing import CheckpointFunction, checkpoint_generator
+from invact.pytorch.fake_tensors import FakeTensor, FakeTensorMode, on_meta
+from invact.pytorch.modes import TorchDispatchMode
+from invact.pytorch.operators import detach_operator, device_query, has_fused_rms_norm
+from invact.pytorch.saved_tensor_hooks import hooks_taken_off, torch_graph
+from invact.pytorch.tensors import suggest_memory_format
+from invact.pytorch.version_check import RELEASE
 from invact.simulation.time_limit import Deadline
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from invact.errors.own_errors import users_call
-from invact.pytorch.inside import TorchDispatchMode
+from invact.pytorch.modes import TorchDispatchMode
 
 
 class TookTooLongError(TimeoutError):

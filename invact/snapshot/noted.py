@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from invact.pytorch.inside import changes_in_place, plain_parts
+from invact.pytorch.tensors import changes_in_place, plain_parts
 
 MISSING: Any = object()
 """Stands for an attribute, a key or a content that was not there."""

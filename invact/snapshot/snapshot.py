@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invact.pytorch.inside import modes_off
+from invact.pytorch.modes import modes_off
 from invact.snapshot.named_globals import named_globals, of_library
 from invact.snapshot.noted import (
     Noted,

@@ -28,7 +28,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from invact.errors.arguments import Inputs
-from invact.pytorch.inside import tree_map_only
+from invact.pytorch.containers import tree_map_only
 from invact.simulation.simulation import Setting
 from invact.trial.data import DataError
 from invact.trial.run import COMPRESSION

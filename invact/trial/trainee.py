@@ -18,7 +18,7 @@ from invact.errors.own_errors import first_line, own_error
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
 from invact.ledger.kept_storages import KeptStorages
 from invact.ledger.ledger import Ledger, storage_sizes
-from invact.pytorch.inside import tree_leaves, tree_map_only
+from invact.pytorch.containers import tree_leaves, tree_map_only
 from invact.simulation.simulation import Setting
 from invact.trial.run import BASELINE, SELECTIVE
 from invact.trial.task import Batch, NotTrainableError, Task
