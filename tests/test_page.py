@@ -21,7 +21,7 @@ from invact.pages.charts import loss_chart, memory_chart, timeline_chart
 from invact.pages.page import plan_page, trial_page
 from invact.planning.by_layer import Layer, layer_name
 from invact.report.report import FusedNorm, Report, Site
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 from invact.trial.comparing import train_in_ways
 from invact.trial.result import Trial
 from invact.trial.run import Run

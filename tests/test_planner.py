@@ -17,7 +17,7 @@ from invact.errors.arguments import device_of
 from invact.fitting.batches import Batches, Need, needs
 from invact.planning.plans import decide, decide_for_device
 from invact.report.amounts import memory_bytes
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 
 GIB = 2**30
 

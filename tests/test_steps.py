@@ -20,7 +20,7 @@ from invact.fitting.optimizers import NotSimulatedError
 from invact.fitting.step import simulated_training
 from invact.planning.plans import decide
 from invact.pytorch.containers import tree_map_only
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

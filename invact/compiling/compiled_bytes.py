@@ -30,7 +30,10 @@ from invact.probing.probe import simulated
 from invact.pytorch.compiler_flags import as_if_compiling
 from invact.pytorch.containers import tree_leaves
 from invact.pytorch.fake_tensors import FakeTensorMode
-from invact.simulation.simulation import AsOnGpu, Setting, autocast_as_set, fake_tensor_log_silent
+from invact.simulation.as_on_gpu import AsOnGpu
+from invact.simulation.autocast import autocast_as_set
+from invact.simulation.setting import Setting
+from invact.simulation.simulated_tensors import fake_tensor_log_silent
 from invact.simulation.time_limit import TimeLimit, TookTooLongError
 
 

@@ -24,16 +24,12 @@ from invact.patchers import as_on_real_tensors
 from invact.probing.probe import ONE_AT_A_TIME, packs_for_us, simulated
 from invact.pytorch.backward import engine_call
 from invact.pytorch.containers import tree_leaves
+from invact.simulation.as_on_gpu import AsOnGpu
+from invact.simulation.autocast import autocast_as_set
+from invact.simulation.hooks_aside import hooks_standing_aside
 from invact.simulation.leftovers import check_no_leftovers, references_to
-from invact.simulation.simulation import (
-    AsOnGpu,
-    Setting,
-    Simulation,
-    autocast_as_set,
-    fake_tensor_log_silent,
-    hooks_standing_aside,
-    stand_in,
-)
+from invact.simulation.setting import Setting, stand_in
+from invact.simulation.simulated_tensors import Simulation, fake_tensor_log_silent
 from invact.simulation.time_limit import TookTooLongError
 from invact.swapping.swaps import WITH_RUNNING_STATISTICS, as_on
 

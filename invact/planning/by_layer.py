@@ -9,7 +9,7 @@ from torch import nn
 from invact.errors.arguments import Inputs
 from invact.planning.plans import Decided
 from invact.probing.probe import observe
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from invact.probing.probe import Call
 from invact.recognition.norms import FoundNorm, accesses_in_steps, own_rounding_of
 from invact.report.report import FusedNorm
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 
 
 def fused_norms(

@@ -40,7 +40,8 @@ from invact.recognition.norms import Fusion, walk_norms
 from invact.recognition.rewriting import Runner, Written
 from invact.report.amounts import format_bytes
 from invact.report.report import APPROXIMATE, DERIVE, INVERT, KEEP, NOTICEABLE, Report, Site
-from invact.simulation.simulation import Setting, autocast_here
+from invact.simulation.autocast import autocast_here
+from invact.simulation.setting import Setting
 from invact.snapshot.snapshot import as_it_was
 from invact.swapping.swaps import (
     LARGEST_INVERTED_ON_CPU,

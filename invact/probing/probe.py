@@ -37,18 +37,13 @@ from invact.pytorch.tensors import changes_in_place
 from invact.recognition.found import Found
 from invact.recognition.norms import FoundNorm
 from invact.recognition.rewriting import Runner, Written
+from invact.simulation.as_on_gpu import AsOnGpu
+from invact.simulation.autocast import autocast_as_set, autocast_here
+from invact.simulation.checkpointed_regions import checkpoints_counted
+from invact.simulation.hooks_aside import hooks_standing_aside
 from invact.simulation.leftovers import check_no_leftovers, references_to
-from invact.simulation.simulation import (
-    AsOnGpu,
-    Setting,
-    Simulation,
-    autocast_as_set,
-    autocast_here,
-    checkpoints_counted,
-    fake_tensor_log_silent,
-    hooks_standing_aside,
-    stand_in,
-)
+from invact.simulation.setting import Setting, stand_in
+from invact.simulation.simulated_tensors import Simulation, fake_tensor_log_silent
 from invact.simulation.time_limit import TimeLimit, TookTooLongError
 from invact.snapshot.snapshot import as_it_was
 from invact.swapping.swaps import swap_in

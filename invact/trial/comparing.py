@@ -17,7 +17,7 @@ from invact.patchers.checkpointing import can_checkpoint
 from invact.planning.by_layer import memory_by_layer
 from invact.planning.plans import decide
 from invact.report.amounts import format_bytes
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 from invact.trial.data import DataError
 from invact.trial.peak import predicted_peak
 from invact.trial.processes import CompressedTraining, Pair

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from invact.errors.arguments import Inputs
 from invact.pytorch.containers import tree_map_only
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 from invact.trial.data import DataError
 from invact.trial.run import COMPRESSION
 from invact.trial.task import Batch, NotTrainableError, Origin, Task

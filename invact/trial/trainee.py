@@ -19,7 +19,7 @@ from invact.fitting.lifetimes import WEIGHT, Lifetimes
 from invact.ledger.kept_storages import KeptStorages
 from invact.ledger.ledger import Ledger, storage_sizes
 from invact.pytorch.containers import tree_leaves, tree_map_only
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 from invact.trial.run import BASELINE, SELECTIVE
 from invact.trial.task import Batch, NotTrainableError, Task
 
