@@ -25,7 +25,7 @@ from invact.compiling.compiler_inside import (
 from invact.compiling.inductor import mark_what_is_kept, reserves_off
 from invact.errors.arguments import Inputs
 from invact.errors.own_errors import first_line, raised_by_invact, users_call
-from invact.ledger.ledger import storage_sizes
+from invact.ledger.storages import storage_sizes
 from invact.probing.probe import simulated
 from invact.pytorch.compiler_flags import as_if_compiling
 from invact.pytorch.containers import tree_leaves

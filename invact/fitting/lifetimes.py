@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from invact.errors.own_errors import users_call
-from invact.ledger.ledger import Key, dense_parts, module_hooks
+from invact.ledger.entries import Key
+from invact.ledger.ledger import module_hooks
+from invact.ledger.storages import dense_parts
 from invact.pytorch.backward import current_node, node_name
 from invact.pytorch.containers import tree_leaves
 from invact.pytorch.modes import TorchDispatchMode

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from invact.errors.own_errors import first_line
 from invact.fitting.lifetimes import Lifetimes, levels
-from invact.ledger.ledger import storage_sizes
+from invact.ledger.storages import storage_sizes
 from invact.pytorch.modes import TorchDispatchMode
 from invact.pytorch.operators import item_operator
 

@@ -25,8 +25,8 @@ from invact.errors.arguments import (
     device_of,
 )
 from invact.kernels import Curve
+from invact.ledger.entries import Entry, Key
 from invact.ledger.floor import floor_bytes, not_derived, remains
-from invact.ledger.ledger import Entry, Key
 from invact.ledger.own_loss import OwnLoss, loss_bytes
 from invact.patchers import example_inputs as make_inputs
 from invact.planning.fusing import fused_norms

@@ -27,8 +27,10 @@ from invact.errors.arguments import (
 )
 from invact.errors.own_errors import raised_by_invact, users_call
 from invact.ledger.computed import Computed
-from invact.ledger.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
+from invact.ledger.entries import Entry, Key, Memory
+from invact.ledger.ledger import Ledger
 from invact.ledger.own_loss import OwnLoss, own_loss
+from invact.ledger.storages import dense_parts, storage_sizes
 from invact.patchers import as_on_real_tensors
 from invact.pytorch.circumstances import transforms_active
 from invact.pytorch.containers import tree_map_only

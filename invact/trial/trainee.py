@@ -17,7 +17,8 @@ from invact.errors.arguments import Inputs
 from invact.errors.own_errors import first_line, own_error
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
 from invact.ledger.kept_storages import KeptStorages
-from invact.ledger.ledger import Ledger, storage_sizes
+from invact.ledger.ledger import Ledger
+from invact.ledger.storages import storage_sizes
 from invact.pytorch.containers import tree_leaves, tree_map_only
 from invact.simulation.setting import Setting
 from invact.trial.run import BASELINE, SELECTIVE
