@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from invact.fitting.optimizers import NotSimulatedError
     from invact.patching import fit, patch, patched, unpatch
     from invact.planning.plans import plan
-    from invact.probing.probe import activation_memory
+    from invact.probing.memory_kept import activation_memory
     from invact.report.report import Report, Site
 
 __version__ = "0.1.0"
@@ -45,7 +45,7 @@ _HOME = {
     "NotSimulatedError": "invact.fitting.optimizers",
     "Report": "invact.report.report",
     "Site": "invact.report.report",
-    "activation_memory": "invact.probing.probe",
+    "activation_memory": "invact.probing.memory_kept",
     "fit": "invact.patching",
     "patch": "invact.patching",
     "patched": "invact.patching",

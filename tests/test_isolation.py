@@ -22,7 +22,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
 import invact
-from invact.errors.arguments import check_shapes_known
+from invact.errors.checks import check_shapes_known
 from invact.ledger.kept_storages import KeptStorages
 from invact.planning.plans import decide_for_device
 from invact.pytorch.checkpointing import checkpoint_generator

@@ -48,9 +48,9 @@ PLACES = [
         "invact.ledger.ledger.Ledger._enter_module",
         "invact.ledger.ledger.Ledger._pack",
     ),
-    *("invact.ledger.ledger.Ledger.memory", "invact.ledger.ledger.dense_parts", "invact.probing.probe._opened"),
+    *("invact.ledger.ledger.Ledger.memory", "invact.ledger.ledger.dense_parts", "invact.probing.recording._opened"),
     *(
-        "invact.probing.probe._OpenCall.closed",
+        "invact.probing.recording.OpenCall.closed",
         "invact.probing.probe.autocast_as_set",
         "invact.recognition.settings.Settings.unchanged",
     ),

@@ -14,7 +14,7 @@ from invact.bench.contenders import CHECKPOINTING, COMPILE, INVACT, STOCK
 from invact.bench.real_models import with_weights
 from invact.bench.result import Bench, StepTimes
 from invact.bench.timing import wait_for, wall_seconds
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.errors.own_errors import first_line, own_error
 from invact.ledger.kept_storages import KeptStorages
 from invact.ledger.ledger import Ledger

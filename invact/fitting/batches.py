@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.step import Step, simulated_training
 from invact.patchers.checkpointing import can_checkpoint, checkpointed

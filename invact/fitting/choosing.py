@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, foreseen_step, in_order

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invact.errors.arguments import check_few_bits
+from invact.errors.checks import check_few_bits
 from invact.functional import wants_gradient
 from invact.kernels import Curve, codes, dispatch
 from invact.kernels import steps as best_steps

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.planning.plans import Decided
 from invact.probing.probe import observe
 from invact.simulation.setting import Setting

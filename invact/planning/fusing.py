@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from invact.probing.probe import Call
+from invact.probing.records import Call
 from invact.recognition.norms import FoundNorm, accesses_in_steps, own_rounding_of
 from invact.report.report import FusedNorm
 from invact.simulation.setting import Setting

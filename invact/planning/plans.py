@@ -13,7 +13,7 @@ from torch import nn
 
 from invact.deriving.journal import DerivedTensor
 from invact.deriving.placing import places
-from invact.errors.arguments import (
+from invact.errors.checks import (
     Inputs,
     check_autocast,
     check_exact,
@@ -22,7 +22,6 @@ from invact.errors.arguments import (
     check_model,
     check_patterns,
     check_trainable_here,
-    device_of,
 )
 from invact.kernels import Curve
 from invact.ledger.entries import Entry, Key
@@ -31,7 +30,8 @@ from invact.ledger.own_loss import OwnLoss, loss_bytes
 from invact.patchers import example_inputs as make_inputs
 from invact.planning.fusing import fused_norms
 from invact.planning.walking import unpatched_modules, walk
-from invact.probing.probe import Call, Observation, Stock, observe
+from invact.probing.probe import observe
+from invact.probing.records import Call, Observation, Stock
 from invact.pytorch.one_thread import in_one_thread
 from invact.pytorch.operators import has_fused_rms_norm
 from invact.recognition.curves import Rounding, own_rounding
@@ -41,7 +41,7 @@ from invact.recognition.rewriting import Runner, Written
 from invact.report.amounts import format_bytes
 from invact.report.report import APPROXIMATE, DERIVE, INVERT, KEEP, NOTICEABLE, Report, Site
 from invact.simulation.autocast import autocast_here
-from invact.simulation.setting import Setting
+from invact.simulation.setting import Setting, device_of
 from invact.snapshot.snapshot import as_it_was
 from invact.swapping.swaps import (
     LARGEST_INVERTED_ON_CPU,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from invact.pytorch.version_check import RELEASE
 
@@ -27,3 +29,11 @@ def stand_in(device: torch.device) -> torch.device:
     if device.type != "cuda" or torch.cuda.is_available():
         return device
     return device if torch.version.cuda is not None and RELEASE >= (2, 15) else torch.device("cpu")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is; a model on meta is planned for a GPU."""
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    if tensor is None:
+        return torch.device("cpu")
+    return torch.device("cuda") if tensor.is_meta else tensor.device

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.fitting.batches import needs
 from invact.fitting.blocks import repeated_blocks
 from invact.patchers.checkpointing import can_checkpoint

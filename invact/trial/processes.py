@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.pytorch.containers import tree_map_only
 from invact.simulation.setting import Setting
 from invact.trial.data import DataError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from invact.bench.timing import wait_for
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.errors.own_errors import first_line, own_error
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
 from invact.ledger.kept_storages import KeptStorages
