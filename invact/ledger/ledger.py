@@ -63,6 +63,10 @@ class _Casts(TorchDispatchMode):
 class Ledger:
     """Counts what autograd keeps during the forward passes that run inside it.
 
+    Known limits: not counted are tensors that a `torch.autograd.Function` keeps as attributes of its `ctx` instead of
+    by `save_for_backward`, what other threads keep, and memory that operators only work with. A compiled model runs
+    eagerly inside, for which there is `invact.ledger.kept_storages.KeptStorages`.
+
     Attributes:
         of_other_threads: paths of modules that another thread ran; what autograd keeps there is not counted.
 

@@ -9,7 +9,16 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, ours: Any) -> Iterator[None]:
-    """Sets an attribute for the length of the block, and undoes that if nobody has set it since."""
+    """Sets an attribute for the length of the block, and undoes that if nobody has set it since.
+
+    Example:
+        >>> import math
+        >>> with replaced(math, "tau", 6):
+        ...     math.tau
+        6
+        >>> math.tau > 6
+        True
+    """
     own = vars(owner)
     was_there, before = name in own, own.get(name)
     setattr(owner, name, ours)

@@ -46,7 +46,7 @@ from invact.snapshot.noted_tensors import NotedTensor
 from invact.snapshot.random_states import generator_of, global_generators
 
 _BIG = 100_000
-"""A container of more items than this is noted, but its items are not looked into."""
+"""A container of more items than this is noted, but its items are not looked into; chosen, not measured."""
 
 
 @contextmanager
