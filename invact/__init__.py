@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from invact.fitting.optimizers import NotSimulatedError
     from invact.patching import fit, patch, patched, unpatch
     from invact.planning.plans import plan
-    from invact.probing.probe import activation_memory
+    from invact.probing.memory_kept import activation_memory
     from invact.report.records import Site
     from invact.report.report import Report
 
@@ -46,7 +46,7 @@ _HOME = {
     "NotSimulatedError": "invact.fitting.optimizers",
     "Report": "invact.report.report",
     "Site": "invact.report.report",
-    "activation_memory": "invact.probing.probe",
+    "activation_memory": "invact.probing.memory_kept",
     "fit": "invact.patching",
     "patch": "invact.patching",
     "patched": "invact.patching",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from invact.during_training import PatchedDuringTraining, peak_figures
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.errors.arguments import Inputs, check_exact, check_few_bits, check_patterns, holds_a_tensor
+from invact.errors.checks import Inputs, check_exact, check_few_bits, check_patterns, holds_a_tensor
 from invact.fitting.optimizers import as_counted
 from invact.patching import fitted
 from invact.report.amounts import format_bytes, memory_bytes

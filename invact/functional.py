@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from invact.kernels import CURVES, Curve, dispatch, monotone
-from invact.pytorch.inside import forward_ad_active, is_traceable_wrapper_subclass, transforms_active
+from invact.pytorch.circumstances import forward_ad_active, transforms_active
+from invact.pytorch.tensors import is_traceable_wrapper_subclass
 
 __all__ = [
     "celu",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.errors.arguments import Inputs, check_few_bits, check_model
+from invact.errors.checks import Inputs, check_few_bits, check_model
 from invact.fitting.choosing import fit_in
 from invact.fitting.optimizers import NotSimulatedError, OptimizerLike, check_optimizer
 from invact.patchers import example_inputs as make_inputs

@@ -26,7 +26,7 @@ from invact.cli import app
 from invact.fitting.step import simulated_training
 from invact.ledger.ledger import Ledger
 from invact.planning.plans import decide_for_device
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

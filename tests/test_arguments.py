@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import invact
-from invact.errors import arguments
-from invact.errors.arguments import check_autocast, check_exact, check_inputs, check_model, check_patterns
+from invact.errors import checks
+from invact.errors.checks import check_autocast, check_exact, check_inputs, check_model, check_patterns
 
 X = torch.ones(2, 4)
 
@@ -102,4 +102,4 @@ def test_patterns_are_a_string_or_several(patterns):
 
 
 def test_the_examples_in_docstrings_run():
-    assert doctest.testmod(arguments).failed == 0
+    assert doctest.testmod(checks).failed == 0

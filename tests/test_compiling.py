@@ -28,7 +28,7 @@ from invact.compiling import compiled_bytes as compiled_bytes_module
 from invact.compiling import inductor as compiling
 from invact.compiling.compiled_bytes import compiled_bytes
 from invact.ledger.kept_storages import KeptStorages
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 
 WIDTH, HIDDEN = 32, 128
 CPU = Setting(torch.device("cpu"))

@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 from invact.kernels import CURVES
 
-from invact.ledger.ledger import Entry
+from invact.ledger.entries import Entry
 from invact.planning.deciding import Pass, decide_sites
 from invact.planning.keepers import Keepers
 from invact.planning.options import Options
-from invact.probing.probe import Call
+from invact.probing.records import Call
 from invact.recognition.found import Found
 from invact.recognition.settings import settings_of_module
 from invact.report import reasons

@@ -13,7 +13,7 @@ from invact.deriving import gated
 from invact.deriving.gated import GatedProduct
 from invact.deriving.handles import Derived, kept_by
 from invact.deriving.hooks import Deriving
-from invact.pytorch.inside import shows_what_is_kept
+from invact.pytorch.saved_tensor_hooks import shows_what_is_kept
 
 SHAPE = (16, 128)
 OPERATORS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu"}

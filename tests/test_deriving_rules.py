@@ -11,7 +11,7 @@ from torch import nn
 from invact.deriving.handles import Bits, Derived, Kept, PackedMask, kept_by
 from invact.deriving.hooks import SMALLEST, Deriving
 from invact.deriving.rules import RULES
-from invact.pytorch.inside import shows_what_is_kept
+from invact.pytorch.saved_tensor_hooks import shows_what_is_kept
 
 aten = torch.ops.aten
 DOUBLE, FLOAT, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 import invact
 from invact import patching
 from invact.cli import app
-from invact.errors.arguments import check_few_bits
+from invact.errors.checks import check_few_bits
 from invact.inverting import few_bits as few_bits_module
 from invact.inverting.few_bits import few_bits
 from invact.patching import approximate_everywhere

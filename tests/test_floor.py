@@ -16,8 +16,8 @@ from invact.ledger.computed import Computed, Value
 from invact.ledger.floor import _fewest, floor_bytes, not_derived, remains
 from invact.ledger.ledger import Ledger
 from invact.probing.probe import observe
-from invact.pytorch.inside import StorageWeakRef
-from invact.simulation.simulation import Setting
+from invact.pytorch.tensors import StorageWeakRef
+from invact.simulation.setting import Setting
 
 TOKENS, WIDTH, WIDE = 8, 64, 256
 ROW, WIDE_ROW = TOKENS * WIDTH * 4, TOKENS * WIDE * 4

@@ -22,11 +22,14 @@ from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
 import invact
-from invact.errors.arguments import check_shapes_known
+from invact.errors.checks import check_shapes_known
 from invact.ledger.kept_storages import KeptStorages
 from invact.planning.plans import decide_for_device
-from invact.pytorch.inside import checkpoint_generator
-from invact.simulation.simulation import AsOnGpu, Setting, checkpoints_counted, fake_tensor_log_silent
+from invact.pytorch.checkpointing import checkpoint_generator
+from invact.simulation.as_on_gpu import AsOnGpu
+from invact.simulation.checkpointed_regions import checkpoints_counted
+from invact.simulation.setting import Setting
+from invact.simulation.simulated_tensors import fake_tensor_log_silent
 
 
 class Attends(nn.Module):

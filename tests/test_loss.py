@@ -15,7 +15,7 @@ import invact
 from invact import patchers
 from invact.cli import app
 from invact.ledger.ledger import Ledger
-from invact.pytorch.inside import RELEASE
+from invact.pytorch.version_check import RELEASE
 from invact.report.amounts import format_bytes
 
 VOCABULARY, BATCH, LENGTH = 1000, 4, 32

@@ -19,10 +19,11 @@ from invact.planning import fusing
 from invact.planning import plans as planning
 from invact.planning.options import Options
 from invact.planning.plans import decide_for_device
-from invact.pytorch import inside as pytorch_inside
+from invact.pytorch.operators import has_fused_rms_norm
 from invact.recognition import norms
 from invact.recognition.norms import RmsNorm, accesses_in_steps, own_rounding_of, recognise_norm, walk_norms
-from invact.simulation import simulation
+from invact.simulation import as_on_gpu
+from invact.simulation.setting import Setting
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "use_cache": False}
@@ -43,7 +44,7 @@ def t5():
 
 MODELS = pytest.mark.parametrize("make", [llama, gemma, t5], ids=lambda make: make.__name__)
 NEEDS_FUSED = pytest.mark.skipif(
-    not pytorch_inside.has_fused_rms_norm(torch.device("cuda")), reason="this PyTorch has no fused RMS norm for GPUs"
+    not has_fused_rms_norm(torch.device("cuda")), reason="this PyTorch has no fused RMS norm for GPUs"
 )
 
 
@@ -66,7 +67,7 @@ def gradients(model, inputs):
 @pytest.fixture
 def fused_here(monkeypatch):
     """As if the fused operator were one kernel on this CPU: it is PyTorch's own composition of it that runs."""
-    for module in (norms, planning, simulation):
+    for module in (norms, planning, as_on_gpu):
         monkeypatch.setattr(module, "has_fused_rms_norm", lambda device: True)
 
 
@@ -344,7 +345,7 @@ def test_include_and_exclude_hold_for_norms_as_well():
     assert invact.plan(model, inputs).fused == []  # on a CPU
 
     def fused(**arguments):
-        setting = simulation.Setting(torch.device("cuda"))
+        setting = Setting(torch.device("cuda"))
         report = planning.decide_in(model, inputs, setting, Options(**arguments)).report
         return [norm.path for norm in report.fused]
 

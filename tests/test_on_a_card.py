@@ -33,9 +33,9 @@ from invact.deriving.rules import dropout_scale
 from invact.functional import invert
 from invact.inverting.few_bits import few_bits
 from invact.planning import plans as planning
-from invact.pytorch.inside import has_fused_rms_norm
+from invact.pytorch.operators import has_fused_rms_norm
 from invact.recognition import norms
-from invact.simulation import simulation
+from invact.simulation import as_on_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -707,7 +707,7 @@ def vary_weights_of_norms(model: nn.Module) -> None:
 def fused_here(monkeypatch) -> None:
     """On a CPU it is as if the fused operator were one kernel there: what runs is PyTorch's own composition of it."""
     if DEVICE.type == "cpu":
-        for module in (norms, planning, simulation):
+        for module in (norms, planning, as_on_gpu):
             monkeypatch.setattr(module, "has_fused_rms_norm", lambda device: True)
     elif not has_fused_rms_norm(DEVICE):
         pytest.skip("this PyTorch has no fused RMS norm for GPUs")

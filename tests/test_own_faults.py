@@ -49,9 +49,9 @@ PLACES = [
         "invact.ledger.ledger.Ledger._enter_module",
         "invact.ledger.ledger.Ledger._pack",
     ),
-    *("invact.ledger.ledger.Ledger.memory", "invact.ledger.ledger.dense_parts", "invact.probing.probe._opened"),
+    *("invact.ledger.ledger.Ledger.memory", "invact.ledger.ledger.dense_parts", "invact.probing.recording._opened"),
     *(
-        "invact.probing.probe._OpenCall.closed",
+        "invact.probing.recording.OpenCall.closed",
         "invact.probing.probe.autocast_as_set",
         "invact.recognition.settings.Settings.unchanged",
     ),
@@ -72,7 +72,9 @@ def test_a_fault_of_ours_is_raised_as_it_is_and_not_told_as_the_models(place, fa
     assert "example inputs" not in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["_fused_attention", "_added", "suggest_memory_format"])
+@pytest.mark.parametrize(
+    "place", ["as_on_gpu._fused_attention", "as_on_gpu._added", "simulated_tensors.suggest_memory_format"]
+)
 def test_a_fault_in_what_imitates_kernels_is_not_taken_for_one_of_the_operation(place, monkeypatch):
     class Attends(nn.Module):
         def __init__(self):
@@ -83,8 +85,8 @@ def test_a_fault_in_what_imitates_kernels_is_not_taken_for_one_of_the_operation(
             x = self.norm(x.view(1, 4, 16)).view(1, 1, 4, 16)
             return self.down(self.act(F.scaled_dot_product_attention(x, x, x, torch.ones(4, 4, dtype=torch.bool))))
 
-    monkeypatch.setattr(f"invact.simulation.simulation.{place}", failing)
-    device = "cpu" if place == "suggest_memory_format" else "cuda"
+    monkeypatch.setattr(f"invact.simulation.{place}", failing)
+    device = "cpu" if place.endswith("suggest_memory_format") else "cuda"
     with pytest.raises(OursError) as caught:
         decide_for_device(Attends(), (X,), device=device)
     assert not getattr(caught.value, "__notes__", None)

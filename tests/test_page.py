@@ -22,7 +22,7 @@ from invact.pages.page import plan_page, trial_page
 from invact.planning.by_layer import Layer, layer_name
 from invact.report.records import FusedNorm, Site
 from invact.report.report import Report
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 from invact.trial.comparing import train_in_ways
 from invact.trial.result import Trial
 from invact.trial.run import Run

@@ -13,11 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from invact.cli import app
-from invact.errors.arguments import device_of
 from invact.fitting.batches import Batches, Need, needs
 from invact.planning.plans import decide, decide_for_device
 from invact.report.amounts import memory_bytes
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting, device_of
 
 GIB = 2**30
 

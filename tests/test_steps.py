@@ -15,12 +15,11 @@ from torch import nn
 
 from invact import patchers
 from invact.bench.real_models import with_weights
-from invact.errors.arguments import device_of
 from invact.fitting.optimizers import NotSimulatedError
 from invact.fitting.step import simulated_training
 from invact.planning.plans import decide
-from invact.pytorch.inside import tree_map_only
-from invact.simulation.simulation import Setting
+from invact.pytorch.containers import tree_map_only
+from invact.simulation.setting import Setting, device_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 from invact.trial.comparing import train_in_ways
 from invact.trial.peak import predicted_peak
 from invact.trial.task import Batch, NotTrainableError, Task, make_task

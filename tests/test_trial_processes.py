@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 from invact.trial import processes as trial_processes
 from invact.trial.comparing import train_in_ways
 from invact.trial.data import DataError

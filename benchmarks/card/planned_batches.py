@@ -19,7 +19,7 @@ from invact.bench.steps import loss_of
 from invact.fitting.batches import Need, needs
 from invact.fitting.lifetimes import NEVER, WEIGHT, Lifetimes
 from invact.planning.plans import decide
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 
 MEMORY = 24 << 30
 TINY_MEMORY = 1 << 23

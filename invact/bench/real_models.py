@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from invact import patchers
-from invact.pytorch.inside import tree_map_only
+from invact.pytorch.containers import tree_map_only
 
 
 def with_weights(name: str, image_size: int | None = None) -> nn.Module:

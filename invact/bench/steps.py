@@ -14,13 +14,13 @@ from invact.bench.contenders import CHECKPOINTING, COMPILE, INVACT, STOCK
 from invact.bench.real_models import with_weights
 from invact.bench.result import Bench, StepTimes
 from invact.bench.timing import wait_for, wall_seconds
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.errors.own_errors import first_line, own_error
 from invact.ledger.kept_storages import KeptStorages
 from invact.ledger.ledger import Ledger
 from invact.patchers.checkpointing import can_checkpoint, enable_checkpointing
 from invact.patching import patch
-from invact.pytorch.inside import tree_leaves
+from invact.pytorch.containers import tree_leaves
 from invact.report.inputs import size_in_words
 
 # By the type of the device, or the longest sequence that the model takes where that is shorter.

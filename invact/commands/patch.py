@@ -288,7 +288,7 @@ def _loaded(name: str, dtype: torch.dtype, library: str | None, image_size: int 
 def _run_on_meta(model: nn.Module, inputs: Any) -> None:
     import torch
 
-    from invact.pytorch.inside import tree_map_only
+    from invact.pytorch.containers import tree_map_only
 
     on_meta = tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs)
     model(**on_meta) if isinstance(on_meta, dict) else model(*on_meta)

@@ -151,7 +151,7 @@ def _trained(
         import torch
 
         from invact import patchers
-        from invact.simulation.simulation import Setting
+        from invact.simulation.setting import Setting
         from invact.trial.comparing import train_in_ways
         from invact.trial.data import DataError
         from invact.trial.processes import ProcessError

@@ -23,12 +23,17 @@ from invact.compiling.compiler_inside import (
     virtualized,
 )
 from invact.compiling.inductor import mark_what_is_kept, reserves_off
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.errors.own_errors import first_line, raised_by_invact, users_call
-from invact.ledger.ledger import storage_sizes
-from invact.probing.probe import simulated
-from invact.pytorch.inside import FakeTensorMode, as_if_compiling, tree_leaves
-from invact.simulation.simulation import AsOnGpu, Setting, autocast_as_set, fake_tensor_log_silent
+from invact.ledger.storages import storage_sizes
+from invact.pytorch.compiler_flags import as_if_compiling
+from invact.pytorch.containers import tree_leaves
+from invact.pytorch.fake_tensors import FakeTensorMode
+from invact.simulation.as_on_gpu import AsOnGpu
+from invact.simulation.autocast import autocast_as_set
+from invact.simulation.setting import Setting
+from invact.simulation.simulated_model import simulated
+from invact.simulation.simulated_tensors import fake_tensor_log_silent
 from invact.simulation.time_limit import TimeLimit, TookTooLongError
 
 

@@ -1,11 +1,11 @@
 """What is leaned on inside PyTorch's compiler: each private name, what for, and what breaks without.
 
-Apart from `invact.pytorch.inside` because inductor takes seconds to import: only who compiles comes here.
+Apart from `invact.pytorch` because inductor takes seconds to import: only who compiles comes here.
 """
 
 from __future__ import annotations
 
-from invact.pytorch.inside import names_missing
+from invact.pytorch.version_check import names_missing
 
 try:
     # How torch.compile reads `mode` and `options` for inductor: with another backend it leaves both to that.

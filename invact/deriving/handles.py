@@ -19,18 +19,10 @@ from torch import Tensor
 
 from invact import functional
 from invact.kernels.masks import packed, unpacked
-from invact.pytorch.inside import (
-    accelerator_type,
-    autocast_anywhere,
-    current_backward,
-    current_stream,
-    engine_call,
-    keeps_graph,
-    node_name,
-    nodes_made,
-    shows_what_is_kept,
-    when_backward_ends,
-)
+from invact.pytorch.backward import current_backward, engine_call, keeps_graph, node_name, when_backward_ends
+from invact.pytorch.circumstances import autocast_anywhere
+from invact.pytorch.devices import accelerator_type, current_stream
+from invact.pytorch.saved_tensor_hooks import nodes_made, shows_what_is_kept
 
 MOST_STEPS = 12
 """Operations of one recipe. The longest that pays, a dropped copy of a norm written out in steps, takes seven."""

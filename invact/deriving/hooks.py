@@ -34,15 +34,11 @@ from invact.deriving.journal import journal_here
 from invact.deriving.parameters import copied, is_parameter, parameters_may_go
 from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, SUMS, VIEWS
 from invact.deriving.stead import stead_of
-from invact.pytorch.inside import (
-    FakeTensor,
-    StorageWeakRef,
-    hooks_allowed,
-    node_name,
-    outer_hooks,
-    shows_what_is_kept,
-    transforms_active,
-)
+from invact.pytorch.backward import node_name
+from invact.pytorch.circumstances import transforms_active
+from invact.pytorch.fake_tensors import FakeTensor
+from invact.pytorch.saved_tensor_hooks import hooks_allowed, outer_hooks, shows_what_is_kept
+from invact.pytorch.tensors import StorageWeakRef
 
 SMALLEST = 1024
 """Elements from which on a tensor is derived: one of fewer bytes than a handful of handles is not worth its recipe."""

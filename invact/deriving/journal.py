@@ -14,8 +14,12 @@ from torch import Tensor
 
 from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, PackedMask, kept_by
 from invact.deriving.words import in_words, listed
-from invact.ledger.ledger import Entry, Key, Ledger, dense_parts, storage_sizes
-from invact.pytorch.inside import StorageWeakRef, changes_in_place, node_name, transforms_active
+from invact.ledger.entries import Entry, Key
+from invact.ledger.ledger import Ledger
+from invact.ledger.storages import dense_parts, storage_sizes
+from invact.pytorch.backward import node_name
+from invact.pytorch.circumstances import transforms_active
+from invact.pytorch.tensors import StorageWeakRef, changes_in_place
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from invact.deriving.handles import Bits, Derived, Handle, Kept, LogProbabilitie
 from invact.deriving.parameters import is_parameter
 from invact.kernels.masks import dropped, unpacked
 from invact.kernels.rounding import rounded
-from invact.pytorch.inside import make_contiguous_strides_for, node_name
+from invact.pytorch.backward import node_name
+from invact.pytorch.tensors import make_contiguous_strides_for
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from invact.deriving.rules import VIEWS, signed
-from invact.pytorch.inside import node_name
+from invact.pytorch.backward import node_name
 
 Node = Any
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.step import Step, simulated_training
 from invact.patchers.checkpointing import can_checkpoint, checkpointed
 from invact.planning.plans import Decided
 from invact.report.amounts import format_bytes
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 
 # Two sizes give the lines. Not 1: batch norm refuses a single sample.
 _BATCHES = (2, 4)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, foreseen_step, in_order
 from invact.fitting.step import GRADIENTS, STATES, TEMPORARY, WEIGHTS, Step, TakeStep, simulated_training
 from invact.patchers import without_adapters
 from invact.planning.plans import Decided
-from invact.pytorch.inside import tree_leaves
+from invact.pytorch.containers import tree_leaves
 from invact.report.amounts import format_bytes, in_words
 from invact.report.records import CheckpointedBlock
 

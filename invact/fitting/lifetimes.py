@@ -16,18 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from invact.errors.own_errors import users_call
-from invact.ledger.ledger import Key, dense_parts, module_hooks
-from invact.pytorch.inside import (
-    TorchDispatchMode,
-    cast_operation,
-    changed_arguments,
-    current_node,
-    device_query,
-    node_name,
-    nodes_made,
-    storage_identity,
-    tree_leaves,
-)
+from invact.ledger.entries import Key
+from invact.ledger.ledger import module_hooks
+from invact.ledger.storages import dense_parts
+from invact.pytorch.backward import current_node, node_name
+from invact.pytorch.containers import tree_leaves
+from invact.pytorch.modes import TorchDispatchMode
+from invact.pytorch.operators import cast_operation, changed_arguments, device_query
+from invact.pytorch.saved_tensor_hooks import nodes_made
+from invact.pytorch.tensors import storage_identity
 
 NEVER = sys.maxsize
 WEIGHT = "weight"

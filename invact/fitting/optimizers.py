@@ -13,8 +13,9 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from invact.errors.own_errors import first_line
 from invact.fitting.lifetimes import Lifetimes, levels
-from invact.ledger.ledger import storage_sizes
-from invact.pytorch.inside import TorchDispatchMode
+from invact.ledger.storages import storage_sizes
+from invact.pytorch.modes import TorchDispatchMode
+from invact.pytorch.operators import item_operator
 
 OptimizerLike: TypeAlias = str | Optimizer
 
@@ -144,7 +145,7 @@ class _NumbersToldAsOne(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+        return 1 if func is item_operator else func(*args, **(kwargs or {}))
 
 
 def _made(optimizer: OptimizerLike, simulated: Mapping[nn.Parameter, nn.Parameter], at_once: bool) -> Optimizer:

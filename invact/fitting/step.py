@@ -14,25 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from invact import probing
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.errors.own_errors import first_line, raised_by_invact, users_call
 from invact.fitting.lifetimes import WEIGHT, WEIGHT_CAST, Allocation, Call, Lifetimes, levels
 from invact.fitting.optimizers import Held, NotSimulatedError, OptimizerLike, held_by
 from invact.fitting.work import Work
 from invact.kernels.imitated import imitated_on
 from invact.patchers import as_on_real_tensors
-from invact.probing.probe import ONE_AT_A_TIME, packs_for_us, simulated
-from invact.pytorch.inside import engine_call, tree_leaves
+from invact.probing.probe import packs_for_us
+from invact.pytorch.backward import engine_call
+from invact.pytorch.containers import tree_leaves
+from invact.simulation.as_on_gpu import AsOnGpu
+from invact.simulation.autocast import autocast_as_set
+from invact.simulation.hooks_aside import hooks_standing_aside
 from invact.simulation.leftovers import check_no_leftovers, references_to
-from invact.simulation.simulation import (
-    AsOnGpu,
-    Setting,
-    Simulation,
-    autocast_as_set,
-    fake_tensor_log_silent,
-    hooks_standing_aside,
-    stand_in,
-)
+from invact.simulation.setting import Setting, stand_in
+from invact.simulation.simulated_model import ONE_AT_A_TIME, simulated
+from invact.simulation.simulated_tensors import Simulation, fake_tensor_log_silent
 from invact.simulation.time_limit import TookTooLongError
 from invact.swapping.swaps import WITH_RUNNING_STATISTICS, as_on
 

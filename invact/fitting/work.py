@@ -8,7 +8,8 @@ from torch.utils.flop_counter import flop_registry
 
 from invact.errors.own_errors import users_call
 from invact.fitting.lifetimes import Lifetimes
-from invact.pytorch.inside import TorchDispatchMode, device_query
+from invact.pytorch.modes import TorchDispatchMode
+from invact.pytorch.operators import device_query
 
 FLOPS_A_BYTE = 100
 """How many operations a GPU does while it moves a byte: 400 Tflop/s of its 16-bit products and 3 to 4 TB/s are what an

@@ -18,17 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invact.errors.arguments import check_few_bits
+from invact.errors.checks import check_few_bits
 from invact.functional import wants_gradient
 from invact.kernels import Curve, codes, dispatch
 from invact.kernels import steps as best_steps
 from invact.kernels.steps import Steps
-from invact.pytorch.inside import (
-    constant_when_compiled,
-    forward_ad_active,
-    is_traceable_wrapper_subclass,
-    transforms_active,
-)
+from invact.pytorch.circumstances import forward_ad_active, transforms_active
+from invact.pytorch.compiler_flags import constant_when_compiled
+from invact.pytorch.tensors import is_traceable_wrapper_subclass
 
 steps = constant_when_compiled(best_steps.steps)
 

@@ -3,6 +3,7 @@
 It knows no plan and changes nothing.
 """
 
-from invact.ledger.ledger import Entry, Key, Ledger, Memory
+from invact.ledger.entries import Entry, Key, Memory
+from invact.ledger.ledger import Ledger
 
 __all__ = ["Entry", "Key", "Ledger", "Memory"]

@@ -1,7 +1,7 @@
 """The floor: the bytes that remain when nothing is kept that could be made again by operators that only move memory.
 
 It is the smallest number of bytes from which all that autograd kept can be had: a minimum cut between the roots, which
-can not be made again, and what was kept. See `invact.ledger.computed` for which values are roots.
+can not be made again, and what was kept. See `invact.ledger.operators` for which values are roots.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from invact.ledger.computed import RESIDUAL_SUMS, Computed, Value
-from invact.ledger.ledger import Entry, Key
+from invact.ledger.computed import Computed, Value
+from invact.ledger.entries import Entry, Key
+from invact.ledger.operators import RESIDUAL_SUMS
 
 _UNMET = "other: unknown"
 
@@ -48,7 +49,7 @@ def floor_bytes(computed: Computed, needed: Iterable[Entry]) -> int:
 def remains(computed: Computed, kept: Iterable[Entry]) -> dict[str, int]:
     """Bytes of what a pass with deriving in place kept, by what made it, the largest first.
 
-    The kinds are those of `invact.ledger.computed`, such as "matrix products" or "residual sums". What only moved
+    The kinds are those of `invact.ledger.operators`, such as "matrix products" or "residual sums". What only moved
     memory made counts to the kind of its largest root if it is kept in that root's stead, a cast of a product for
     example; it is under "other:" and the operator's name if it could have been made again from less.
     """
@@ -86,7 +87,7 @@ def _numbers(computed: Computed, entries: Iterable[Entry]) -> tuple[dict[int, in
     unmet: dict[Key, int] = {}
     for entry in entries:
         if entry.cast_of is not None and computed.is_weight(entry.cast_of):
-            continue  # autocast's copies of weights are no activations; see `invact.ledger.ledger.Memory`
+            continue  # autocast's copies of weights are no activations; see `invact.ledger.entries.Memory`
         number = computed.number(entry.key)
         if number is None:
             unmet[entry.key] = entry.nbytes

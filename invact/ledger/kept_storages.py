@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from invact.ledger.ledger import Key, storage_sizes
+from invact.ledger.entries import Key
+from invact.ledger.storages import storage_sizes
 
 
 class KeptStorages:

@@ -7,7 +7,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,37 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from invact.errors.own_errors import users_call
-from invact.pytorch.inside import (
-    StorageWeakRef,
-    TorchDispatchMode,
-    cast_operation,
-    device_query,
-    is_traceable_wrapper_subclass,
-    sparse_parts,
-)
-
-Key = int
-"""Identity of a storage, unique among the storages that are alive."""
-
-
-def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors inside `tensor`: itself, or what a subclass such as DTensor wraps."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            inner = getattr(tensor, name)
-            if isinstance(inner, Tensor):  # of a DTensor's parts one is its mesh
-                yield from dense_parts(inner)
-    elif tensor.layout is torch.strided:
-        yield tensor
-    elif tensor.layout is torch.sparse_coo:
-        yield from sparse_parts(tensor)
-
-
-def storage_sizes(tensor: Tensor) -> dict[Key, int]:
-    """Bytes of each storage behind `tensor`: the whole storage, since a view keeps all of it alive."""
-    storages = [part.untyped_storage() for part in dense_parts(tensor)]
-    return {StorageWeakRef(storage).cdata: storage.nbytes() for storage in storages}
+from invact.ledger.entries import Entry, Key, Memory
+from invact.ledger.storages import dense_parts, storage_sizes
+from invact.pytorch.modes import TorchDispatchMode
+from invact.pytorch.operators import cast_operation, device_query
+from invact.pytorch.tensors import StorageWeakRef
 
 
 class _Kept:
@@ -87,35 +60,12 @@ class _Casts(TorchDispatchMode):
         return source
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One storage that one module keeps for backward."""
-
-    key: Key
-    nbytes: int
-    path: str  # dotted path of the innermost module that was running; "" is the model itself
-    cast_of: Key | None  # the storage it was cast from, if autocast or the model changed its dtype
-
-
-@dataclass
-class Memory:
-    """Bytes that autograd keeps between forward and backward; each storage is counted once.
-
-    Attributes:
-        total_bytes: activations, without the model's parameters and buffers and without `weight_cast_bytes`.
-        by_module: bytes by the dotted path of the module that last kept them ("" is the model itself).
-        by_class: the same by class name.
-        weight_cast_bytes: low-precision copies of weights that autocast keeps; they do not grow with the batch.
-    """
-
-    total_bytes: int
-    by_module: dict[str, int] = field(repr=False)
-    by_class: dict[str, int]
-    weight_cast_bytes: int = 0
-
-
 class Ledger:
     """Counts what autograd keeps during the forward passes that run inside it.
+
+    Known limits: not counted are tensors that a `torch.autograd.Function` keeps as attributes of its `ctx` instead of
+    by `save_for_backward`, what other threads keep, and memory that operators only work with. A compiled model runs
+    eagerly inside, for which there is `invact.ledger.kept_storages.KeptStorages`.
 
     Attributes:
         of_other_threads: paths of modules that another thread ran; what autograd keeps there is not counted.

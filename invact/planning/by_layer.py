@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.planning.plans import Decided, observed_with
 from invact.probing.probe import observe
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 
 
 @dataclass

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from invact.ledger.ledger import Key
+from invact.ledger.entries import Key
 from invact.planning.keepers import Keepers
 from invact.planning.options import Options
-from invact.probing.probe import Call, Observation
+from invact.probing.records import Call, Observation
 from invact.recognition.found import Found
 from invact.report import reasons
 from invact.report.records import APPROXIMATE, INVERT, KEEP

@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from invact.deriving.placing import places
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.planning.options import Options
 from invact.planning.walking import unpatched_modules, walk
-from invact.probing.probe import Observation, Stock, observe
-from invact.pytorch.inside import has_fused_rms_norm
+from invact.probing.probe import observe
+from invact.probing.records import Observation, Stock
 from invact.pytorch.one_thread import in_one_thread
+from invact.pytorch.operators import has_fused_rms_norm
 from invact.recognition.found import Found
 from invact.recognition.norms import FoundNorm, walk_norms
 from invact.report import notes, reasons
 from invact.report.records import KEEP, Site
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 from invact.snapshot.snapshot import as_it_was
 from invact.swapping.swaps import inverted_in
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from invact.probing.probe import Call
+from invact.probing.records import Call
 from invact.recognition.norms import FoundNorm, accesses_in_steps, own_rounding_of
 from invact.report.records import FusedNorm
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 
 
 def fused_norms(

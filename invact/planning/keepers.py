@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from invact.ledger.ledger import Entry, Key
+from invact.ledger.entries import Entry, Key
 
 
 class Keepers:

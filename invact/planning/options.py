@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from invact.errors.arguments import check_autocast, check_exact, check_few_bits, check_patterns
+from invact.errors.checks import check_autocast, check_exact, check_few_bits, check_patterns
 
 Patterns = str | Sequence[str] | None
 

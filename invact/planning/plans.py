@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.errors.arguments import Inputs, check_inputs, check_model, check_trainable_here, device_of
+from invact.errors.checks import (
+    Inputs,
+    check_inputs,
+    check_model,
+    check_trainable_here,
+)
 from invact.patchers import example_inputs as make_inputs
 from invact.planning.deciding import Decision, Pass, decide_sites
 from invact.planning.first_pass import Places, first_pass, walked
@@ -19,7 +24,8 @@ from invact.planning.made_again import count_at_inverted_sites, with_derived
 from invact.planning.options import Options
 from invact.planning.rounding import with_roundings
 from invact.planning.totals import add_totals
-from invact.probing.probe import Observation, observe
+from invact.probing.probe import observe
+from invact.probing.records import Observation
 from invact.pytorch.one_thread import in_one_thread
 from invact.recognition.norms import Fusion
 from invact.recognition.rewriting import Runner, Written
@@ -27,7 +33,8 @@ from invact.report import notes
 from invact.report.records import INVERT, KEEP, FusedNorm, Site
 from invact.report.report import Report
 from invact.report.setting import training_in_words
-from invact.simulation.simulation import Setting, autocast_here
+from invact.simulation.autocast import autocast_here
+from invact.simulation.setting import Setting, device_of
 from invact.swapping.swaps import (
     ApproximateExpression,
     Approximation,

@@ -9,7 +9,7 @@ import torch
 
 from invact.kernels import Curve
 from invact.planning.deciding import Decision
-from invact.probing.probe import Call
+from invact.probing.records import Call
 from invact.recognition.curves import Rounding, own_rounding
 from invact.report import reasons
 from invact.report.records import INVERT

@@ -6,7 +6,7 @@ from collections import Counter
 
 from invact.ledger.floor import floor_bytes, not_derived, remains
 from invact.ledger.own_loss import loss_bytes
-from invact.probing.probe import Observation
+from invact.probing.records import Observation
 from invact.report.report import Report
 
 

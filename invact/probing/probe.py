@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextvars
-import functools
-import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,119 +14,30 @@ from torch import Tensor, nn
 
 from invact import probing
 from invact.deriving.hooks import Deriving
-from invact.deriving.journal import DerivedTensor, Journal
-from invact.errors.arguments import (
-    Inputs,
-    check_autocast,
-    check_inputs,
-    check_model,
-    check_trainable_here,
-    device_of,
-)
+from invact.deriving.journal import Journal
+from invact.errors.checks import Inputs
 from invact.errors.own_errors import raised_by_invact, users_call
 from invact.ledger.computed import Computed
-from invact.ledger.ledger import Entry, Key, Ledger, Memory, dense_parts, storage_sizes
-from invact.ledger.own_loss import OwnLoss, own_loss
+from invact.ledger.ledger import Ledger
+from invact.ledger.own_loss import own_loss
 from invact.patchers import as_on_real_tensors
-from invact.pytorch.inside import FakeTensorMode, changes_in_place, transforms_active, tree_map_only
+from invact.probing.recording import OpenCall, recorded
+from invact.probing.records import Observation, Stock
+from invact.pytorch.containers import tree_map_only
 from invact.recognition.found import Found
 from invact.recognition.norms import FoundNorm
-from invact.recognition.rewriting import Runner, Written
+from invact.simulation.as_on_gpu import AsOnGpu
+from invact.simulation.autocast import autocast_as_set
+from invact.simulation.checkpointed_regions import checkpoints_counted
+from invact.simulation.hooks_aside import hooks_standing_aside
 from invact.simulation.leftovers import check_no_leftovers, references_to
-from invact.simulation.simulation import (
-    AsOnGpu,
-    Setting,
-    Simulation,
-    autocast_as_set,
-    autocast_here,
-    checkpoints_counted,
-    fake_tensor_log_silent,
-    hooks_standing_aside,
-    stand_in,
-)
+from invact.simulation.setting import Setting, stand_in
+from invact.simulation.simulated_model import ONE_AT_A_TIME, simulated, weights_of
+from invact.simulation.simulated_tensors import Simulation, fake_tensor_log_silent
 from invact.simulation.time_limit import TimeLimit, TookTooLongError
 from invact.snapshot.snapshot import as_it_was
-from invact.swapping.swaps import swap_in
 
 _NO_HOOKS: Mapping[str, bool] = types.MappingProxyType({})
-
-# A probe swaps a model's parameters for fake ones and back: one at a time in a process.
-ONE_AT_A_TIME = threading.RLock()
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a watched module during the forward pass."""
-
-    path: str
-    simple: bool  # one floating tensor in, one of the same shape and device out
-    needs_grad: bool
-    y_key: Key
-    y_nbytes: int  # of the output as inversion would make it: dense, in the dtype of the input
-    y_cast: bool  # the module's own output has another dtype than its input
-    dtype: torch.dtype  # of the input
-    bit_nbytes: int  # of one bit per element
-    changed_later: bool
-    input_changed_later: bool
-    input_contiguous: bool
-    in_place: bool  # the output is the input, changed
-    hooked: bool  # a hook changes the output, or gives another
-    elsewhere: bool  # in another thread than the probe's
-
-
-@dataclass(frozen=True)
-class Stock:
-    """What stock PyTorch would have kept in the same pass."""
-
-    entries: list[Entry]
-    memory: Memory
-
-
-@dataclass
-class Observation:
-    """What one forward pass kept for backward."""
-
-    entries: list[Entry]
-    memory: Memory
-    calls: list[Call]
-    labels: dict[str, str]  # class names, or expressions, by path
-    checkpoints: int = 0
-    without_hooks: int = 0  # how often the model entered torch.func or the like, where no hooks may be
-    computed: Computed | None = None  # what made what, if that was asked for
-    stock: Stock | None = None  # without what is derived, if that was asked for
-    derived: list[DerivedTensor] = field(default_factory=list)
-    loss: OwnLoss | None = None  # if the forward gave one
-    why_kept: dict[Key, str] = field(default_factory=dict)  # and why what is kept is not
-    read: set[Key] = field(default_factory=set)  # the storages that derived tensors are made again from
-    notes: list[str] = field(default_factory=list)
-
-
-def activation_memory(model: nn.Module, example_inputs: Inputs, *, autocast: torch.dtype | None = None) -> Memory:
-    """What autograd keeps for backward in one training forward pass of `model`, by module and by class.
-
-    The pass runs on fake tensors and leaves the model as it was; see `observe`.
-
-    Args:
-        model: counted in the mode in which it is, training or evaluation, on the device where it is.
-        example_inputs: a dict is passed as keyword arguments, a tuple as positional ones.
-        autocast: the dtype of torch.autocast in training, or None: as it is where this is called.
-
-    Raises:
-        TypeError: the model is no module or the inputs are neither dict nor tuple.
-        ValueError: the model can not be trained as it is here; see `invact.plan`.
-        TimeoutError: the pass takes longer than `invact.probing.TIME_LIMIT`.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-        >>> activation_memory(model, (torch.randn(8, 64),)).by_class
-        {'Linear': 10240, 'GELU': 8192}
-    """
-    check_model(model)
-    check_trainable_here(model)
-    check_inputs(example_inputs)
-    check_autocast(autocast)
-    device = device_of(model)
-    return observe(model, example_inputs, Setting(device, autocast or autocast_here(device))).memory
 
 
 def observe(
@@ -160,7 +69,16 @@ def observe(
         LeftoverError: something holds on to simulated tensors.
         Exception: the model's own, if it fails in its forward with these inputs on real tensors as well.
     """
-    probe = _Probe(model, inputs, setting, watch, checkpointing, computed, derived, derives)
+    probe = _Probe(
+        model,
+        inputs,
+        setting,
+        watch=watch,
+        checkpointing=checkpointing,
+        computed=computed,
+        derived=derived,
+        derives=derives,
+    )
     with ONE_AT_A_TIME:
         mode = Simulation(setting)
         at_first = references_to(mode)
@@ -229,11 +147,11 @@ class _Probe:
 
     def _run_real(self, inputs: Inputs) -> Observation:
         with as_it_was(self.model, self.inputs, tensors=True):
-            return self._run(_weights(self.model), inputs, TimeLimit(probing.TIME_LIMIT))
+            return self._run(weights_of(self.model), inputs, TimeLimit(probing.TIME_LIMIT))
 
     def _run(self, weights: dict[str, Tensor], inputs: Any, time_limit: AbstractContextManager[Any]) -> Observation:
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-        calls: list[_OpenCall] = []
+        calls: list[OpenCall] = []
         checkpoints, without_hooks = [0], [0]
         ledger = Ledger(self.model, weights.values())
         computed = Computed(weights.values()) if self.computed else None
@@ -244,7 +162,7 @@ class _Probe:
             stack.enter_context(checkpoints_counted(checkpoints, run_them=self.checkpointing))
             stack.enter_context(hooks_standing_aside(packs_for_us, without_hooks))
             stack.enter_context(autocast_as_set(self.setting))
-            stack.enter_context(_recorded(self.model, self.watch, ledger, calls, self.derives))
+            stack.enter_context(recorded(self.model, self.watch, ledger, calls, self.derives))
             stack.enter_context(time_limit)
             with computed or nullcontext(), ledger, journal.open() if journal else nullcontext():
                 # In a context of its own: what forward sets context variables to ends with it.
@@ -262,10 +180,7 @@ class _Probe:
                 loss=own_loss(output),
             )
             if journal is not None:
-                stock = journal.stock_entries()
-                found.stock = Stock(stock, ledger.memory(stock))
-                found.labels |= {entry.path: ledger.label(entry.path) for entry in stock}
-                found.derived, found.why_kept, found.read = journal.derived(), journal.why_kept(), journal.read()
+                _add_derived(found, ledger, journal)
             if ledger.of_other_threads:
                 path = min(ledger.of_other_threads)
                 found.notes.append(f"{path!r} runs in another thread: what is kept there is not counted.")
@@ -273,34 +188,17 @@ class _Probe:
         return found
 
 
-@contextmanager
-def simulated(
-    model: nn.Module, inputs: Inputs, setting: Setting, mode: FakeTensorMode
-) -> Iterator[tuple[dict[str, Tensor], Any]]:
-    """The model's weights and the inputs as simulated tensors; after the block the model is what it was."""
-    device, moved = stand_in(setting.device), setting.device != device_of(model)
-    with as_it_was(model, inputs), mode:
-        weights = {name: _fake(mode, tensor, device, moved) for name, tensor in _weights(model).items()}
-        yield weights, tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device, moved), inputs)
+def _add_derived(found: Observation, ledger: Ledger, journal: Journal) -> None:
+    """Adds what the same pass would have kept without deriving, and what became of that."""
+    stock = journal.stock_entries()
+    found.stock = Stock(stock, ledger.memory(stock))
+    found.labels |= {entry.path: ledger.label(entry.path) for entry in stock}
+    found.derived, found.why_kept, found.read = journal.derived(), journal.why_kept(), journal.read()
 
 
 def packs_for_us(pack: Any) -> bool:
+    """Whether a hook on kept tensors is one of the ledger's or of deriving's, by the function that packs."""
     return isinstance(getattr(pack, "__self__", None), Ledger | Deriving)
-
-
-def _fake(mode: FakeTensorMode, tensor: Tensor, device: torch.device, moved: bool) -> Tensor:
-    """A simulated tensor on `device`, or, of a model that is planned for where it is, where it is."""
-    if not moved and not tensor.is_meta:
-        device = tensor.device
-    fake: Tensor
-    if tensor.device == device:
-        fake = users_call(mode.from_tensor, tensor)
-    else:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    # A parameter among simulated tensors as well: what is made of parameters is not derived as other tensors are.
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, tensor.requires_grad)
-    return fake.detach().requires_grad_(tensor.requires_grad)
 
 
 def _ends_the_probe(error: Exception) -> bool:
@@ -318,139 +216,6 @@ def _with_inputs_named(error: Exception, inputs: Inputs) -> Exception:
             "forward failed; what it had changed was put back. Pass example_inputs with which the model runs."
         )
     return error
-
-
-@dataclass
-class _OpenCall:
-    """A call whose output may still be changed in place."""
-
-    path: str
-    simple: bool
-    x: Tensor | None = None
-    y: Tensor | None = None
-    needs_grad: bool = False
-    version: int = 0
-    version_of_input: int = 0
-    in_place: bool = False
-    hooked: bool = False
-    elsewhere: bool = False
-
-    def closed(self) -> Call:
-        """The call as it turned out."""
-        if self.x is None or self.y is None:
-            nothing = (False, 0, 0, False, torch.float32, 0, False, False, False, False, False)
-            return Call(self.path, self.simple, *nothing, self.elsewhere)
-        ((key, nbytes),) = storage_sizes(self.y).items()
-        numel = sum(part.numel() for part in dense_parts(self.x))  # of a DTensor, what is here
-        return Call(
-            path=self.path,
-            simple=self.simple,
-            needs_grad=self.needs_grad,
-            y_key=key,
-            y_nbytes=nbytes if self.in_place else numel * self.x.element_size(),
-            y_cast=self.x.dtype is not self.y.dtype,
-            dtype=self.x.dtype,
-            bit_nbytes=-(-numel // 8),
-            changed_later=changes_in_place(self.y) != self.version,
-            input_changed_later=changes_in_place(self.x) != self.version_of_input,
-            input_contiguous=self.x.is_contiguous(),
-            in_place=self.in_place,
-            hooked=self.hooked,
-            elsewhere=self.elsewhere,
-        )
-
-
-@contextmanager
-def _recorded(
-    model: nn.Module,
-    watch: Sequence[Found | FoundNorm],
-    ledger: Ledger,
-    calls: list[_OpenCall],
-    derives: Mapping[str, bool],
-) -> Iterator[None]:
-    """Adds to `calls` every call of a watched site; hooks are set over that, or there were no method to rewrite."""
-    by_module: dict[str, dict[Written, Runner]] = {}
-    for site in watch:
-        if site.written is not None:
-            by_module.setdefault(site.module_path, {})[site.written] = _Recorder(site, ledger, calls)
-    swaps = swap_in(model, {}, by_module, derives)
-    try:
-        with ExitStack() as stack:
-            for site in watch:
-                if site.written is None:
-                    _record_calls(model.get_submodule(site.path), site.path, ledger, calls, stack)
-            yield
-    finally:
-        swaps.undo()
-
-
-def _record_calls(module: nn.Module, path: str, ledger: Ledger, calls: list[_OpenCall], stack: ExitStack) -> None:
-    """Looks at the output as forward gives it, before any hook, one for all modules included, and after the last."""
-    running: list[tuple[_OpenCall, Any]] = []  # calls that hooks are still to see
-    stock = module.forward
-
-    @functools.wraps(stock)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with ledger.named(path, type(module).__name__):  # no hook tells of a forward that is called by its name
-            output = users_call(stock, *args, **kwargs)
-        call = _opened(path, args if not kwargs else (), output, ledger)
-        calls.append(call)
-        running.append((call, output))
-        return output
-
-    def after_hooks(module: nn.Module, args: Any, output: Any) -> None:
-        call, raw = running.pop()
-        call.hooked = output is not raw or (call.y is not None and changes_in_place(call.y) != call.version)
-
-    own = vars(module)
-    was_there = "forward" in own
-    object.__setattr__(module, "forward", forward)  # past a `__setattr__` of the user's
-    stack.callback(own.__setitem__ if was_there else own.pop, "forward", stock)
-    stack.callback(module.register_forward_hook(after_hooks).remove)
-
-
-@dataclass(frozen=True, eq=False)
-class _Recorder:
-    """Runs an expression as it stands, and notes it as a call."""
-
-    site: Found
-    ledger: Ledger
-    calls: list[_OpenCall]
-
-    def __call__(self, module: nn.Module, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        with self.ledger.named(self.site.path, self.site.label):
-            y = users_call(original, x)
-        self.calls.append(_opened(self.site.path, (x,), y, self.ledger))
-        return y
-
-
-def _opened(path: str, args: tuple[Any, ...], output: Any, ledger: Ledger) -> _OpenCall:
-    elsewhere = not ledger.is_here()
-    if transforms_active() or not (len(args) == 1 and _is_plain(args[0]) and _is_plain(output)):
-        return _OpenCall(path, simple=False, elsewhere=elsewhere)
-    x, y = args[0], output
-    return _OpenCall(
-        path,
-        simple=x.shape == y.shape and x.device == y.device,
-        x=x.detach(),
-        y=y.detach(),  # not y: its graph must be free to go if the model drops this branch
-        needs_grad=y.requires_grad,
-        version=changes_in_place(y),
-        version_of_input=changes_in_place(x),
-        in_place=y is x,
-        elsewhere=elsewhere,
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
-
-
-# --- the model, untouched -----------------------------------------------------------------------------
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _smallest_batch(inputs: Any) -> Any:

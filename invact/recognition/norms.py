@@ -18,13 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from invact.pytorch.inside import (
-    TorchDispatchMode,
-    has_fused_rms_norm,
-    is_traceable_wrapper_subclass,
-    transforms_active,
-    tree_leaves,
-)
+from invact.pytorch.circumstances import transforms_active
+from invact.pytorch.containers import tree_leaves
+from invact.pytorch.modes import TorchDispatchMode
+from invact.pytorch.operators import has_fused_rms_norm
+from invact.pytorch.tensors import is_traceable_wrapper_subclass
 from invact.recognition.bare_copies import RaisedError, bare_copy, output_of, state_of
 from invact.recognition.curves import Rounding
 from invact.recognition.settings import Settings, UnseenError, settings_of_module

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from invact.pytorch.inside import FakeTensor, FakeTensorMode
+from invact.pytorch.fake_tensors import FakeTensor, FakeTensorMode
 
 _LEVELS = 6
 """How many objects are climbed from a tensor to who holds it: list, attributes, object and so on."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from invact.errors.own_errors import users_call
-from invact.pytorch.inside import TorchDispatchMode
+from invact.pytorch.modes import TorchDispatchMode
 
 
 class TookTooLongError(TimeoutError):
@@ -54,7 +54,7 @@ class TimeLimit(TorchDispatchMode):
     """Stops this thread at the first tensor operation that ends later than `seconds` after the block was entered.
 
     Code that calls no tensor operation, such as one that waits for a network, is not stopped. Simulated operations
-    are asked after by who simulates them; see `invact.simulation.simulation.Simulation`.
+    are asked after by who simulates them; see `invact.simulation.simulated_tensors.Simulation`.
 
     Raises:
         TookTooLongError: as `Deadline` does.

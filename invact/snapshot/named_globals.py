@@ -8,30 +8,13 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from invact.snapshot.noted import MISSING, NotedNames
+from invact.snapshot.libraries import of_library_itself
+from invact.snapshot.noted import MISSING
+from invact.snapshot.noted_names import NotedNames
 
-_LIBRARIES = {
-    "accelerate", "apex", "bitsandbytes", "datasets", "deepspeed", "einops", "flash_attn", "huggingface_hub", "invact",
-    "lightning", "lightning_fabric", "numpy", "open_clip", "pandas", "peft", "PIL", "pytest", "pytorch_lightning",
-    "scipy", "sklearn", "timm", "tokenizers", "torch", "torchaudio", "torchvision", "tqdm", "transformers", "triton",
-    "xformers", "_pytest",
-}  # fmt: skip
 _BINDS = {dis.opmap[name] for name in ("STORE_GLOBAL", "DELETE_GLOBAL")}
 _SETS_ATTRIBUTES = {dis.opmap[name] for name in ("STORE_ATTR", "DELETE_ATTR")}
 _NO_STATE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
-
-
-def of_library(module_name: Any) -> bool:
-    """Whether a module is of the standard library or of one that models are built with, by its dotted name."""
-    top = module_name.partition(".")[0] if isinstance(module_name, str) else ""
-    return top in _LIBRARIES or top in sys.stdlib_module_names
-
-
-def of_library_itself(value: Any) -> bool:
-    """Whether a function, class or module is one that a library defines."""
-    if isinstance(value, types.FunctionType):
-        return of_library(value.__globals__.get("__name__"))  # functools.wraps changes __module__
-    return of_library(value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None))
 
 
 def named_globals(function: types.FunctionType) -> tuple[list[NotedNames], list[Any]]:

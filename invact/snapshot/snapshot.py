@@ -12,51 +12,41 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from invact.pytorch.inside import modes_off
-from invact.snapshot.named_globals import named_globals, of_library
-from invact.snapshot.noted import (
-    Noted,
+from invact.pytorch.modes import modes_off
+from invact.snapshot.kinds import Content, Kind, kind_of
+from invact.snapshot.libraries import is_core, of_library
+from invact.snapshot.named_globals import named_globals
+from invact.snapshot.noted import Noted
+from invact.snapshot.noted_containers import (
     NotedArray,
     NotedBuffer,
-    NotedCell,
     NotedDeque,
     NotedDict,
     NotedEmptyDict,
     NotedList,
-    NotedNames,
-    NotedObject,
     NotedSet,
-    NotedSlots,
-    NotedTensor,
 )
+from invact.snapshot.noted_names import (
+    NotedCell,
+    NotedNames,
+    NotedNewNames,
+    NotedObject,
+    NotedSlots,
+    is_code,
+    is_dunder,
+)
+from invact.snapshot.noted_tensors import NotedTensor
 from invact.snapshot.random_states import generator_of, global_generators
 
-_HOLDS_NOTHING: tuple[Any, ...] = (
-    *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...), type(NotImplemented)),
-    *(types.CodeType, types.FrameType, types.TracebackType, types.ModuleType, types.GetSetDescriptorType),
-    *(
-        types.MemberDescriptorType,
-        types.WrapperDescriptorType,
-        types.MethodDescriptorType,
-        types.ClassMethodDescriptorType,
-    ),
-    *(*weakref.ProxyTypes, torch.dtype, torch.device, torch.layout, torch.memory_format),
-)
-# Of the standard library these hold what they are given; others (locks, files, loggers, threads) are left alone.
-_HOLDERS = {
-    *("argparse", "array", "builtins", "collections", "dataclasses", "enum", "functools", "itertools", "random"),
-    *("_thread", "_threading_local", "_weakrefset", "weakref"),  # objects of threads and containers, not locks
-}
 _BIG = 100_000
-"""A container of more items than this is noted, but its items are not looked into."""
+"""A container of more items than this is noted, but its items are not looked into; chosen, not measured."""
 
 
 @contextmanager
@@ -97,7 +87,7 @@ class Snapshot:
         self._tensors = tensors
         self._noted: list[Noted] = []
         self._seen: dict[int, Any] = {}  # holds what it names, so that no identity is given away meanwhile
-        self._kinds: dict[type, _Kind] = {}
+        self._kinds: dict[type, Kind] = {}
         self._waiting: list[Any] = list(roots)
         with modes_off():
             self._noted += global_generators()
@@ -126,7 +116,7 @@ class Snapshot:
         cls = type(value)
         kind = self._kinds.get(cls)
         if kind is None:
-            kind = self._kinds[cls] = _kind_of(cls)
+            kind = self._kinds[cls] = kind_of(cls, _content_of(cls), Snapshot._referents)
             if not kind.left_alone:
                 self._waiting.append(cls)
         if kind.left_alone:
@@ -245,44 +235,20 @@ class Snapshot:
 
     def _class(self, value: type) -> None:
         self._waiting += value.__mro__[1:]
-        if _is_core(value.__module__):
+        if is_core(value.__module__):
             return
-        attributes = {name: each for name, each in vars(value).items() if not _dunder(name)}
-        data = {name: each for name, each in attributes.items() if not _is_code(each)}
+        attributes = {name: each for name, each in vars(value).items() if not is_dunder(name)}
+        data = {name: each for name, each in attributes.items() if not is_code(each)}
         self._noted.append(NotedNames.of_class(value, data))
-        self._noted.append(_NotedNewNames(value, frozenset(attributes)))
+        self._noted.append(NotedNewNames(value, frozenset(attributes)))
         if of_library(value.__module__):
             self._follow(data.values())
         else:  # its methods, those like __call__ as well, name globals
             self._follow(each for name, each in vars(value).items() if name not in ("__dict__", "__weakref__"))
 
 
-@dataclass(slots=True)
-class _NotedNewNames:
-    """Which attributes a class has: data that it got since is taken from it; a method that it got, another patched."""
-
-    owner: type
-    names: frozenset[str]
-
-    def put_back(self) -> None:
-        for name in [n for n, each in vars(self.owner).items() if not (_dunder(n) or _is_code(each))]:
-            if name not in self.names:
-                type.__delattr__(self.owner, name)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How objects of one class are noted."""
-
-    left_alone: bool
-    dict_of: Any = None  # the descriptor of __dict__, past any property of that name
-    slots: tuple[Any, ...] = ()
-    changes_class: bool = False
-    content: Callable[[Snapshot, Any], None] = Snapshot._nothing
-
-
 _OF_FUNCTIONS = (vars(types.FunctionType)["__defaults__"], vars(types.FunctionType)["__kwdefaults__"])
-_CONTENTS: dict[type, Callable[[Snapshot, Any], None]] = {
+_CONTENTS: dict[type, Content] = {
     dict: Snapshot._dict,
     list: Snapshot._list,
     tuple: Snapshot._tuple,
@@ -305,45 +271,18 @@ _CONTENTS: dict[type, Callable[[Snapshot, Any], None]] = {
 }
 
 
-def _kind_of(cls: type) -> _Kind:
-    bases = cls.__mro__
+def _content_of(cls: type) -> Content | None:
+    """The method that notes what objects of a class hold, if that is known of it."""
     if issubclass(cls, type):
-        return _Kind(False, content=Snapshot._class)
+        return Snapshot._class
+    bases = cls.__mro__
     content = next((_CONTENTS[base] for base in bases if base in _CONTENTS), None)
     if content is None and _draws_random_numbers(bases):
         content = Snapshot._generator
     if content is None and any(base.__module__ == "numpy" and base.__name__ == "ndarray" for base in bases):
         on_disk = any(base.__name__ == "memmap" for base in bases)
         content = Snapshot._nothing if on_disk else Snapshot._array
-    if issubclass(cls, torch.optim.Optimizer):  # its states are as large as the model, and no forward touches them
-        return _Kind(True)
-    if content is None and ((issubclass(cls, _HOLDS_NOTHING) and not _has_dict(cls)) or _is_machinery(cls)):
-        return _Kind(True)
-    written_in_python = bool(cls.__flags__ & _HEAP_TYPE)
-    return _Kind(
-        False,
-        dict_of=next((vars(base)["__dict__"] for base in bases if _has_own_dict(base)), None),
-        slots=tuple(
-            member
-            for base in bases
-            if "__slots__" in vars(base)
-            for member in vars(base).values()
-            if isinstance(member, types.MemberDescriptorType)
-        ),
-        changes_class=written_in_python and not of_library(cls.__module__),
-        content=content or Snapshot._referents,
-    )
-
-
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
-
-
-def _has_dict(cls: type) -> bool:
-    return cls.__dictoffset__ != 0 and not issubclass(cls, types.ModuleType)
-
-
-def _has_own_dict(base: type) -> bool:
-    return isinstance(vars(base).get("__dict__"), types.GetSetDescriptorType) and base is not type
+    return content
 
 
 def _draws_random_numbers(bases: tuple[type, ...]) -> bool:
@@ -352,36 +291,8 @@ def _draws_random_numbers(bases: tuple[type, ...]) -> bool:
     return not names.isdisjoint({"random.Random", *numpys})
 
 
-def _is_machinery(cls: type) -> bool:
-    """Whether objects of this class belong to Python or PyTorch themselves, rather than to who uses them."""
-    module = cls.__module__ if isinstance(cls.__module__, str) else ""
-    top = module.partition(".")[0]
-    if top in ("ctypes", "_ctypes", "numpy") or module.startswith("torch._"):
-        return True
-    return (
-        top in sys.stdlib_module_names
-        and top not in _HOLDERS
-        and cls not in (types.SimpleNamespace, types.MappingProxyType)
-    )
-
-
-def _is_core(module: Any) -> bool:
-    top = module.partition(".")[0] if isinstance(module, str) else ""
-    return top in ("torch", "numpy", "invact") or top in sys.stdlib_module_names
-
-
 def _is_of_a_module_or_class(value: dict[Any, Any]) -> bool:
     name = dict.get(value, "__name__")
     if isinstance(name, str) and getattr(sys.modules.get(name), "__dict__", None) is value:
         return True
     return dict.__contains__(value, "__module__") and dict.__contains__(value, "__doc__")
-
-
-def _dunder(name: str) -> bool:
-    return name.startswith("__") and name.endswith("__")
-
-
-def _is_code(value: Any) -> bool:
-    return isinstance(value, (types.FunctionType, type, staticmethod, classmethod, property)) or hasattr(
-        type(value), "__get__"
-    )

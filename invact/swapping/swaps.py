@@ -29,7 +29,8 @@ from invact.deriving.hooks import SMALLEST, Deriving, is_deriving, may_derive
 from invact.errors.own_errors import users_call
 from invact.inverting.few_bits import few_bits, may_approximate
 from invact.kernels import Curve
-from invact.pytorch.inside import hooks_on_all_modules, transforms_active, tree_leaves
+from invact.pytorch.circumstances import hooks_on_all_modules, transforms_active
+from invact.pytorch.containers import tree_leaves
 from invact.recognition.norms import Fusion
 from invact.recognition.rewriting import Runner, Written, calling, methods_of
 from invact.recognition.settings import Settings

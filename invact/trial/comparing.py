@@ -10,14 +10,14 @@ from functools import partial
 
 import torch
 
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.fitting.batches import needs
 from invact.fitting.blocks import repeated_blocks
 from invact.patchers.checkpointing import can_checkpoint
 from invact.planning.by_layer import memory_by_layer
 from invact.planning.plans import decide
 from invact.report.amounts import format_bytes
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 from invact.trial.data import DataError
 from invact.trial.peak import predicted_peak
 from invact.trial.processes import CompressedTraining, Pair

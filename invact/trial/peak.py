@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from invact.fitting.optimizers import NotSimulatedError
 from invact.fitting.step import simulated_training
-from invact.simulation.simulation import Setting
+from invact.simulation.setting import Setting
 from invact.trial.processes import PROCESSES
 from invact.trial.run import COMPRESSION
 from invact.trial.task import Batch, Task

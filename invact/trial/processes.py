@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from invact.errors.arguments import Inputs
-from invact.pytorch.inside import tree_map_only
-from invact.simulation.simulation import Setting
+from invact.errors.checks import Inputs
+from invact.pytorch.containers import tree_map_only
+from invact.simulation.setting import Setting
 from invact.trial.data import DataError
 from invact.trial.run import COMPRESSION
 from invact.trial.task import Batch, NotTrainableError, Origin, Task

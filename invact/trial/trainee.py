@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from invact.bench.timing import wait_for
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.errors.own_errors import first_line, own_error
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
 from invact.ledger.kept_storages import KeptStorages
-from invact.ledger.ledger import Ledger, storage_sizes
-from invact.pytorch.inside import tree_leaves, tree_map_only
-from invact.simulation.simulation import Setting
+from invact.ledger.ledger import Ledger
+from invact.ledger.storages import storage_sizes
+from invact.pytorch.containers import tree_leaves, tree_map_only
+from invact.simulation.setting import Setting
 from invact.trial.run import BASELINE, SELECTIVE
 from invact.trial.task import Batch, NotTrainableError, Task
 

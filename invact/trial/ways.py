@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.errors.arguments import Inputs
+from invact.errors.checks import Inputs
 from invact.fitting.choosing import DoesNotFitError
 from invact.fitting.optimizers import NotSimulatedError
 from invact.patchers.checkpointing import enable_checkpointing

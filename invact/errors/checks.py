@@ -1,4 +1,4 @@
-"""What the public functions are given: checked, so that bad input gets one clear error."""
+"""Checks of what the public functions are given, so that bad input gets one clear error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from invact.pytorch.inside import tree_leaves
+from invact.pytorch.containers import tree_leaves
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 """How a model is called: a dict holds keyword arguments, a tuple positional ones."""
@@ -220,11 +220,3 @@ def check_patterns(include: Any, exclude: Any) -> None:
                 f"{option} is {_shortened(patterns)}, but sites are chosen by glob patterns over their paths. "
                 f"Pass a string, such as {option}='*.mlp.act', or a list of strings."
             )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model is; a model on meta is planned for a GPU."""
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    if tensor is None:
-        return torch.device("cpu")
-    return torch.device("cuda") if tensor.is_meta else tensor.device
