@@ -20,7 +20,9 @@ from invact.planning import plans as planning
 from invact.planning.plans import decide_for_device
 from invact.pytorch import inside as pytorch_inside
 from invact.recognition import norms
-from invact.recognition.norms import RmsNorm, accesses_in_steps, own_rounding_of, recognise_norm, walk_norms
+from invact.recognition.norm_costs import accesses_in_steps, own_rounding_of
+from invact.recognition.norms import RmsNorm
+from invact.recognition.norms_in_steps import recognise_norm, walk_norms
 from invact.simulation import simulation
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}

@@ -36,7 +36,8 @@ from invact.pytorch.inside import has_fused_rms_norm
 from invact.pytorch.one_thread import in_one_thread
 from invact.recognition.curves import Rounding, own_rounding
 from invact.recognition.found import Found
-from invact.recognition.norms import Fusion, walk_norms
+from invact.recognition.norms import Fusion
+from invact.recognition.norms_in_steps import walk_norms
 from invact.recognition.rewriting import Runner, Written
 from invact.report.amounts import format_bytes
 from invact.report.report import APPROXIMATE, DERIVE, INVERT, KEEP, NOTICEABLE, Report, Site

@@ -32,7 +32,7 @@ from invact.ledger.own_loss import OwnLoss, own_loss
 from invact.patchers import as_on_real_tensors
 from invact.pytorch.inside import FakeTensorMode, changes_in_place, transforms_active, tree_map_only
 from invact.recognition.found import Found
-from invact.recognition.norms import FoundNorm
+from invact.recognition.norms_in_steps import FoundNorm
 from invact.recognition.rewriting import Runner, Written
 from invact.simulation.leftovers import check_no_leftovers, references_to
 from invact.simulation.simulation import (
