@@ -7,7 +7,7 @@ from invact.kernels import CURVES
 from torch import nn
 
 import invact
-from invact.recognition.settings import settings_of_module
+from invact.recognition.read_by_modules import settings_of_module
 from invact.swapping.swaps import Inversion, swap_in
 
 

@@ -12,7 +12,8 @@ from invact.kernels import Curve
 from invact.recognition.curves import recognise
 from invact.recognition.expressions import written_in
 from invact.recognition.found import Found
-from invact.recognition.settings import EVERY_MODULE_HAS, Settings, UnseenError, settings_of_module
+from invact.recognition.read_by_modules import EVERY_MODULE_HAS, settings_of_module
+from invact.recognition.settings import Settings, UnseenError
 from invact.swapping.swaps import Patched
 
 
