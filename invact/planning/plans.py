@@ -38,7 +38,8 @@ from invact.recognition.curves import Rounding, own_rounding
 from invact.recognition.found import Found
 from invact.recognition.norms import Fusion
 from invact.recognition.norms_in_steps import walk_norms
-from invact.recognition.rewriting import Runner, Written
+from invact.recognition.rewriting import Runner
+from invact.recognition.written import Written
 from invact.report.amounts import format_bytes
 from invact.report.report import APPROXIMATE, DERIVE, INVERT, KEEP, NOTICEABLE, Report, Site
 from invact.simulation.simulation import Setting, autocast_here

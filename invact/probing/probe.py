@@ -33,7 +33,8 @@ from invact.patchers import as_on_real_tensors
 from invact.pytorch.inside import FakeTensorMode, changes_in_place, transforms_active, tree_map_only
 from invact.recognition.found import Found
 from invact.recognition.norms_in_steps import FoundNorm
-from invact.recognition.rewriting import Runner, Written
+from invact.recognition.rewriting import Runner
+from invact.recognition.written import Written
 from invact.simulation.leftovers import check_no_leftovers, references_to
 from invact.simulation.simulation import (
     AsOnGpu,

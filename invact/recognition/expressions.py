@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from invact.recognition.curves import recognise
 from invact.recognition.read_by_functions import readings_of_value
 from invact.recognition.read_by_modules import attribute_access_is_its_own, static_attribute
-from invact.recognition.rewriting import Place, Source, Written, as_lambda, cells_of, methods_of, source_of
 from invact.recognition.settings import Reading, Settings, UnseenError
+from invact.recognition.sources import Source, cells_of, methods_of, source_of
+from invact.recognition.written import Place, Written, as_lambda
 
 # What an activation may be built of: torch functions and tensor methods that work element by element.
 # fmt: off

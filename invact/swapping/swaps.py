@@ -31,8 +31,10 @@ from invact.inverting.few_bits import few_bits, may_approximate
 from invact.kernels import Curve
 from invact.pytorch.inside import hooks_on_all_modules, transforms_active, tree_leaves
 from invact.recognition.norms import Fusion
-from invact.recognition.rewriting import Runner, Written, calling, methods_of
+from invact.recognition.rewriting import Runner, calling
 from invact.recognition.settings import Settings
+from invact.recognition.sources import methods_of
+from invact.recognition.written import Written
 
 SMALLEST_INVERTED = 16384
 """Elements from which on an activation is inverted where its output could be derived as well.
