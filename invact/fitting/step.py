@@ -34,7 +34,8 @@ from invact.simulation.simulation import (
     stand_in,
 )
 from invact.simulation.time_limit import TookTooLongError
-from invact.swapping.swaps import WITH_RUNNING_STATISTICS, as_on
+from invact.swapping.checkpointed import WITH_RUNNING_STATISTICS
+from invact.swapping.planned_device import as_on
 
 KINDS = WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY = (
     "weights",

@@ -44,18 +44,12 @@ from invact.report.amounts import format_bytes
 from invact.report.report import APPROXIMATE, DERIVE, INVERT, KEEP, NOTICEABLE, Report, Site
 from invact.simulation.simulation import Setting, autocast_here
 from invact.snapshot.snapshot import as_it_was
-from invact.swapping.swaps import (
-    LARGEST_INVERTED_ON_CPU,
-    SMALLEST_INVERTED,
-    ApproximateExpression,
-    Approximation,
-    Inversion,
-    InvertedExpression,
-    Swaps,
-    as_on,
-    inverted_in,
-    swap_in,
-)
+from invact.swapping.approximation import Approximation
+from invact.swapping.inversion import LARGEST_INVERTED_ON_CPU, SMALLEST_INVERTED, Inversion
+from invact.swapping.patched import inverted_in
+from invact.swapping.planned_device import as_on
+from invact.swapping.rewritten import in_an_expression
+from invact.swapping.swaps import Swaps, swap_in
 
 
 def plan(
@@ -234,7 +228,7 @@ def _decide(
             if site.written is None:
                 decided.modules[site.path] = how
             else:
-                runner = InvertedExpression(how) if isinstance(how, Inversion) else ApproximateExpression(how)
+                runner = in_an_expression(how)
                 decided.expressions.setdefault(site.module_path, {})[site.written] = runner
     if any(tensor.bytes_saved > 0 for tensor in decisive.derived):
         decided.derives.update(where)

@@ -14,7 +14,7 @@ from invact.recognition.expressions import written_in
 from invact.recognition.found import Found
 from invact.recognition.read_by_modules import EVERY_MODULE_HAS, settings_of_module
 from invact.recognition.settings import Settings, UnseenError
-from invact.swapping.swaps import Patched
+from invact.swapping.patched import Patched
 
 
 def walk(model: nn.Module) -> list[Found]:
