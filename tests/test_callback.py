@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import invact
-from invact.swapping.swaps import Inverted
+from invact.swapping.inversion import Inverted
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from invact.planning.keepers import Keepers
 from invact.planning.options import Options
 from invact.probing.records import Call
 from invact.recognition.found import Found
-from invact.recognition.settings import settings_of_module
+from invact.recognition.read_by_modules import settings_of_module
 from invact.report import reasons
 
 ELEMENTS = 64

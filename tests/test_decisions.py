@@ -7,8 +7,9 @@ from invact.kernels import CURVES
 from torch import nn
 
 import invact
-from invact.recognition.settings import settings_of_module
-from invact.swapping.swaps import Inversion, swap_in
+from invact.recognition.read_by_modules import settings_of_module
+from invact.swapping.inversion import Inversion
+from invact.swapping.swaps import swap_in
 
 
 class Block(nn.Module):

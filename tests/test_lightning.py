@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from invact.swapping.swaps import Inverted
+from invact.swapping.inversion import Inverted
 
 pytest.importorskip("lightning")
 

@@ -21,7 +21,9 @@ from invact.planning.options import Options
 from invact.planning.plans import decide_for_device
 from invact.pytorch.operators import has_fused_rms_norm
 from invact.recognition import norms
-from invact.recognition.norms import RmsNorm, accesses_in_steps, own_rounding_of, recognise_norm, walk_norms
+from invact.recognition.norm_costs import accesses_in_steps, own_rounding_of
+from invact.recognition.norms import RmsNorm
+from invact.recognition.norms_in_steps import recognise_norm, walk_norms
 from invact.simulation import as_on_gpu
 from invact.simulation.setting import Setting
 

@@ -10,7 +10,7 @@ from torch import nn
 import invact
 from invact.planning.plans import decide
 from invact.swapping import swaps as swapping
-from invact.swapping.swaps import Inverted
+from invact.swapping.inversion import Inverted
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def test_a_failure_half_way_undoes_what_was_done(model, x, monkeypatch):
             swapped.append(module)
         set_class(module, kind)
 
-    set_class = swapping._set_class
+    set_class = swapping.set_class
     decided = decide(model, (x,))
-    monkeypatch.setattr(swapping, "_set_class", fails_at_the_second)
+    monkeypatch.setattr(swapping, "set_class", fails_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         decided.apply(model)
     assert swapped == [model[1]]

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import invact
-from invact.swapping import swaps as swapping
+from invact.swapping import inversion
 
 # Rows of (3, 11, WIDTH) and images of (2, WIDTH, 4, 4) have just as many elements as it takes to be derived, and the
 # halves of a value have too few.
@@ -435,7 +435,7 @@ def trained_once(model, x, autocast):
 
 
 def check(steps, images, channels_last, training, precision, inverting):
-    with patch.object(swapping, "SMALLEST_INVERTED", 1 if inverting else swapping.SMALLEST_INVERTED):
+    with patch.object(inversion, "SMALLEST_INVERTED", 1 if inverting else inversion.SMALLEST_INVERTED):
         check_patched(steps, images, channels_last, training, precision)
 
 

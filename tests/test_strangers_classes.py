@@ -15,7 +15,7 @@ from small_blocks import Written, around, pair
 from torch import nn
 
 import invact
-from invact.swapping.swaps import Patched
+from invact.swapping.patched import Patched
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import invact
-from invact.swapping.swaps import Patched
+from invact.swapping.patched import Patched
 
 
 @pytest.fixture

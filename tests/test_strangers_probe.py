@@ -22,7 +22,7 @@ from torch import nn
 import invact
 from invact.simulation.leftovers import LeftoverError
 from invact.snapshot.snapshot import as_it_was
-from invact.swapping.swaps import Patched
+from invact.swapping.patched import Patched
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 

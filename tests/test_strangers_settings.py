@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import invact
-from invact.swapping.swaps import Patched
+from invact.swapping.patched import Patched
 
 SLOPE, CALLS, STEEPER = 0.2, [], 1.0
 settings = types.ModuleType("settings")

@@ -11,8 +11,8 @@ from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import invact
-from invact.swapping import swaps as swapping
-from invact.swapping.swaps import Patched
+from invact.swapping import class_over
+from invact.swapping.patched import Patched
 
 
 class Block(nn.Module):
@@ -220,12 +220,12 @@ def test_classes_made_in_functions_go_with_their_models(x):
         return [weakref.ref(each) for each in (Act, Local, model, type(model), type(model.act))]
 
     gc.collect()
-    before = len(swapping._CLASSES)
+    before = len(class_over._CLASSES)
     left = [reference for _ in range(3) for reference in gone()]
     gc.collect()
     gc.collect()  # the classes of ours first, and then what they are of
     assert [reference() for reference in left] == [None] * len(left)
-    assert len(swapping._CLASSES) == before
+    assert len(class_over._CLASSES) == before
 
 
 @pytest.mark.parametrize("hook", [None, lambda m, a, y: None, lambda m, a, y: (y.mul_(2), None)[1]])

@@ -12,7 +12,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import invact
-from invact.swapping.swaps import Inverted
+from invact.swapping.inversion import Inverted
 
 WIDTH, HIDDEN, ROWS = 16, 64, 8
 # Bytes that inverting one call frees in fp32: the input, less one bit per element.

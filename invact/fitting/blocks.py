@@ -6,7 +6,9 @@ from collections import Counter
 
 from torch import nn
 
-from invact.swapping.swaps import has_own_switch, is_checkpointed, stock_class
+from invact.swapping.checkpointed import is_checkpointed
+from invact.swapping.own_switch import has_own_switch
+from invact.swapping.patched import stock_class
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

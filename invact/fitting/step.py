@@ -32,7 +32,8 @@ from invact.simulation.setting import Setting, stand_in
 from invact.simulation.simulated_model import ONE_AT_A_TIME, simulated
 from invact.simulation.simulated_tensors import Simulation, fake_tensor_log_silent
 from invact.simulation.time_limit import TookTooLongError
-from invact.swapping.swaps import WITH_RUNNING_STATISTICS, as_on
+from invact.swapping.checkpointed import WITH_RUNNING_STATISTICS
+from invact.swapping.planned_device import as_on
 
 KINDS = WEIGHTS, STATES, GRADIENTS, CASTS, KEPT, TEMPORARY = (
     "weights",

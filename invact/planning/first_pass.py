@@ -16,12 +16,12 @@ from invact.probing.records import Observation, Stock
 from invact.pytorch.one_thread import in_one_thread
 from invact.pytorch.operators import has_fused_rms_norm
 from invact.recognition.found import Found
-from invact.recognition.norms import FoundNorm, walk_norms
+from invact.recognition.norms_in_steps import FoundNorm, walk_norms
 from invact.report import notes, reasons
 from invact.report.records import KEEP, Site
 from invact.simulation.setting import Setting
 from invact.snapshot.snapshot import as_it_was
-from invact.swapping.swaps import inverted_in
+from invact.swapping.patched import inverted_in
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from invact.probing.records import Call
-from invact.recognition.norms import FoundNorm, accesses_in_steps, own_rounding_of
+from invact.recognition.norm_costs import accesses_in_steps, own_rounding_of
+from invact.recognition.norms_in_steps import FoundNorm
 from invact.report.records import FusedNorm
 from invact.simulation.setting import Setting
 

@@ -10,7 +10,7 @@ from invact.deriving.journal import DerivedTensor
 from invact.report import reasons
 from invact.report.records import DERIVE, KEEP, Site
 from invact.report.report import Report
-from invact.swapping.swaps import LARGEST_INVERTED_ON_CPU, SMALLEST_INVERTED
+from invact.swapping.inversion import LARGEST_INVERTED_ON_CPU, SMALLEST_INVERTED
 
 
 def with_derived(sites: Sequence[Site], derived: Sequence[DerivedTensor]) -> list[Site]:

@@ -28,22 +28,19 @@ from invact.probing.probe import observe
 from invact.probing.records import Observation
 from invact.pytorch.one_thread import in_one_thread
 from invact.recognition.norms import Fusion
-from invact.recognition.rewriting import Runner, Written
+from invact.recognition.rewriting import Runner
+from invact.recognition.written import Written
 from invact.report import notes
 from invact.report.records import INVERT, KEEP, FusedNorm, Site
 from invact.report.report import Report
 from invact.report.setting import training_in_words
 from invact.simulation.autocast import autocast_here
 from invact.simulation.setting import Setting, device_of
-from invact.swapping.swaps import (
-    ApproximateExpression,
-    Approximation,
-    Inversion,
-    InvertedExpression,
-    Swaps,
-    as_on,
-    swap_in,
-)
+from invact.swapping.approximation import Approximation
+from invact.swapping.inversion import Inversion
+from invact.swapping.planned_device import as_on
+from invact.swapping.rewritten import in_an_expression
+from invact.swapping.swaps import Swaps, swap_in
 
 
 def plan(
@@ -189,8 +186,7 @@ def _decided(
         if site.written is None:
             modules[site.path] = how
         else:
-            runner = InvertedExpression(how) if isinstance(how, Inversion) else ApproximateExpression(how)
-            expressions.setdefault(site.module_path, {})[site.written] = runner
+            expressions.setdefault(site.module_path, {})[site.written] = in_an_expression(how)
     saves = any(tensor.bytes_saved > 0 for tensor in first.derived)
     fusions = {norm.path: norm.fusion for norm in found.norms}
     report = Report(sites=[*map(_site, decisions), *found.already], fused=fused)

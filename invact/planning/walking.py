@@ -12,8 +12,9 @@ from invact.kernels import Curve
 from invact.recognition.curves import recognise
 from invact.recognition.expressions import written_in
 from invact.recognition.found import Found
-from invact.recognition.settings import EVERY_MODULE_HAS, Settings, UnseenError, settings_of_module
-from invact.swapping.swaps import Patched
+from invact.recognition.read_by_modules import EVERY_MODULE_HAS, settings_of_module
+from invact.recognition.settings import Settings, UnseenError
+from invact.swapping.patched import Patched
 
 
 def walk(model: nn.Module) -> list[Found]:

@@ -18,8 +18,9 @@ from invact.probing.records import Call
 from invact.pytorch.circumstances import transforms_active
 from invact.pytorch.tensors import changes_in_place
 from invact.recognition.found import Found
-from invact.recognition.norms import FoundNorm
-from invact.recognition.rewriting import Runner, Written
+from invact.recognition.norms_in_steps import FoundNorm
+from invact.recognition.rewriting import Runner
+from invact.recognition.written import Written
 from invact.swapping.swaps import swap_in
 
 

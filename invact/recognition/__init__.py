@@ -1,1 +1,12 @@
-"""What a model computes, told by running it and never from a name: curves, expressions in methods, norms."""
+"""What a model computes, told by running it and never from a name: curves, expressions in methods, norms.
+
+It changes no model: copies are run. What the code reads besides its input is told too (`settings`), since what was
+recognised holds only while that is the same.
+"""
+
+from invact.recognition.curves import recognise
+from invact.recognition.expressions import written_in
+from invact.recognition.found import Found
+from invact.recognition.norms_in_steps import FoundNorm, walk_norms
+
+__all__ = ["Found", "FoundNorm", "recognise", "walk_norms", "written_in"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from invact.kernels import Curve
-from invact.recognition.rewriting import Written
 from invact.recognition.settings import Settings
+from invact.recognition.written import Written
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,10 @@
-"""How a module is patched: it stays the object it is and gets a class of its own; and how that is undone."""
+"""How a module is patched: it stays the object it is and gets a class of its own; and how that is undone.
+
+What runs in the place of the stock code is one file each: `inversion`, `approximation`, `fused_norms`, `derived`, and
+`checkpointed`. `swaps` puts them in, all or none, and takes them out.
+"""
+
+from invact.swapping.patched import Patched
+from invact.swapping.swaps import Swaps, swap_in, swaps_in
+
+__all__ = ["Patched", "Swaps", "swap_in", "swaps_in"]

@@ -17,14 +17,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
 import invact
-from invact.swapping import swaps as swapping
+from invact.swapping import inversion
 
 BYTES_WITHIN = 0.01
 OUTPUTS_WITHIN = 1e-5
 GRADIENTS_WITHIN = 1e-4
 SEED = 0
 # The usual patch inverts wherever it can, as with large batches on a GPU; the exact one derives.
-swapping.SMALLEST_INVERTED, swapping.LARGEST_INVERTED_ON_CPU = 1, sys.maxsize
+inversion.SMALLEST_INVERTED, inversion.LARGEST_INVERTED_ON_CPU = 1, sys.maxsize
 EXACT = ("relu", "relu6", "leaky_relu", "hardtanh", "hardsigmoid")  # inverted, their gradients are stock's bit for bit
 
 
