@@ -156,13 +156,13 @@ def test_a_search_for_a_recipe_ends_soon_however_deep_or_wide_the_graph(graph):
 def test_a_search_looks_at_few_operators(monkeypatch):
     looked_at = []
     for name in ("AddBackward0", "SubBackward0", "MulBackward0", "CatBackward0"):
-        rule = invact.deriving.rules.RULES[name]
+        rule = invact.deriving.rules.registry.RULES[name]
 
         def counted(node, number, find, rule=rule):
             looked_at.append(node)
             return rule(node, number, find)
 
-        monkeypatch.setitem(invact.deriving.rules.RULES, name, counted)
+        monkeypatch.setitem(invact.deriving.rules.registry.RULES, name, counted)
     with invact.deriving.hooks.Deriving():
         h = (X * torch.ones((), requires_grad=True)) @ X
         a, b = h.chunk(2)

@@ -10,7 +10,7 @@ from torch import nn
 
 from invact.deriving.handles import Bits, Derived, Kept, PackedMask, kept_by
 from invact.deriving.hooks import SMALLEST, Deriving
-from invact.deriving.rules import RULES
+from invact.deriving.rules.registry import RULES
 from invact.pytorch.inside import shows_what_is_kept
 
 aten = torch.ops.aten

@@ -29,7 +29,7 @@ from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor, nn
 
 import invact
-from invact.deriving.rules import dropout_scale
+from invact.deriving.rules.dropout import dropout_scale
 from invact.functional import invert
 from invact.inverting.few_bits import few_bits
 from invact.planning import plans as planning

@@ -32,7 +32,8 @@ from invact.deriving.handles import (
 )
 from invact.deriving.journal import journal_here
 from invact.deriving.parameters import copied, is_parameter, parameters_may_go
-from invact.deriving.rules import FILLED, ON_THE_WAY, RULES, SUMS, VIEWS
+from invact.deriving.rules.padding import FILLED
+from invact.deriving.rules.registry import ON_THE_WAY, RULES, SUMS, VIEWS
 from invact.deriving.stead import stead_of
 from invact.pytorch.inside import (
     FakeTensor,
