@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import invact
 from invact.deriving.rules.dropout import dropout_scale
-from invact.functional import invert
 from invact.inverting.few_bits import few_bits
+from invact.inverting.operators import invert
 from invact.planning import plans as planning
 from invact.pytorch.inside import has_fused_rms_norm
 from invact.recognition import norms

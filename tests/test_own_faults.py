@@ -54,7 +54,11 @@ PLACES = [
         "invact.probing.probe.autocast_as_set",
         "invact.recognition.settings.Settings.unchanged",
     ),
-    *("invact.functional.invert", "invact.functional.wants_gradient", "invact.swapping.swaps._set_class"),
+    *(
+        "invact.inverting.operators.invert",
+        "invact.inverting.operators.wants_gradient",
+        "invact.swapping.swaps._set_class",
+    ),
     *("invact.probing.probe.checkpoints_counted", "invact.probing.probe.stand_in", "invact.planning.walking.recognise"),
     "invact.planning.plans._Choice.sites",
 ]

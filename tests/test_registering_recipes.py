@@ -9,7 +9,8 @@ from torch import nn
 
 import invact
 from invact.deriving import derived, operand, pointwise, produced, register, unregister
-from invact.deriving.handles import Derived, Kept, kept_by
+from invact.deriving.asking import kept_by
+from invact.deriving.handles import Derived, Kept
 from invact.deriving.hooks import Deriving
 from invact.deriving.rules import registry
 from invact.deriving.rules.registry import RULES, VIEWS

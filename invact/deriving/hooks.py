@@ -17,24 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from invact.deriving.handles import (
-    DEEPEST,
-    MOST_STEPS,
-    Awaited,
-    Bits,
-    Derived,
-    Handle,
-    Kept,
-    has_strides,
-    kept_by,
-    kept_something,
-    remade,
-)
+from invact.deriving.asking import kept_by, kept_something
+from invact.deriving.handles import DEEPEST, MOST_STEPS, Awaited, Derived, Handle, Kept
 from invact.deriving.journal import journal_here
+from invact.deriving.layouts import has_strides
+from invact.deriving.masks import Bits
 from invact.deriving.parameters import copied, is_parameter, parameters_may_go
 from invact.deriving.rules.padding import FILLED
 from invact.deriving.rules.registry import ON_THE_WAY, RULES, SUMS, VIEWS
 from invact.deriving.stead import stead_of
+from invact.deriving.unpacking import remade
 from invact.pytorch.inside import (
     FakeTensor,
     StorageWeakRef,

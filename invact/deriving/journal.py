@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, PackedMask, kept_by
+from invact.deriving.asking import kept_by
+from invact.deriving.handles import Awaited, Derived, Handle, Kept
+from invact.deriving.masks import Bits, PackedMask
 from invact.deriving.words import in_words, listed
 from invact.ledger.ledger import Entry, Key, Ledger, dense_parts, storage_sizes
 from invact.pytorch.inside import StorageWeakRef, changes_in_place, node_name, transforms_active

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from invact import functional
 from invact.deriving.hooks import SMALLEST, Deriving, is_deriving, may_derive
 from invact.errors.own_errors import users_call
+from invact.inverting import operators
 from invact.inverting.few_bits import few_bits, may_approximate
 from invact.kernels import Curve
 from invact.pytorch.inside import hooks_on_all_modules, transforms_active, tree_leaves
@@ -69,12 +69,12 @@ class Inversion:
             return False  # fx, for one, traces with what is no tensor
         if getattr(_THREAD, "watched", None) is not None and transforms_active():
             return False  # what hooks change can not be told there
-        return functional.wants_gradient(x) and self.settings.unchanged(module)
+        return operators.wants_gradient(x) and self.settings.unchanged(module)
 
     def __call__(self, x: Tensor) -> Tensor:
         watched = getattr(_THREAD, "watched", None)
         before = x.clone() if watched is not None and self.in_place else x
-        y = functional.invert(x, self.curve, self.in_place)
+        y = operators.invert(x, self.curve, self.in_place)
         if watched is not None:
             watched.append((before, y, y.grad_fn, y._version))
         return y

@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from invact.deriving.handles import Bits, Derived
+from invact.deriving.handles import Derived
+from invact.deriving.masks import Bits
 from invact.deriving.rules.operands import derived, produced, saved
 from invact.deriving.rules.registry import Find, Node, register
 from invact.kernels.masks import dropped, unpacked

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invact.deriving.handles import Derived, Handle, Kept, kept_by
+from invact.deriving.asking import kept_by
+from invact.deriving.handles import Derived, Handle, Kept
 from invact.deriving.rules.operands import (
     derived,
     operand,

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from invact.deriving.handles import Derived, Handle, Kept, kept_by
+from invact.deriving.asking import kept_by
+from invact.deriving.handles import Derived, Handle, Kept
 from invact.deriving.rules.registry import Find, Node
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from invact.deriving.handles import Derived, LogProbabilities
+from invact.deriving.handles import Derived
+from invact.deriving.log_probabilities import LogProbabilities
 from invact.deriving.rules.operands import derived, produced, settings
 from invact.deriving.rules.registry import Find, Node, register
 
