@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import invact
-from invact.deriving.hooks import MOST_SEARCHED
+from invact.deriving.searching import MOST_SEARCHED
 
 WIDTH = 64
 X = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -68,5 +68,4 @@ def _keeping_here() -> dict[int, None]:
 
 _MOST_NOTED = 1 << 20
 
-
 _THREAD = threading.local()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from invact.pytorch.inside import FakeTensor
+
+PLAIN = (Tensor, FakeTensor)
+
 
 def has_strides(tensor: Tensor) -> bool:
     """Whether it is one block of memory: neither sparse nor nested."""
@@ -19,3 +23,7 @@ def laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     once = tuple(slice(None) if step else slice(1) for step in stride)  # of what is expanded
     made[once].copy_(tensor[once])
     return made
+
+
+def is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN and has_strides(tensor)

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from invact.deriving.journal import DerivedTensor
+from invact.deriving.derived_tensor import DerivedTensor
 from invact.deriving.placing import places
 from invact.errors.arguments import (
     Inputs,

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from invact import probing
+from invact.deriving.derived_tensor import DerivedTensor
 from invact.deriving.hooks import Deriving
-from invact.deriving.journal import DerivedTensor, Journal
+from invact.deriving.journal import Journal
 from invact.errors.arguments import (
     Inputs,
     check_autocast,

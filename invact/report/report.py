@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from invact.deriving.journal import DerivedTensor
+from invact.deriving.derived_tensor import DerivedTensor
 from invact.report.amounts import format_bytes, in_words
 from invact.report.tables import Column, print_table
 

@@ -34,6 +34,7 @@ def produced(node: Node, edge: int, find: Find) -> Handle | None:
 
 
 def settings(node: Node, *names: str) -> list[Any]:
+    """What the node keeps under these names and is no tensor, such as a dimension."""
     return [signed(getattr(node, "_saved_" + name)) for name in names]
 
 
@@ -47,7 +48,14 @@ def signed(value: Any) -> Any:
 def derived(
     make: Callable[..., Tensor], *read: Handle | Tensor | None, joins: bool = False, moves: bool = True
 ) -> Derived | None:
-    """The recipe, if all that it reads is there; numbers become settings."""
+    """The recipe, if all that it reads is there; numbers become settings.
+
+    Args:
+        make: makes the tensor of the tensors that are read, in their order, as the operator made it, in every bit.
+        read: what the operator read, as `operand`, `saved` or `produced` found it; with a None there is no recipe.
+        joins: whether two tensors are added up, so that no sum is made of it in turn.
+        moves: whether memory is written; False for a view.
+    """
     numbers = False
     for each in read:
         if each is None:

@@ -50,8 +50,9 @@ def register(*names: str, among: set[str] | None = None) -> Callable[[Rule], Rul
         - It sees what autograd records and no more: of an operator of PyTorch the settings and tensors of
           `derivatives.yaml`, of a `torch.autograd.Function` what its producers gave.
         - It holds for all models of the process; a plan or report that was made before does not know of it.
-        - Where a rule is needed and there is none, nothing tells: the tensor is kept, as stock keeps it.
-        - A report's floor does not know of it: what only moves memory is listed in `invact.ledger.computed`.
+        - Where a rule returns None nothing is raised: the tensor is kept, as stock keeps it.
+        - A report's floor may not know of it: which operators only move memory, beside those that PyTorch calls
+          pointwise, is listed in `invact.ledger.computed`.
 
     Example:
         The entropy's node keeps what it read under the name "self", and may have got it from its first producer.
