@@ -10,8 +10,9 @@ from invact.kernels.gated import ACTIVATIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from invact.deriving import gated
+from invact.deriving.asking import kept_by
 from invact.deriving.gated import GatedProduct
-from invact.deriving.handles import Derived, kept_by
+from invact.deriving.handles import Derived
 from invact.deriving.hooks import Deriving
 from invact.pytorch.saved_tensor_hooks import shows_what_is_kept
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import invact
-from invact.deriving.hooks import MOST_SEARCHED
+from invact.deriving.searching import MOST_SEARCHED
 
 WIDTH = 64
 X = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -156,13 +156,13 @@ def test_a_search_for_a_recipe_ends_soon_however_deep_or_wide_the_graph(graph):
 def test_a_search_looks_at_few_operators(monkeypatch):
     looked_at = []
     for name in ("AddBackward0", "SubBackward0", "MulBackward0", "CatBackward0"):
-        rule = invact.deriving.rules.RULES[name]
+        rule = invact.deriving.rules.registry.RULES[name]
 
         def counted(node, number, find, rule=rule):
             looked_at.append(node)
             return rule(node, number, find)
 
-        monkeypatch.setitem(invact.deriving.rules.RULES, name, counted)
+        monkeypatch.setitem(invact.deriving.rules.registry.RULES, name, counted)
     with invact.deriving.hooks.Deriving():
         h = (X * torch.ones((), requires_grad=True)) @ X
         a, b = h.chunk(2)
@@ -312,7 +312,7 @@ def test_a_checkpointed_region_is_not_run_anew_by_looking_for_recipes(shown, mon
         return m.last(F.silu(h) * h)
 
     if not shown:
-        for module in (invact.deriving.handles, invact.deriving.hooks):
+        for module in (invact.deriving.asking, invact.deriving.unpacking, invact.deriving.hooks):
             monkeypatch.setattr(module, "shows_what_is_kept", False)
     model = Odd(put_together)
     invact.patch(model, (X,), exact=True)

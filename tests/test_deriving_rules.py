@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from invact.deriving.handles import Bits, Derived, Kept, PackedMask, kept_by
+from invact.deriving.asking import kept_by
+from invact.deriving.handles import Derived, Kept
 from invact.deriving.hooks import SMALLEST, Deriving
-from invact.deriving.rules import RULES
+from invact.deriving.masks import Bits, PackedMask
+from invact.deriving.rules.registry import RULES
 from invact.pytorch.saved_tensor_hooks import shows_what_is_kept
 
 aten = torch.ops.aten

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import invact.nn
 from invact import functional
+from invact.inverting import operators
 
 ALL_CURVES = [
     *CURVES.values(),
@@ -557,5 +558,5 @@ def test_in_place_on_a_view_changes_what_it_is_a_view_of() -> None:
 def test_examples_in_the_docstrings_run() -> None:
     import doctest
 
-    for module in (functional, invact.nn):
+    for module in (functional, operators, invact.nn):
         assert doctest.testmod(module).failed == 0

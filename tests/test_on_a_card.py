@@ -29,9 +29,9 @@ from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor, nn
 
 import invact
-from invact.deriving.rules import dropout_scale
-from invact.functional import invert
+from invact.deriving.rules.dropout import dropout_scale
 from invact.inverting.few_bits import few_bits
+from invact.inverting.operators import invert
 from invact.planning import plans as planning
 from invact.pytorch.operators import has_fused_rms_norm
 from invact.recognition import norms

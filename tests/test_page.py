@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from invact.cli import app
-from invact.deriving.journal import DerivedTensor
+from invact.deriving.derived_tensor import DerivedTensor
 from invact.fitting.step import simulated_training
 from invact.pages.charts import loss_chart, memory_chart, timeline_chart
 from invact.pages.page import plan_page, trial_page

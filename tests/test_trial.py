@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from invact.cli import app
 from invact.commands import output
-from invact.functional import invert
+from invact.inverting.operators import invert
 from invact.simulation.setting import Setting
 from invact.trial import trainee as trial_trainee
 from invact.trial.comparing import train_in_ways

@@ -20,7 +20,8 @@ from ways import EXACT, INVACT, STOCK, eager_ways
 from invact.bench.kernels import HOST_ELEMENTS, time_kernels
 from invact.bench.result import Bench
 from invact.bench.timing import Race, wait_for
-from invact.deriving.handles import Derived, kept_by
+from invact.deriving.asking import kept_by
+from invact.deriving.handles import Derived
 from invact.deriving.hooks import Deriving
 
 NOTHING = "hooks of nothing"

@@ -6,23 +6,14 @@ those that need it: freed with its part of the graph, and used again when a grap
 
 from __future__ import annotations
 
-import itertools
-import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from invact import functional
-from invact.kernels.masks import packed, unpacked
-from invact.pytorch.backward import current_backward, engine_call, keeps_graph, node_name, when_backward_ends
-from invact.pytorch.circumstances import autocast_anywhere
-from invact.pytorch.devices import accelerator_type, current_stream
-from invact.pytorch.saved_tensor_hooks import nodes_made, shows_what_is_kept
+from invact.deriving.layouts import has_strides, laid_out
+from invact.deriving.shared import Shared
 
 MOST_STEPS = 12
 """Operations of one recipe. The longest that pays, a dropped copy of a norm written out in steps, takes seven."""
@@ -30,6 +21,7 @@ MOST_STEPS = 12
 
 DEEPEST = 48
 """Recipes within recipes, views included: each is a call within a call in backward."""
+
 
 NOWHERE = object()
 """Where what a recipe reads is not kept inside the same hooks of others."""
@@ -75,38 +67,6 @@ class Handle:
 
     def wanted_again(self) -> None:
         """Tells that one more will ask for it."""
-
-
-class Shared:
-    """What several ask for in a backward pass: made once, and let go after the last of them, or when the pass ends.
-
-    Attributes:
-        users: how many ask for it in a pass that runs all of the graph.
-    """
-
-    __slots__ = ("__weakref__", "backward", "left", "stream", "tensor", "users")
-
-    def __init__(self, users: int) -> None:
-        self.users, self.left, self.stream, self.backward = users, 0, 0, -1
-        self.tensor: Tensor | None = None
-
-    def taken(self) -> Tensor | None:
-        """What somebody has made before in this pass and on this stream, if he has."""
-        tensor = self.tensor
-        if tensor is None or self.backward != current_backward() or self.stream != current_stream(tensor):
-            return None
-        self.left -= 1
-        if self.left <= 0:
-            self.tensor = None
-        return tensor
-
-    def put(self, tensor: Tensor) -> None:
-        """For those who ask after the one that it was made for."""
-        self.tensor = None
-        if self.users > 1 and (backward := current_backward()) >= 0:
-            self.tensor, self.left, self.backward = tensor, self.users - 1, backward
-            self.stream = current_stream(tensor)
-            _let_go_after(backward, self)
 
 
 class Kept(Handle):
@@ -202,41 +162,8 @@ class Kept(Handle):
         return given
 
 
-class PackedMask(Kept):
-    """The bytes that hold the bits of a mask."""
-
-    __slots__ = ()
-
-
-class Bits(Handle):
-    """A bool tensor, in bits.
-
-    Args:
-        mask: dense, whatever the order of its dimensions.
-
-    Attributes:
-        bits: its bytes, in the order of its memory; who can use them as they are reads this handle.
-    """
-
-    __slots__ = ("bits", "shape", "stride")
-
-    def __init__(self, mask: Tensor, version: int, hooks: tuple[Any, Any] | None) -> None:
-        self.version = version
-        self.shape, self.stride = mask.shape, mask.stride()
-        flat = mask.as_strided((mask.numel(),), (1,))
-        bits = packed(flat)
-        self.bits = PackedMask(bits, bits._version, hooks)
-        self.outside = self.bits.outside
-
-    def wanted_again(self) -> None:
-        self.bits.wanted_again()
-
-    def fits(self, mask: Tensor) -> bool:
-        """Whether this is the same mask, given that it has the same memory."""
-        return mask.shape == self.shape and mask.stride() == self.stride
-
-    def made(self) -> Tensor:
-        return unpacked(self.bits.made(), self.shape.numel()).as_strided(self.shape, self.stride)
+# By the identity of its storage, a kept tensor that recipes read.
+_READ: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
 
 
 class Derived(Handle):
@@ -317,35 +244,6 @@ class Derived(Handle):
         return tensor
 
 
-class LogProbabilities(Derived):
-    """Those of a loss, as large as nothing else: what they are made of goes with the last who asks for them.
-
-    At the turn from forward to backward the logits in 16 bits would lie beside their log-probabilities, the gradient
-    that comes in and the one that goes out, which stock keeps without the first.
-
-    Attributes:
-        askers: nodes and recipes that ask for it.
-        done: nodes that have asked and are about to be freed.
-    """
-
-    __slots__ = ("askers", "done")
-
-    def __init__(self, make: Callable[..., Tensor], logits: Handle) -> None:
-        super().__init__(make, (logits,), joins=False, moves=True)
-        self.askers = self.done = 0
-
-    def wanted_again(self) -> None:
-        self.askers += 1
-        super().wanted_again()
-
-    def given_to_a_node(self) -> None:
-        """To one of PyTorch's own, which asks once each time it runs."""
-        if not keeps_graph():
-            self.done += 1
-            if self.done == self.askers:
-                self.sources = ()
-
-
 class Awaited(Handle):
     """What a recipe reads and nobody keeps, yet.
 
@@ -383,120 +281,6 @@ class Awaited(Handle):
         return self.target.made()
 
 
-def has_strides(tensor: Tensor) -> bool:
-    """Whether it is one block of memory: neither sparse nor nested."""
-    return tensor.layout is torch.strided and not tensor.is_nested
-
-
-def laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The tensor with other strides: matrix products in backward round differently when they read it differently."""
-    if tensor.stride() == stride:
-        return tensor
-    made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
-    once = tuple(slice(None) if step else slice(1) for step in stride)  # of what is expanded
-    made[once].copy_(tensor[once])
-    return made
-
-
-def remade(handle: Handle) -> Tensor:
-    """What is asked for in backward, worked out as it was in forward: after all casts, and recording nothing.
-
-    A function written in Python may write into what it has kept, by kernels that autograd knows nothing of, as those of
-    Unsloth and Liger do; it gets a tensor of its own.
-    """
-    try:
-        caller = sys._getframe(1)
-    except ValueError:  # the engine runs in a thread of its own
-        caller = None
-    if not shows_what_is_kept and caller is not None and caller.f_code is asked.__code__:
-        caller.f_locals["given"].append(handle)
-        return torch.empty(0)  # a new one each time: under fake tensors one that is shared is freed too often
-    to_read = caller is None or caller.f_code is _ENGINE or caller.f_globals is _OURS
-    if type(handle) is Kept and handle.instead is None:
-        if to_read and handle.outside is None and handle.data._version == handle.version:
-            tensor: Tensor = handle.data  # as `made` gives it; most are these, and a call counts
-            return tensor
-        return handle.made() if to_read else handle.own()
-    if torch.is_grad_enabled() or autocast_anywhere():
-        with _as_recorded():
-            tensor = handle.made() if to_read else handle.own()
-    else:
-        tensor = handle.made() if to_read else handle.own()
-    if type(handle) is LogProbabilities and to_read:
-        handle.given_to_a_node()
-    return tensor
-
-
-_ENGINE = engine_call.__code__
-NOT_KNOWN = object()
-
-
-def kept_by(node: Any, name: str) -> Any:
-    """What a node keeps under a name of `derivatives.yaml`: the handle; a number, as a tensor; None for nothing.
-
-    `NOT_KNOWN` where it has no such name, has been run and let it go, or has not come to keep it.
-    """
-    if not shows_what_is_kept:
-        return asked(node, name)
-    raw = getattr(node, "_raw_saved_" + name, None)
-    try:
-        return NOT_KNOWN if raw is None else raw.data
-    except RuntimeError:
-        return NOT_KNOWN
-
-
-def asked(node: Any, name: str) -> Any:
-    """The same by way of our unpacking hook, which finds `given` in its caller's frame.
-
-    Asked of nodes that kept something with our hooks alone: those of a checkpointed region would run it anew.
-    """
-    if node._sequence_nr() not in _keeping_here():
-        return NOT_KNOWN
-    given: list[Handle] = []
-    try:
-        tensor = getattr(node, "_saved_" + name, NOT_KNOWN)
-    except RuntimeError:
-        return NOT_KNOWN
-    return given[0] if given else tensor
-
-
-def kept_something(tensor: Tensor) -> None:
-    """Notes, in the midst of a hook, which node is keeping a tensor: the last one that was made in this thread, or the
-    one before it, if the last has just made a copy for it, as of what is about to be changed in place."""
-    keeping, last = _keeping_here(), nodes_made() - 1
-    keeping[last] = None
-    node = tensor.grad_fn
-    if node is not None and node_name(node) == "CloneBackward0" and node._sequence_nr() == last:
-        keeping[last - 1] = None
-    if len(keeping) > _MOST_NOTED:
-        for oldest in list(itertools.islice(keeping, _MOST_NOTED // 2)):
-            del keeping[oldest]
-
-
-def _keeping_here() -> dict[int, None]:
-    """The numbers of the nodes that kept something with our hooks, the oldest first; each thread counts its own."""
-    try:
-        return _THREAD.keeping  # type: ignore[no-any-return]
-    except AttributeError:
-        keeping: dict[int, None] = {}
-        _THREAD.keeping = keeping
-        return keeping
-
-
-_MOST_NOTED = 1 << 20
-_THREAD = threading.local()
-_OURS = functional.__dict__
-
-
-@contextmanager
-def _as_recorded() -> Iterator[None]:
-    devices = [device for device in ("cpu", accelerator_type()) if torch.is_autocast_enabled(device)]
-    with torch.no_grad(), ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
 def changed_in_place(tensor: Tensor, expected: int) -> RuntimeError:
     """What stock PyTorch says there; with hooks in place it no longer looks."""
     return RuntimeError(
@@ -505,30 +289,3 @@ def changed_in_place(tensor: Tensor, expected: int) -> RuntimeError:
         "It is kept for backward, or another tensor is made again from it. Change a copy of it, or change it after "
         "backward."
     )
-
-
-# By the identity of its storage, a kept tensor that recipes read.
-_READ: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
-
-
-# --- what is shared within a backward pass -------------------------------------------------------------
-
-# By the number of the backward pass: what is held there for whoever asks next. One that breaks off leaves it in its
-# graph, where no other pass takes it, until the next one that asks.
-_SHARED: dict[int, list[weakref.ref[Shared]]] = {}
-
-
-def _let_go_after(backward: int, shared: Shared) -> None:
-    """Some may never ask, where not all of the graph is run."""
-    held = _SHARED.get(backward)
-    if held is None:
-        held = _SHARED[backward] = []
-        when_backward_ends(lambda: _let_go(backward))
-    held.append(weakref.ref(shared))
-
-
-def _let_go(backward: int) -> None:
-    for reference in _SHARED.pop(backward, ()):
-        shared = reference()
-        if shared is not None and shared.backward == backward:
-            shared.tensor = None

@@ -12,7 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from invact.deriving.handles import Awaited, Bits, Derived, Handle, Kept, PackedMask, kept_by
+from invact.deriving.asking import kept_by
+from invact.deriving.chains import all_kept_in_stead, is_mask, kept_in_stead, stands_for, without_views
+from invact.deriving.derived_tensor import DerivedTensor
+from invact.deriving.handles import Derived, Handle, Kept
+from invact.deriving.masks import Bits
 from invact.deriving.words import in_words, listed
 from invact.ledger.entries import Entry, Key
 from invact.ledger.ledger import Ledger
@@ -20,31 +24,6 @@ from invact.ledger.storages import dense_parts, storage_sizes
 from invact.pytorch.backward import node_name
 from invact.pytorch.circumstances import transforms_active
 from invact.pytorch.tensors import StorageWeakRef, changes_in_place
-
-
-@dataclass(frozen=True)
-class DerivedTensor:
-    """One tensor that is made again in backward instead of being kept.
-
-    Attributes:
-        what: the tensor in words: "LayerNorm's output", by the class of the module whose output it is, or "a product in
-            LlamaMLP".
-        kept_by: dotted path of the module that would have kept it, the first of them.
-        path: of the module whose output it is, or in which it is made; `kept_by` where that can not be told.
-        reason: what it is made again from, or how it is kept in less.
-        bytes_saved: that are no longer kept.
-        bytes_moved: read and written in backward to make it again. What is made on the way to several tensors, once,
-            counts to the first of them.
-        keepers: how many modules would have kept it.
-    """
-
-    what: str
-    kept_by: str
-    path: str
-    reason: str
-    bytes_saved: int
-    bytes_moved: int
-    keepers: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +124,7 @@ class Journal:
         for note, handle in zip(self._notes, handles, strict=True):
             if handle is None:
                 continue
-            base = _base(handle)
+            base = without_views(handle)
             keys = storage_sizes(note.tensor).keys()
             if not isinstance(base, Kept) or base in copied:
                 wanted.setdefault(base, []).append(note)
@@ -172,7 +151,7 @@ class Journal:
     def read(self) -> set[Key]:
         """The storages that recipes read: who no longer keeps one of these makes others keep it."""
         handles = [note.handle() for note in self._notes]
-        bases = {_base(handle) for handle in handles if handle is not None}
+        bases = {without_views(handle) for handle in handles if handle is not None}
         leaves = [leaf for base in bases for leaf in self._read(base)]
         tensors = [tensor for leaf in leaves if (tensor := self._tensor(leaf)) is not None]
         return {key for tensor in tensors for key in storage_sizes(tensor)}
@@ -191,7 +170,7 @@ class Journal:
         node, path = notes[0].node, None
         if isinstance(handle, Derived):
             node, path, _ = self._made[handle]
-            taken = {source for source in _all_taken(handle) if source not in self._free} - steps
+            taken = {source for source in all_kept_in_stead(handle) if source not in self._free} - steps
             saved -= sum(self._nbytes(source) for source in taken)
             steps.update(taken)
         what = in_words(node, notes[0].tensor.dtype)
@@ -214,17 +193,17 @@ class Journal:
 
     def _reason(self, handle: Derived) -> str:
         """What it is made again from, leaving out what is small beside the rest, such as statistics."""
-        if any(source not in self._free for source in _taken(handle)):
+        if any(source not in self._free for source in kept_in_stead(handle)):
             return "kept smaller, as what it is made of"
         read = dict.fromkeys(self._read(handle))
         large = max((self._nbytes(leaf) for leaf in read if isinstance(leaf, Kept)), default=0) / 16
-        words = [self._leaf(leaf) for leaf in read if _is_mask(leaf) or self._nbytes(leaf) >= large]
+        words = [self._leaf(leaf) for leaf in read if is_mask(leaf) or self._nbytes(leaf) >= large]
         steps = f", in {handle.steps} steps" if handle.steps > 1 else ""
         return f"made again from {listed(list(dict.fromkeys(words)))}{steps}" if words else "made again from weights"
 
     def _read(self, handle: Handle) -> Iterator[Handle]:
         """What is kept of what a recipe reads, weights aside."""
-        for source in map(_base, handle.sources if isinstance(handle, Derived) else ()):
+        for source in map(without_views, handle.sources if isinstance(handle, Derived) else ()):
             if isinstance(source, Derived):
                 yield from self._read(source)
             elif not self._ledger.is_weight(self._tensor(source)):
@@ -232,7 +211,7 @@ class Journal:
 
     def _leaf(self, handle: Handle) -> str:
         """A tensor that is kept, in words: by its module's name in the model, which is the same in every layer."""
-        if _is_mask(handle):
+        if is_mask(handle):
             return "a mask"
         note = self._kept_as.get(handle)
         if note is None:
@@ -259,7 +238,7 @@ class Journal:
     def _moved(self, handle: Handle, counted: set[Handle]) -> int:
         """By the steps on the way to a tensor that are not counted yet."""
         moved = 0
-        for source in map(_there, handle.sources if isinstance(handle, Derived) else ()):
+        for source in map(stands_for, handle.sources if isinstance(handle, Derived) else ()):
             moved += self._moved(source, counted)
             if source not in counted:
                 counted.add(source)
@@ -278,40 +257,3 @@ _THREAD = threading.local()
 def journal_here() -> Journal | None:
     """The journal that is open in this thread."""
     return getattr(_THREAD, "journal", None)
-
-
-def _there(handle: Handle) -> Handle:
-    """What a handle stands for by now, where it waited for something."""
-    while True:
-        if isinstance(handle, Kept) and handle.instead is not None:
-            handle = handle.instead
-        elif isinstance(handle, Awaited) and handle.target is not None:
-            handle = handle.target
-        else:
-            return handle
-
-
-def _base(handle: Handle) -> Handle:
-    """What a handle is a view of."""
-    handle = _there(handle)
-    while isinstance(handle, Derived) and not handle.moves:
-        handle = _there(handle.sources[0])
-    return handle
-
-
-def _is_mask(handle: Handle) -> bool:
-    return isinstance(handle, Bits | PackedMask)
-
-
-def _taken(handle: Derived) -> list[Kept]:
-    """What is kept in its stead alone."""
-    sources = (_base(source) for source in handle.sources)
-    return [source for source in sources if isinstance(source, Kept) and source.stands_for_another]
-
-
-def _all_taken(handle: Handle) -> Iterator[Kept]:
-    """What is kept in its stead, or in that of a step on the way to it."""
-    if isinstance(handle, Derived):
-        yield from _taken(handle)
-        for source in map(_base, handle.sources):
-            yield from _all_taken(source)

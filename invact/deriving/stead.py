@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invact.deriving.rules import VIEWS, signed
+from invact.deriving.rules.operands import signed
+from invact.deriving.rules.registry import VIEWS, Node
 from invact.pytorch.backward import node_name
-
-Node = Any
 
 
 class Stead(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from invact.errors.checks import check_few_bits
-from invact.functional import wants_gradient
+from invact.inverting.operators import wants_gradient
 from invact.kernels import Curve, codes, dispatch
 from invact.kernels import steps as best_steps
 from invact.kernels.steps import Steps
@@ -66,7 +66,7 @@ def few_bits(x: Tensor, curve: Curve, bits: int, inplace: bool = False) -> Tenso
     if not may_approximate(x):
         y = curve.f(x)
     elif torch.compiler.is_compiling():
-        y = FewBits.apply(x, curve, steps(curve, bits))[0].clone()  # as `functional.invert` has it
+        y = FewBits.apply(x, curve, steps(curve, bits))[0].clone()  # as `operators.invert` has it
     else:
         y = FewBitsEagerly.apply(x, curve, steps(curve, bits), inplace)
     return x.copy_(y) if inplace and y is not x else y

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from invact.deriving.journal import DerivedTensor
+from invact.deriving.derived_tensor import DerivedTensor
 from invact.report import reasons
 from invact.report.records import DERIVE, KEEP, Site
 from invact.report.report import Report

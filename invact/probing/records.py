@@ -10,7 +10,7 @@ import torch
 from invact.ledger.entries import Entry, Key, Memory
 
 if TYPE_CHECKING:  # who reads a record need not load what recorded it
-    from invact.deriving.journal import DerivedTensor
+    from invact.deriving.derived_tensor import DerivedTensor
     from invact.ledger.computed import Computed
     from invact.ledger.own_loss import OwnLoss
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from invact.deriving.journal import DerivedTensor
+from invact.deriving.derived_tensor import DerivedTensor
 from invact.report.records import APPROXIMATE, INVERT, CheckpointedBlock, FusedNorm, Site
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from invact.deriving.journal import DerivedTensor
+from invact.deriving.derived_tensor import DerivedTensor
 from invact.report.amounts import format_bytes
 from invact.report.figures import Figures
 from invact.report.records import APPROXIMATE, INVERT, KEEP, FusedNorm, Site

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from invact import functional
 from invact.deriving.hooks import SMALLEST, is_deriving
+from invact.inverting import operators
 from invact.kernels import Curve
 from invact.pytorch.circumstances import hooks_on_all_modules, transforms_active
 from invact.recognition.settings import Settings
@@ -62,12 +62,12 @@ class Inversion:
             return False  # what hooks change can not be told there
         if self.derivable and _better_derived(x):
             return False
-        return functional.wants_gradient(x) and self.settings.unchanged(module)
+        return operators.wants_gradient(x) and self.settings.unchanged(module)
 
     def __call__(self, x: Tensor) -> Tensor:
         watched = getattr(_THREAD, "watched", None)
         before = x.clone() if watched is not None and self.in_place else x
-        y = functional.invert(x, self.curve, self.in_place)
+        y = operators.invert(x, self.curve, self.in_place)
         if watched is not None:
             watched.append((before, y, y.grad_fn, y._version))
         return y
