@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invact.kernels import CURVES, Curve, dispatch, monotone
+from invact.kernels import CURVES, Curve, dispatch
+from invact.kernels.curves import monotone_families
 from invact.pytorch.inside import forward_ad_active, is_traceable_wrapper_subclass, transforms_active
 
 __all__ = [
@@ -131,7 +132,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     >>> elu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.6321,  0.0000,  1.0000])
     """
-    return invert(input, monotone.elu(alpha), inplace)
+    return invert(input, monotone_families.elu(alpha), inplace)
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -142,7 +143,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     >>> celu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.6321,  0.0000,  1.0000])
     """
-    return invert(input, monotone.celu(alpha), inplace)
+    return invert(input, monotone_families.celu(alpha), inplace)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -164,7 +165,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     >>> leaky_relu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.0100,  0.0000,  1.0000])
     """
-    return invert(input, monotone.leaky_relu(negative_slope), inplace)
+    return invert(input, monotone_families.leaky_relu(negative_slope), inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
@@ -176,7 +177,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     >>> hardtanh(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-1.,  0.,  1.])
     """
-    return invert(input, monotone.hardtanh(min_val, max_val), inplace)
+    return invert(input, monotone_families.hardtanh(min_val, max_val), inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
@@ -210,7 +211,7 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
     >>> softplus(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([0.3133, 0.6931, 1.3133])
     """
-    return invert(input, monotone.softplus(beta, threshold))
+    return invert(input, monotone_families.softplus(beta, threshold))
 
 
 def logsigmoid(input: Tensor) -> Tensor:

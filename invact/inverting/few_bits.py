@@ -21,8 +21,8 @@ from torch import Tensor
 from invact.errors.arguments import check_few_bits
 from invact.functional import wants_gradient
 from invact.kernels import Curve, codes, dispatch
-from invact.kernels import steps as best_steps
-from invact.kernels.steps import Steps
+from invact.kernels.few_bits import steps as best_steps
+from invact.kernels.few_bits.steps import Steps
 from invact.pytorch.inside import (
     constant_when_compiled,
     forward_ad_active,
