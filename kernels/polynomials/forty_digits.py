@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+__all__ = ["Function", "Number", "mp"]
+
 try:
     import mpmath as mp
 except ModuleNotFoundError as missing:
