@@ -95,7 +95,7 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
-def fit(session: nox.Session) -> None:
-    """The coefficients of the curves, worked out again; `-- --check` compares only."""
+def coefficients(session: nox.Session) -> None:
+    """The coefficients of the two-sided curves, worked out again; `-- --check` compares only."""
     prepare(session)
-    session.run("python", "-m", "invact.kernels.fit", *session.posargs)
+    session.run("python", "-m", "invact.kernels.polynomials.generate", *session.posargs)

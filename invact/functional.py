@@ -28,7 +28,8 @@ import torch  # noqa: F401  (the examples in the docstrings use it)
 from torch import Tensor
 
 from invact.inverting.operators import invert
-from invact.kernels import CURVES, monotone
+from invact.kernels import CURVES
+from invact.kernels.curves import monotone_families
 
 __all__ = [
     "celu",
@@ -128,7 +129,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     >>> elu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.6321,  0.0000,  1.0000])
     """
-    return invert(input, monotone.elu(alpha), inplace)
+    return invert(input, monotone_families.elu(alpha), inplace)
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -139,7 +140,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     >>> celu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.6321,  0.0000,  1.0000])
     """
-    return invert(input, monotone.celu(alpha), inplace)
+    return invert(input, monotone_families.celu(alpha), inplace)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -161,7 +162,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     >>> leaky_relu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.0100,  0.0000,  1.0000])
     """
-    return invert(input, monotone.leaky_relu(negative_slope), inplace)
+    return invert(input, monotone_families.leaky_relu(negative_slope), inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
@@ -173,7 +174,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     >>> hardtanh(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-1.,  0.,  1.])
     """
-    return invert(input, monotone.hardtanh(min_val, max_val), inplace)
+    return invert(input, monotone_families.hardtanh(min_val, max_val), inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
@@ -207,7 +208,7 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
     >>> softplus(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([0.3133, 0.6931, 1.3133])
     """
-    return invert(input, monotone.softplus(beta, threshold))
+    return invert(input, monotone_families.softplus(beta, threshold))
 
 
 def logsigmoid(input: Tensor) -> Tensor:

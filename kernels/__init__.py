@@ -1,7 +1,9 @@
 """Curves, the coefficients of their inverses, and the kernels. Knows no module and no model."""
 
-from .catalogue import CURVES, FIXED_CURVES, GUESSES
-from .curve import Curve
+from .curves.catalogue import CURVES, FIXED_CURVES, GUESSES
+from .curves.curve import Curve
+from .curves.monotone import Monotone
+from .curves.registering import register, unregister
 from .dispatch import backward, forward, second, storage_order
 
 __all__ = [
@@ -9,8 +11,11 @@ __all__ = [
     "FIXED_CURVES",
     "GUESSES",
     "Curve",
+    "Monotone",
     "backward",
     "forward",
+    "register",
     "second",
     "storage_order",
+    "unregister",
 ]

@@ -9,9 +9,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import pytorch
-from .curve import Curve
+from .curves.catalogue import OURS
+from .curves.curve import Curve
+from .curves.two_sided import TwoSided
 from .imitated import imitates
+from .pytorch import pair as pytorch_pair
 from .rounding import widened
 
 # Triton decides when it is imported whether it runs on CPU tensors
@@ -22,11 +24,18 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def triton_pair_for(tensor: Tensor, curve: Curve) -> ModuleType | None:
     """The Triton pair where it works on this tensor, in which fp64 is left to PyTorch."""
-    if tensor.dtype not in TRITON_DTYPES or not may_run_triton(tensor):
+    if not has_triton_kernel(curve) or tensor.dtype not in TRITON_DTYPES or not may_run_triton(tensor):
         return None
-    from . import triton_pair  # imported when it is first needed: it takes a while, and many machines have no GPU
+    from .triton import (
+        pair as triton_pair,  # imported when it is first needed: it takes a while, and many machines have no GPU
+    )
 
-    return triton_pair if triton_pair.knows(curve) else None
+    return triton_pair
+
+
+def has_triton_kernel(curve: Curve) -> bool:
+    """Whether one was written: for ours alone, and for monotone ones without sides."""
+    return curve.name in OURS and (isinstance(curve, TwoSided) or not curve.has_side)
 
 
 def may_run_triton(tensor: Tensor) -> bool:
@@ -37,7 +46,7 @@ def may_run_triton(tensor: Tensor) -> bool:
     """
     if not TRITON_INSTALLED or not (tensor.is_cuda or (INTERPRETED and tensor.is_cpu)):
         return False
-    return pytorch.has_memory(tensor)
+    return pytorch_pair.has_memory(tensor)
 
 
 def storage_order(tensor: Tensor) -> tuple[int, ...]:
@@ -75,7 +84,7 @@ def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
     """
     if not curve.has_side:
         return curve.f(x), x.new_empty(0, dtype=torch.uint8)
-    if imitates("cuda", x):
+    if imitates("cuda", x) and has_triton_kernel(curve):
         return torch.empty_like(x), x.new_empty(curve.side_nbytes(x.numel()), dtype=torch.uint8)
     if triton_pair := triton_pair_for(x, curve):
         if x.is_contiguous():  # then nothing needs to be made flat, and each view costs the host of a GPU some 2 us
@@ -86,7 +95,7 @@ def forward(x: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
         return shaped(y, x, order), side
     y = curve.f(x)
     order = storage_order(y)
-    return y, pytorch.packed_sides(flat(x, order), curve)
+    return y, pytorch_pair.packed_sides(flat(x, order), curve)
 
 
 def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int, ...]) -> Tensor:
@@ -101,18 +110,18 @@ def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int
     Returns:
         dx, of y's shape and dtype, laid out as y was.
     """
-    if imitates("cuda", y):
+    if imitates("cuda", y) and has_triton_kernel(curve):
         return torch.empty_like(y)
-    triton_pair = triton_pair_for(y, curve) if pytorch.has_memory(dy) else None
+    triton_pair = triton_pair_for(y, curve) if pytorch_pair.has_memory(dy) else None
     if triton_pair and dy.is_contiguous() and y.is_contiguous() and order == tuple(range(y.dim())):
         flat_dx: Tensor = triton_pair.backward(dy, y, side, curve)
         return flat_dx
-    pair = triton_pair or pytorch
+    pair = triton_pair or pytorch_pair
     dx = pair.backward(flat(dy, order), flat(y, order), side, curve)
     return shaped(dx, y, order)
 
 
 def second(dy: Tensor, y: Tensor, side: Tensor, curve: Curve, order: tuple[int, ...]) -> Tensor:
     """The derivative of `backward` by y: times f' it is ``dy * f''(x)``."""
-    rise = pytorch.second(flat(y, order), side, curve)
+    rise = pytorch_pair.second(flat(y, order), side, curve)
     return shaped((widened(flat(dy, order)) * rise).to(y.dtype), y, order)

@@ -32,7 +32,7 @@ def gated(g: Tensor, u: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
         return None
     if u.device != g.device or not is_as_stock(name, g.dtype, g.device):
         return None
-    from . import triton_gated
+    from .triton import gated as triton_gated
 
     return triton_gated.gated(g, u, name)
 
@@ -66,7 +66,7 @@ def _gives_the_same(name: str, dtype: torch.dtype, device: torch.device) -> bool
 
 
 def _every_value_agrees(name: str, dtype: torch.dtype, device: torch.device) -> bool:
-    from . import triton_gated
+    from .triton import gated as triton_gated
 
     g = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device=device).to(torch.int16).view(dtype)
     u = g.flip(0)

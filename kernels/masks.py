@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import packing
 from .dispatch import TRITON_DTYPES, may_run_triton
 from .imitated import imitates
+from .pytorch import packing
 
 
 def packed(mask: Tensor) -> Tensor:
     """Flat dense bools as bytes, the first in the lowest bit."""
     if may_run_triton(mask):
-        from . import triton_masks
+        from .triton import masks as triton_masks
 
         return triton_masks.packed(mask)
     if imitates("cuda", mask):
@@ -27,7 +27,7 @@ def packed(mask: Tensor) -> Tensor:
 def unpacked(bits: Tensor, count: int) -> Tensor:
     """The first `count` bools."""
     if may_run_triton(bits):
-        from . import triton_masks
+        from .triton import masks as triton_masks
 
         return triton_masks.unpacked(bits, count)
     if imitates("cuda", bits):
@@ -48,7 +48,7 @@ def dropped(x: Tensor, bits: Tensor, stride: tuple[int, ...], scale: float) -> T
         Of x's shape and dtype; laid out as x, if x lies as the mask does.
     """
     if x.stride() == stride and x.dtype in TRITON_DTYPES and may_run_triton(x) and may_run_triton(bits):
-        from . import triton_masks
+        from .triton import masks as triton_masks
 
         return triton_masks.dropped(x, bits, scale)
     if x.stride() == stride and imitates("cuda", x):

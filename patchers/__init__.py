@@ -1,25 +1,20 @@
-"""One file per library: load a model by its name, make example inputs for it."""
+"""Patches nothing: one file per library, which loads a model by its name and makes example inputs for it."""
 
 from . import huggingface, open_clip_models, timm_models
 from .adapters import lora_in_words, with_lora
+from .by_name import load, resolve
+from .library import ExampleInputs, Library
 from .quantized import with_4bit_base
 from .registry import (
-    AdapterError,
-    ExampleInputs,
-    InputSizeError,
-    Library,
-    MissingLibraryError,
-    ModelNameError,
-    RequestError,
     as_on_real_tensors,
     example_inputs,
     libraries,
     library_of,
-    load,
     register,
-    resolve,
+    unregister,
     without_adapters,
 )
+from .request_errors import AdapterError, InputSizeError, MissingLibraryError, ModelNameError, RequestError
 
 # A name without a prefix goes to the first of these that knows it: `convnext_base` is timm's and OpenCLIP's.
 register(huggingface.LIBRARY)
@@ -45,6 +40,7 @@ __all__ = [
     "register",
     "resolve",
     "timm_models",
+    "unregister",
     "with_4bit_base",
     "with_lora",
     "without_adapters",

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from .registry import AdapterError, MissingLibraryError
+from .request_errors import AdapterError, MissingLibraryError
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the output embeddings."""

@@ -1,4 +1,4 @@
-"""Gradient checkpointing switched on and off by each library's own switch."""
+"""Gradient checkpointing switched on, and back to what it was, by the switch that each `Library` knows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from .registry import libraries
 
 _NOTHING = object()
 
@@ -22,13 +24,16 @@ def can_checkpoint(model: nn.Module) -> bool:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recompute the model's blocks in backward, by PyTorch's checkpointing without reentrance."""
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    elif hasattr(model, "gradient_checkpointing_enable"):  # transformers 4
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:  # timm, OpenCLIP
-        model.set_grad_checkpointing(True)
+    """Recompute the model's blocks in backward, by PyTorch's checkpointing without reentrance.
+
+    Raises:
+        AttributeError: the model has no switch for that. One that it has may refuse as its library does.
+    """
+    if not any(library.checkpoint(model) for library in libraries.values()):
+        raise AttributeError(
+            f"{type(model).__name__} has no switch for gradient checkpointing, as models of {', '.join(libraries)} "
+            "have it. Checkpoint its blocks with torch.utils.checkpoint."
+        )
 
 
 @contextmanager

@@ -19,10 +19,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .by_name import unknown_name
 from .configurations import directory_config, hub_config
 from .labels import CHOICES, is_multiple_choice, loss_arguments, without_what_labels_tell
+from .library import Library
+from .made_up_inputs import input_dtype, token_ids, waves
 from .meta import built_on_meta
-from .registry import InputSizeError, Library, ModelNameError, input_dtype, token_ids, unknown_name, waves
+from .request_errors import InputSizeError, ModelNameError
 
 DEFAULT_TOKENS = 512
 DEFAULT_AUDIO_SAMPLES = 160_000  # ten seconds at 16 kHz, the length of a usual training clip
@@ -271,6 +274,15 @@ def _masks_nothing(mask: torch.Tensor) -> bool:
     return bool(mask.all())
 
 
+def checkpoint(model: Any) -> bool:
+    """By the name that transformers 5 gives the method, or else 4."""
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        if hasattr(model, name):
+            getattr(model, name)({"use_reentrant": False})
+            return True
+    return False
+
+
 LIBRARY = Library(
     name="transformers",
     package="transformers",
@@ -280,4 +292,5 @@ LIBRARY = Library(
     names=names,
     reads=reads,
     as_on_real_tensors=masks_dropped_as_if_real,
+    checkpoint=checkpoint,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import input_dtype
+from .made_up_inputs import input_dtype
 
 CHOICES = 2
 """Answers of which a multiple-choice model is given one right one."""

@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from . import huggingface
+from .by_name import unknown_name
 from .configurations import directory_config, hub_config
+from .library import Library
+from .made_up_inputs import input_dtype, token_ids, waves
 from .meta import built_on_meta
-from .registry import InputSizeError, Library, input_dtype, token_ids, unknown_name, waves
+from .request_errors import InputSizeError
 
 CONFIG_FILE = "open_clip_config.json"
 _TOKENS = 77  # as OpenCLIP's tokenizer gives for a text tower from transformers, whatever that could read
@@ -99,6 +102,14 @@ def _write(directory: str, filename: str, config: dict[str, Any]) -> None:
     (Path(directory) / filename).write_text(json.dumps(config), encoding="utf-8")
 
 
+def checkpoint(model: Any) -> bool:
+    """As OpenCLIP does: PyTorch's checkpointing of each block."""
+    if not hasattr(model, "set_grad_checkpointing"):
+        return False
+    model.set_grad_checkpointing(True)
+    return True
+
+
 LIBRARY = Library(
     name="open_clip",
     package="open_clip",
@@ -107,4 +118,5 @@ LIBRARY = Library(
     example_inputs=example_inputs,
     names=names,
     reads=reads,
+    checkpoint=checkpoint,
 )

@@ -5,7 +5,6 @@ For dry runs, on machines where bitsandbytes is not: nothing here is ever put in
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .registry import AdapterError, library_of
+from .registry import library_of
+from .request_errors import AdapterError
 
 BLOCK = 64
 """Weights that share a scale, their largest magnitude."""
@@ -124,17 +124,6 @@ def _dequantised(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: 
     weight = torch.zeros(shape, dtype=dtype, device=packed.device)
     del scales
     return weight
-
-
-def bytes_in_4bit(numel: int) -> int:
-    """Of so many weights of one layer, with their scales.
-
-    Example:
-        >>> bytes_in_4bit(4096 * 4096) / (4096 * 4096)
-        0.515869140625
-    """
-    scales = math.ceil(numel / BLOCK)
-    return math.ceil(numel / 2) + scales + 4 * math.ceil(scales / BLOCK_OF_SCALES)
 
 
 def _replaced(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

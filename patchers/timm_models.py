@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .by_name import unknown_name
 from .configurations import directory_config, hub_config
+from .library import Library
+from .made_up_inputs import input_dtype, waves
 from .meta import built_on_meta
-from .registry import InputSizeError, Library, input_dtype, unknown_name, waves
+from .request_errors import InputSizeError
 
 
 def names() -> list[str]:
@@ -89,6 +92,14 @@ def _channels(model: Any) -> int:
     return published if first is None or first.in_channels >= 16 * published else first.in_channels
 
 
+def checkpoint(model: Any) -> bool:
+    """As timm does: PyTorch's checkpointing of each block."""
+    if not hasattr(model, "set_grad_checkpointing"):
+        return False
+    model.set_grad_checkpointing(True)
+    return True
+
+
 LIBRARY = Library(
     name="timm",
     package="timm",
@@ -97,4 +108,5 @@ LIBRARY = Library(
     example_inputs=example_inputs,
     names=names,
     reads=reads,
+    checkpoint=checkpoint,
 )

@@ -7,17 +7,17 @@ import sys
 import pytest
 import torch
 from invact.kernels import CURVES, Curve
-from invact.kernels.two_sided import TWO_SIDED, TwoSided
+from invact.kernels.curves.two_sided import TWO_SIDED, TwoSided
 
 
 def test_fitting_again_gives_what_is_checked_in(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("mpmath")
-    from invact.kernels import fit
+    from invact.kernels.polynomials import generate
 
-    monkeypatch.setattr(sys, "argv", ["fit", "--check"])
-    failed = fit.main()
+    monkeypatch.setattr(sys, "argv", ["generate", "--check"])
+    failed = generate.main()
     printed = capsys.readouterr()
     assert not failed, printed.err
     assert "error" in printed.out

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import kept_bytes
-from invact.kernels import CURVES, Curve, codes, monotone
-from invact.kernels import steps as steps_module
-from invact.kernels.steps import Steps, best_steps, steps
+from invact.kernels import CURVES, Curve, codes
+from invact.kernels.curves import monotone_families
+from invact.kernels.few_bits import packing as code_packing
+from invact.kernels.few_bits import steps as steps_module
+from invact.kernels.few_bits.steps import Steps, best_steps, steps
 from test_decisions import CASES, DroppedAndShared
 from test_functional import VIEWS
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ from invact.planning.plans import decide_for_device
 
 BITS = (1, 2, 3, 4)
 EVERY_NUMBER_OF_BITS = pytest.mark.parametrize("bits", BITS)
-EVERY_CURVE = pytest.mark.parametrize("curve", [*CURVES.values(), monotone.hardtanh(-0.3, 0.7)], ids=str)
+EVERY_CURVE = pytest.mark.parametrize("curve", [*CURVES.values(), monotone_families.hardtanh(-0.3, 0.7)], ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 
 POINTS = (torch.arange(1 << 14, dtype=torch.float64) + 0.5) / (1 << 10) - 8
@@ -115,10 +117,10 @@ def test_under_fewbits_own_weight_the_steps_are_those_that_it_published(name: st
 def test_a_derivative_of_few_values_has_as_many_steps_each_where_it_jumps() -> None:
     assert steps(CURVES["relu6"], 2).bounds == (pytest.approx(0, abs=1e-12), 6.0, math.inf)
     assert steps(CURVES["relu6"], 2).values == pytest.approx((0.0, 1.0, 0.0, 0.0), abs=1e-12)
-    clamped = steps(monotone.hardtanh(-0.3, 0.7), 3)
+    clamped = steps(monotone_families.hardtanh(-0.3, 0.7), 3)
     assert clamped.bounds[:3] == (pytest.approx(-0.3, abs=1e-15), 0.7, math.inf)
     assert clamped.values == pytest.approx((0.0, 1.0, *[0.0] * 6), abs=1e-12)
-    leaky = steps(monotone.leaky_relu(0.2), 1)
+    leaky = steps(monotone_families.leaky_relu(0.2), 1)
     assert leaky.values == pytest.approx((0.2, 1.0), abs=1e-12)
     x = torch.tensor([-1.0, 0.0, 1e-30])  # at 0 a LeakyReLU has the left one's slope
     assert codes.codes(x, leaky).tolist() == [0, 0, 1]
@@ -126,7 +128,7 @@ def test_a_derivative_of_few_values_has_as_many_steps_each_where_it_jumps() -> N
 
 
 def test_steps_are_the_same_object_for_the_same_curve_whatever_mode_they_are_first_asked_for_in() -> None:
-    curve = monotone.elu(0.123)
+    curve = monotone_families.elu(0.123)
     with torch.inference_mode(), torch.device("meta"):
         found = steps(curve, 2)
     assert steps(curve, 2) is found
@@ -142,7 +144,7 @@ def test_every_value_of_16_bits_chooses_the_step_that_it_lies_on(curve: Curve, d
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     for bits in BITS:
         by = steps(curve, bits)
-        found = codes.unpacked(codes.packed_codes(x, by), len(x), bits)
+        found = code_packing.unpacked(codes.packed_codes(x, by), len(x), bits)
         known = ~x.isnan()
         assert torch.equal(found[known].long(), step_of(x[known], by))
         assert (found[~known] == (1 << bits) - 1).all()
@@ -152,18 +154,18 @@ def test_every_value_of_16_bits_chooses_the_step_that_it_lies_on(curve: Curve, d
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 4095, 300_001])
 def test_codes_come_back_from_exactly_k_bytes_for_each_eight(bits: int, count: int) -> None:
     chosen = torch.randint(0, 1 << bits, (count,), dtype=torch.uint8)
-    packed = codes.packed(chosen, bits)
-    assert packed.numel() == -(-count // 8) * bits == codes.nbytes(count, bits)
-    assert torch.equal(codes.unpacked(packed, count, bits), chosen)
+    packed = code_packing.packed(chosen, bits)
+    assert packed.numel() == -(-count // 8) * bits == code_packing.nbytes(count, bits)
+    assert torch.equal(code_packing.unpacked(packed, count, bits), chosen)
 
 
 def test_the_first_code_lies_in_the_lowest_bits() -> None:
-    assert codes.packed(torch.tensor([1, 0, 1, 1, 0, 0, 0, 1], dtype=torch.uint8), 1).tolist() == [0b10001101]
-    assert codes.packed(torch.tensor([3, 0, 1, 2, 1], dtype=torch.uint8), 2).tolist() == [0b10_01_00_11, 0b01]
+    assert code_packing.packed(torch.tensor([1, 0, 1, 1, 0, 0, 0, 1], dtype=torch.uint8), 1).tolist() == [0b10001101]
+    assert code_packing.packed(torch.tensor([3, 0, 1, 2, 1], dtype=torch.uint8), 2).tolist() == [0b10_01_00_11, 0b01]
     word = sum(code << 3 * place for place, code in enumerate([1, 2, 3, 4, 5, 6, 7, 0]))
-    packed = codes.packed(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8), 3)
+    packed = code_packing.packed(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8), 3)
     assert packed.tolist() == list(word.to_bytes(3, "little"))
-    assert codes.packed(torch.tensor([10, 5, 15], dtype=torch.uint8), 4).tolist() == [0x5A, 0x0F, 0, 0]
+    assert code_packing.packed(torch.tensor([10, 5, 15], dtype=torch.uint8), 4).tolist() == [0x5A, 0x0F, 0, 0]
 
 
 # --- the operator -------------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from invact.kernels import CURVES, Curve, monotone, tables
+from invact.kernels import CURVES, Curve
+from invact.kernels.curves import monotone_families
+from invact.kernels.curves.two_sided import TwoSided
 from invact.kernels.own_thread import in_own_thread
-from invact.kernels.two_sided import TwoSided
+from invact.kernels.pytorch import lookup_tables
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -26,10 +28,10 @@ from invact.inverting import operators
 
 ALL_CURVES = [
     *CURVES.values(),
-    monotone.elu(0.7),
-    monotone.celu(2.0),
-    monotone.hardtanh(-0.3, 0.7),
-    monotone.softplus(2.0, threshold=5.0),
+    monotone_families.elu(0.7),
+    monotone_families.celu(2.0),
+    monotone_families.hardtanh(-0.3, 0.7),
+    monotone_families.softplus(2.0, threshold=5.0),
 ]
 EVERY_CURVE = pytest.mark.parametrize("curve", ALL_CURVES, ids=str)
 
@@ -262,16 +264,16 @@ def test_a_default_device_or_dtype_changes_nothing(
 def made_tables() -> list[Tensor]:
     """One of each kind."""
     return [
-        tables.slope_table(CURVES["gelu"], torch.bfloat16),
-        tables.slope_table(CURVES["softsign"], torch.float16),
-        *tables.fp32_tables(CURVES["gelu"]),
+        lookup_tables.slope_table(CURVES["gelu"], torch.bfloat16),
+        lookup_tables.slope_table(CURVES["softsign"], torch.float16),
+        *lookup_tables.fp32_tables(CURVES["gelu"]),
     ]
 
 
 @pytest.fixture
 def no_tables() -> Iterator[None]:
     """As before the first use, and no table that was made in the test is left to others."""
-    caches = (tables.slope_table, tables.fp32_tables)
+    caches = (lookup_tables.slope_table, lookup_tables.fp32_tables)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -280,7 +282,7 @@ def no_tables() -> Iterator[None]:
 
 
 def check_tables(made: list[Tensor]) -> None:
-    for cache in (tables.slope_table, tables.fp32_tables):
+    for cache in (lookup_tables.slope_table, lookup_tables.fp32_tables):
         cache.cache_clear()
     for table, expected in zip(made, made_tables(), strict=True):
         assert type(table) is Tensor
@@ -341,11 +343,11 @@ def test_what_fails_in_making_a_table_is_raised_where_it_was_needed() -> None:
 
 
 def test_curves_with_ever_new_parameters_are_not_kept_for_good() -> None:
-    gone = weakref.ref(monotone.elu(0.999))
+    gone = weakref.ref(monotone_families.elu(0.999))
     for step in range(300):
-        monotone.elu(1 + step / 1000)
+        monotone_families.elu(1 + step / 1000)
     gc.collect()
-    assert monotone.elu.cache_info().currsize <= 256
+    assert monotone_families.elu.cache_info().currsize <= 256
     assert gone() is None
 
 
@@ -449,8 +451,8 @@ def test_parameters_with_which_y_does_not_tell_the_gradient_are_refused(
         (CURVES["gelu"], torch.float32),
         (CURVES["gelu_tanh"], torch.bfloat16),
         (CURVES["hardswish"], torch.float32),
-        (monotone.elu(0.7), torch.float32),
-        (monotone.softplus(2.0, 5.0), torch.float32),
+        (monotone_families.elu(0.7), torch.float32),
+        (monotone_families.softplus(2.0, 5.0), torch.float32),
     ],
     ids=str,
 )

@@ -14,12 +14,13 @@ from exactness import (
     stock_gradient,
     ulps,
 )
-from invact.kernels import CURVES, Curve, backward, forward, monotone, storage_order
-from invact.kernels.monotone import Monotone
-from invact.kernels.packing import packed, unpacked
-from invact.kernels.pytorch import packed_sides, scaled, second, sides_in
+from invact.kernels import CURVES, Curve, backward, forward, storage_order
+from invact.kernels.curves import monotone_families
+from invact.kernels.curves.monotone import Monotone
+from invact.kernels.curves.two_sided import TWO_SIDED, TwoSided
+from invact.kernels.pytorch.packing import packed, unpacked
+from invact.kernels.pytorch.pair import packed_sides, scaled, second, sides_in
 from invact.kernels.rounding import rounded, ulp
-from invact.kernels.two_sided import TWO_SIDED, TwoSided
 from torch import Tensor
 
 EVERY_CURVE = pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
@@ -104,7 +105,7 @@ def all_on(right: bool, count: int) -> Tensor:
     return packed(torch.full((count,), right))
 
 
-@pytest.mark.parametrize("curve", [*CURVES.values(), monotone.softplus(2.0, threshold=5.0)], ids=str)
+@pytest.mark.parametrize("curve", [*CURVES.values(), monotone_families.softplus(2.0, threshold=5.0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *SHORT_DTYPES], ids=str)
 def test_no_finite_y_gives_nan_or_infinity_whatever_the_side(curve: Curve, dtype: torch.dtype) -> None:
     y = outputs(curve, dtype)
@@ -220,7 +221,7 @@ def test_the_gradient_of_y_may_be_infinite_or_nan(curve: Curve) -> None:
 @pytest.mark.parametrize("dtype", [*SHORT_DTYPES, torch.float32], ids=str)
 def test_a_softplus_tells_x_from_its_other_branch_exactly_where_stock_does(dtype: torch.dtype) -> None:
     for beta, threshold in ((1.0, 0.3), (0.3, 0.7), (7.7, -3.0), (1e-3, 0.7)):
-        curve = monotone.softplus(beta, threshold)
+        curve = monotone_families.softplus(beta, threshold)
         jump = torch.tensor(threshold / beta, dtype=dtype)
         kind = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
         x = (jump.view(kind) + torch.arange(-9, 10)).to(kind).view(dtype)  # the numbers around it
@@ -228,7 +229,12 @@ def test_a_softplus_tells_x_from_its_other_branch_exactly_where_stock_does(dtype
 
 
 @pytest.mark.parametrize(
-    "curve", [monotone.hardtanh(0.0, torch.inf), monotone.hardtanh(-torch.inf, 6.0), monotone.hardtanh(-1e-6, 1e-6)]
+    "curve",
+    [
+        monotone_families.hardtanh(0.0, torch.inf),
+        monotone_families.hardtanh(-torch.inf, 6.0),
+        monotone_families.hardtanh(-1e-6, 1e-6),
+    ],
 )
 @pytest.mark.parametrize("dtype", [*SHORT_DTYPES, torch.float32, torch.float64], ids=str)
 def test_the_bounds_of_a_hardtanh_may_be_infinite_or_denormal(curve: Curve, dtype: torch.dtype) -> None:
@@ -274,16 +280,16 @@ def test_the_side_is_compared_with_the_minimum_itself_not_with_its_rounding(curv
 
 MONOTONE = [
     *(curve for curve in CURVES.values() if isinstance(curve, Monotone)),
-    monotone.elu(0.7),
-    monotone.elu(0.0),
-    monotone.celu(2.0),
-    monotone.leaky_relu(0.3),
-    monotone.hardtanh(-0.3, 0.7),
-    monotone.softplus(2.0),
-    monotone.softplus(2.0, threshold=5.0),
-    monotone.softplus(threshold=0.5),
-    monotone.softplus(0.3, threshold=0.7),
-    monotone.softplus(7.7, threshold=-3.0),
+    monotone_families.elu(0.7),
+    monotone_families.elu(0.0),
+    monotone_families.celu(2.0),
+    monotone_families.leaky_relu(0.3),
+    monotone_families.hardtanh(-0.3, 0.7),
+    monotone_families.softplus(2.0),
+    monotone_families.softplus(2.0, threshold=5.0),
+    monotone_families.softplus(threshold=0.5),
+    monotone_families.softplus(0.3, threshold=0.7),
+    monotone_families.softplus(7.7, threshold=-3.0),
 ]
 
 

@@ -23,9 +23,11 @@ from exactness import (
     stock_gradient,
     ulps,
 )
-from invact.kernels import CURVES, Curve, codes, forward, gated, masks, packing
-from invact.kernels.steps import steps
-from invact.kernels.two_sided import TWO_SIDED, TwoSided
+from invact.kernels import CURVES, Curve, codes, forward, gated, masks
+from invact.kernels.curves.two_sided import TWO_SIDED, TwoSided
+from invact.kernels.few_bits import packing as code_packing
+from invact.kernels.few_bits.steps import steps
+from invact.kernels.pytorch import packing
 from torch import Tensor, nn
 
 import invact
@@ -190,7 +192,7 @@ def test_codes_are_those_of_the_cpu_and_the_gradient_a_step_times_dy(
     x = torch.cat([values(dtype), torch.tensor([torch.nan, torch.inf, -torch.inf])]).to(dtype)
     for part in (x, x[1:], x[:5]):  # and so not at 16 bytes
         packed = codes.packed_codes(part.to(DEVICE), by)
-        assert torch.equal(packed.cpu(), codes.packed(codes.codes(part, by), bits))
+        assert torch.equal(packed.cpu(), code_packing.packed(codes.codes(part, by), bits))
         dy = torch.randn(len(part)).to(dtype)
         dx = codes.scaled(dy.to(DEVICE), packed, by)
         wide = torch.promote_types(dtype, torch.float32)

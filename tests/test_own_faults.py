@@ -55,7 +55,8 @@ PLACES = [
         "invact.probing.probe.autocast_as_set",
         "invact.recognition.settings.Settings.unchanged",
     ),
-    *("invact.functional.invert", "invact.inverting.operators.wants_gradient", "invact.swapping.swaps.set_class"),
+    *("invact.inverting.operators.invert", "invact.inverting.operators.wants_gradient"),
+    "invact.swapping.swaps.set_class",
     *("invact.probing.probe.checkpoints_counted", "invact.probing.probe.stand_in", "invact.planning.walking.recognise"),
     "invact.planning.deciding.decide_sites",
 ]

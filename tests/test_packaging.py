@@ -15,5 +15,6 @@ def test_every_folder_with_code_is_a_package_that_is_installed():
     import tomllib
 
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "invact").rglob("*.py")}
-    assert {".".join(folder.parts) for folder in folders} | {"invact.kernels", "invact.patchers"} == listed
+    roots = {"invact": "invact", "kernels": "invact.kernels", "patchers": "invact.patchers"}
+    folders = {path.parent.relative_to(ROOT) for root in roots for path in (ROOT / root).rglob("*.py")}
+    assert {".".join([roots[folder.parts[0]], *folder.parts[1:]]) for folder in folders} == listed

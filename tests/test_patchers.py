@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import json
 
@@ -11,6 +12,7 @@ import timm
 import torch
 import transformers
 from huggingface_hub import constants
+from invact.patchers.checkpointing import can_checkpoint, checkpointed, enable_checkpointing
 from invact.patchers.meta import built_on_meta
 
 import invact
@@ -495,7 +497,44 @@ def test_subclass_of_a_library_model_belongs_to_the_library():
 
 
 def test_examples_in_the_docstrings_run():
-    assert doctest.testmod(patchers.registry).failed == 0
+    assert [doctest.testmod(module).failed for module in (patchers.registry, patchers.by_name)] == [0, 0]
+    assert list(patchers.libraries) == ["transformers", "timm", "open_clip"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("timm", "There is a library called 'timm' already. Give yours another name."), ("a/b", "called 'a/b', since")],
+)
+def test_a_library_whose_name_can_not_be_told_from_others_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        patchers.register(dataclasses.replace(patchers.libraries["timm"], name=name))
+    assert list(patchers.libraries) == ["transformers", "timm", "open_clip"]
+
+
+def test_only_a_library_that_is_there_can_be_taken_out():
+    with pytest.raises(ValueError, match=r"There is no library 'keras' here\. Those there are: transformers, timm"):
+        patchers.unregister("keras")
+
+
+def test_a_library_brings_its_own_switch_for_checkpointing():
+    class Switched(torch.nn.Linear):
+        recomputes = False
+
+    def checkpoint(model):
+        model.recomputes = isinstance(model, Switched)
+        return model.recomputes
+
+    model = Switched(2, 2)
+    assert not can_checkpoint(model)
+    patchers.register(dataclasses.replace(patchers.libraries["timm"], name="mine", checkpoint=checkpoint))
+    try:
+        with checkpointed(model):
+            assert model.recomputes
+        assert not model.recomputes
+    finally:
+        patchers.unregister("mine")
+    with pytest.raises(AttributeError, match="Switched has no switch for gradient checkpointing, as models of tr"):
+        enable_checkpointing(model)
 
 
 def built_with(forbidden):

@@ -13,17 +13,21 @@ from typing import Any
 import pytest
 import torch
 from invact.kernels import CURVES, Curve
-from invact.kernels.monotone import Monotone
-from invact.kernels.two_sided import TwoSided
+from invact.kernels.curves.monotone import Monotone
+from invact.kernels.curves.two_sided import TwoSided
 
 triton = pytest.importorskip("triton")
 
 COMPARISON = """
 import torch
 from exactness import errors_and_floors
-from invact.kernels import CURVES, dispatch, monotone, pytorch, triton_launch, triton_pair
-from invact.kernels.packing import packed
-from invact.kernels.two_sided import TWO_SIDED
+from invact.kernels import CURVES, dispatch
+from invact.kernels.curves import monotone_families
+from invact.kernels.pytorch import pair as pytorch
+from invact.kernels.triton import launch as triton_launch
+from invact.kernels.triton import pair as triton_pair
+from invact.kernels.pytorch.packing import packed
+from invact.kernels.curves.two_sided import TWO_SIDED
 
 triton_launch.ROWS = 8192  # the interpreter is slow by program, not by element
 
@@ -83,11 +87,12 @@ for curve in TWO_SIDED:
                 within = 8 * torch.finfo(torch.float16).eps if y.dtype == torch.float16 else 0.02  # as the floor has it
             assert (error <= within).all(), (curve, y.dtype, right, error.max())
 
-for curve in (*CURVES.values(), monotone.elu(0.7), monotone.celu(2.0), monotone.leaky_relu(0.3),
-              monotone.hardtanh(-0.3, 0.7), monotone.softplus(2.0)):
+for curve in (*CURVES.values(), monotone_families.elu(0.7), monotone_families.celu(2.0),
+              monotone_families.leaky_relu(0.3), monotone_families.hardtanh(-0.3, 0.7),
+              monotone_families.softplus(2.0)):
     if curve.has_side:
         continue
-    assert triton_pair.knows(curve)
+    assert dispatch.has_triton_kernel(curve)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         odd = torch.tensor([0.0, -0.0, 1e-30, torch.inf, -torch.inf, torch.nan])
         x = torch.cat([torch.linspace(-30, 30, 10007), odd])
@@ -105,13 +110,14 @@ print("agreed")
 LAYOUTS = """
 import torch
 from invact import functional
-from invact.kernels import CURVES, dispatch, monotone
+from invact.kernels import CURVES, dispatch
+from invact.kernels.curves import monotone_families
 
 gelu = CURVES["gelu"]
 image = torch.randn(3, 5, 4, 7)
 assert dispatch.triton_pair_for(image, gelu) is not None
 assert dispatch.triton_pair_for(image.double(), gelu) is None
-assert dispatch.triton_pair_for(image, monotone.softplus(threshold=1.0)) is None
+assert dispatch.triton_pair_for(image, monotone_families.softplus(threshold=1.0)) is None
 line = torch.randn(1001)
 for x in (image, image.to(memory_format=torch.channels_last), image[:, ::2, :, 1:], image[:1].expand(6, -1, -1, -1),
           image[0, 0, 0, 0], image[:0], line[::2], line[:1].expand(77), image.transpose(1, 3)):
@@ -170,7 +176,7 @@ def compiled(kernel: Any, tensors: dict[str, str], constants: dict[str, Any], ta
 
 
 def kernels(curve: Curve, dtype: torch.dtype, rows: int, wide: bool, target: Any) -> list[Any]:
-    from invact.kernels import triton_pair
+    from invact.kernels.triton import pair as triton_pair
 
     kind = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     length = {"n": "i64" if wide else "i32"}
@@ -226,7 +232,7 @@ def test_the_kernels_compile_for_amd(curve: Curve) -> None:
 
 
 def test_more_than_2_31_elements_are_addressed_with_64_bits() -> None:
-    from invact.kernels.triton_launch import wide
+    from invact.kernels.triton.launch import wide
     from triton.backends.compiler import GPUTarget
 
     assert not wide(2**31 - 2048)
@@ -238,7 +244,7 @@ def test_more_than_2_31_elements_are_addressed_with_64_bits() -> None:
 
 
 def test_the_constants_of_a_kernel_come_in_the_order_of_its_parameters() -> None:
-    from invact.kernels import triton_pair
+    from invact.kernels.triton import pair as triton_pair
 
     gelu, elu = CURVES["gelu"], CURVES["elu"]
     assert isinstance(gelu, TwoSided)

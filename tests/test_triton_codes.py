@@ -16,8 +16,10 @@ triton = pytest.importorskip("triton")
 
 BOTH_WAYS = """
 import torch
-from invact.kernels import CURVES, codes, triton_launch
-from invact.kernels.steps import steps
+from invact.kernels import CURVES, codes
+from invact.kernels.triton import launch as triton_launch
+from invact.kernels.few_bits import packing as code_packing
+from invact.kernels.few_bits.steps import steps
 
 def alike(ours, expected, dtype):
     '''One NaN is as good as another. Some interpreters cut bf16 off where a GPU rounds it.'''
@@ -39,7 +41,7 @@ for rows in (triton_launch.ROWS, 4096):  # several programs, and one that reache
                 code = codes.codes(x, by)
                 packed = codes.packed_codes(x, by)
                 assert packed.dtype == torch.uint8
-                assert packed.tolist() == codes.packed(code, bits).tolist(), (count, bits)
+                assert packed.tolist() == code_packing.packed(code, bits).tolist(), (count, bits)
                 dy = torch.cat([odd, torch.randn(count)])[:count].to(dtype)
                 dx = codes.scaled(dy, packed, by)
                 assert dx.dtype == dtype
@@ -60,7 +62,7 @@ def test_interpreted_codes_agree_with_plain_pytorch() -> None:
 
 
 def kernels(kind: str, bits: int, rows: int, wide: bool, target: Any) -> list[Any]:
-    from invact.kernels import triton_codes
+    from invact.kernels.triton import codes as triton_codes
 
     n = {"n": "i64" if wide else "i32"}
     constants = {**triton_codes.OF_BITS[bits], "ROWS": rows, "WIDE": wide, "CHIP": target.backend}
@@ -107,7 +109,7 @@ def test_more_than_2_31_elements_are_addressed_with_64_bits() -> None:
 
 
 def test_their_constants_come_in_the_order_of_their_parameters() -> None:
-    from invact.kernels import triton_codes
+    from invact.kernels.triton import codes as triton_codes
 
     for kernel in (triton_codes.pack_codes_kernel, triton_codes.scaled_kernel):
         names = list(inspect.signature(kernel.fn).parameters)

@@ -17,7 +17,9 @@ triton = pytest.importorskip("triton")
 
 ONE_PASS = """
 import torch
-from invact.kernels import gated, triton_gated, triton_launch
+from invact.kernels import gated
+from invact.kernels.triton import gated as triton_gated
+from invact.kernels.triton import launch as triton_launch
 from torch._subclasses import FakeTensorMode
 
 triton_launch.ROWS = 8192  # the interpreter is slow by program, not by element
@@ -60,7 +62,7 @@ def test_the_interpreted_kernel_agrees_with_two_operators_and_is_not_taken_for_s
 
 
 def kernel(name: str, dtype: torch.dtype, rows: int, wide: bool, target: Any) -> Any:
-    from invact.kernels import triton_gated
+    from invact.kernels.triton import gated as triton_gated
 
     kind = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     tensors = dict.fromkeys(("g_ptr", "u_ptr", "a_ptr", "h_ptr"), kind)
@@ -106,8 +108,8 @@ def test_gated_products_of_more_than_2_31_elements_are_addressed_with_64_bits() 
 
 
 def test_its_constants_come_in_the_order_of_its_parameters() -> None:
-    from invact.kernels import triton_gated
     from invact.kernels.gated import ACTIVATIONS
+    from invact.kernels.triton import gated as triton_gated
 
     names = list(inspect.signature(triton_gated.gated_kernel.fn).parameters)
     for name in ACTIVATIONS:
@@ -118,7 +120,8 @@ def test_its_constants_come_in_the_order_of_its_parameters() -> None:
 def test_one_value_that_is_not_stocks_is_found_and_looked_for_once(
     wrong: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from invact.kernels import gated, triton_gated
+    from invact.kernels import gated
+    from invact.kernels.triton import gated as triton_gated
 
     asked = []
 

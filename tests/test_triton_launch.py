@@ -28,7 +28,7 @@ class Kernel:
 
 @pytest.fixture
 def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    from invact.kernels import triton_launch
+    from invact.kernels.triton import launch as triton_launch
 
     monkeypatch.setattr(triton_launch, "REUSED", True)
     monkeypatch.setattr(triton_launch, "built", {})
@@ -57,7 +57,7 @@ def test_what_lies_at_no_multiple_of_16_bytes_is_not_found_again(launch: Callabl
 
 
 def test_a_program_has_as_many_rows_as_it_is_told(launch: Callable[..., None]) -> None:
-    from invact.kernels.triton_launch import ROWS
+    from invact.kernels.triton.launch import ROWS
 
     kernel, x = Kernel(), torch.zeros(1)
     for rows_a_thread in (1, 2):

@@ -16,7 +16,10 @@ triton = pytest.importorskip("triton")
 
 BOTH_WAYS = """
 import torch
-from invact.kernels import masks, packing, triton_launch, triton_masks
+from invact.kernels import masks
+from invact.kernels.pytorch import packing
+from invact.kernels.triton import launch as triton_launch
+from invact.kernels.triton import masks as triton_masks
 
 def bits_of(tensor):
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
@@ -76,7 +79,8 @@ IN_A_GRAPH = """
 import torch
 from invact.deriving.handles import Bits, kept_by
 from invact.deriving.hooks import Deriving
-from invact.kernels import packing, triton_masks
+from invact.kernels.pytorch import packing
+from invact.kernels.triton import masks as triton_masks
 
 packing.packed = packing.unpacked = None  # by Triton all the same
 x = torch.randn(33, 67)
@@ -108,7 +112,7 @@ def test_interpreted_masks_agree_with_plain_pytorch(script: str) -> None:
 
 def kernels(kind: str, rows: int, wide: bool, target: Any) -> dict[str, Any]:
     """All of them, the product for `kind`, built for lengths divisible by 16."""
-    from invact.kernels import triton_masks
+    from invact.kernels.triton import masks as triton_masks
 
     n = {"n": "i64" if wide else "i32"}
     shape = {"ROWS": rows, "WIDE": wide, "CHIP": target.backend}
@@ -169,7 +173,7 @@ def test_masks_of_more_than_2_31_elements_are_addressed_with_64_bits() -> None:
 
 
 def test_their_constants_come_in_the_order_of_their_parameters() -> None:
-    from invact.kernels import triton_masks
+    from invact.kernels.triton import masks as triton_masks
 
     for kernel, between in (
         (triton_masks.pack_kernel, [*triton_masks.REST[True]]),

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from card_models import DEVICE
-from invact.kernels import gated, masks, packing
+from invact.kernels import gated, masks
 from invact.kernels.dispatch import may_run_triton
+from invact.kernels.pytorch import packing
 from kernel_times import ELEMENTS, copy_of, seconds_of
 from record import Record
 from torch import Tensor, nn

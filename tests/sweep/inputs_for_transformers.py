@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
-from invact.patchers.registry import token_ids, waves
+from invact.patchers.made_up_inputs import token_ids, waves
 
 from invact import patchers
 

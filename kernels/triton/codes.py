@@ -1,7 +1,7 @@
 """Codes in a few bits, in Triton: found and packed in one kernel, read in one with the gradient's product.
 
-All tensors are contiguous and flat. Codes lie as `codes` has them. Bounds and values are read from tables of a few
-numbers, so that nothing is built anew for another curve. Left to PyTorch: fp64.
+All tensors are contiguous and flat. Codes lie as `few_bits.packing` has them. Bounds and values are read from tables of
+a few numbers, so that nothing is built anew for another curve. Left to PyTorch: fp64.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,no-untyped-call"
@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codes import bits_of, bounds_on, nbytes, values_on
-from .steps import Steps
-from .triton_launch import Constants, launch, row_offsets
+from ..few_bits.device_tables import bounds_on, values_on
+from ..few_bits.packing import bits_of, nbytes
+from ..few_bits.steps import Steps
+from .launch import Constants, launch, row_offsets
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_math import exponential_minus_one
+from .math import exponential_minus_one
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 In every bit, if all goes well: the activations are written as PyTorch's kernels are, on the functions of NVIDIA's
 libdevice, which is what nvcc makes of `std::exp`, `erf` and `tanh` there (on ROCm, OCML). For sm_90 the machine code of
 each is, instruction by instruction, that of PyTorch 2.14's, but that denormals on the way to `1 + ...` are 0. The
-exponential of `triton_math` is as exact, but errs elsewhere. Nothing binds either compiler to go on so: `gated` looks
+exponential of `math` is as exact, but errs elsewhere. Nothing binds either compiler to go on so: `gated` looks
 at every value of a type before it uses these.
 """
 
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from .triton_launch import Constants, launch, row_offsets
+from .launch import Constants, launch, row_offsets
 
 NAMES = ("silu", "gelu", "gelu_tanh")
 

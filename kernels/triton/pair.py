@@ -1,8 +1,8 @@
 """The pair of kernels in Triton, for CUDA and ROCm in eager mode; on CPU tensors when TRITON_INTERPRET=1.
 
-The formulas of `slopes`, in one pass each: forward reads x and writes y and the sides, backward reads dy, y and the
-sides and writes dx, in rows of eight elements as `triton_launch` has them. All tensors are contiguous, of any shape.
-Left to the PyTorch pair: fp64, and forward of monotone curves, which is the stock operator.
+The formulas of `curves.two_sided_slopes`, in one pass each: forward reads x and writes y and the sides, backward reads
+dy, y and the sides and writes dx, in rows of eight elements as `launch` has them. All tensors are contiguous, of any
+shape. Left to the PyTorch pair: fp64, and forward of monotone curves, which is the stock operator.
 
 In 16 bits, the usual case, there are some 20 instructions per element forward and 35 backward: so few that
 the memory of a large card is what they wait for.
@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_polynomials
-from .curve import Curve
-from .monotone import Monotone
-from .rounding import half_ulp, rounded_up
-from .slopes import minimum_in_two, saturation
-from .triton_launch import KEPT_CONSTANTS, Constants, launch, row_offsets
-from .triton_math import (
+from ..curves.curve import Curve
+from ..curves.monotone import Monotone
+from ..curves.two_sided import TwoSided
+from ..curves.two_sided_slopes import minimum_in_two, saturation
+from ..rounding import half_ulp, rounded_up
+from . import polynomials
+from .launch import KEPT_CONSTANTS, Constants, launch, row_offsets
+from .math import (
     exponential,
     normal_cdf,
     quick_exp2,
@@ -33,13 +34,12 @@ from .triton_math import (
     quick_normal_cdf,
     quick_reciprocal,
 )
-from .triton_monotone import monotone_slope
-from .two_sided import TwoSided
+from .monotone import monotone_slope
 
-near_polynomial = triton_polynomials.near
-right_polynomial = triton_polynomials.right
-tail_polynomial = triton_polynomials.tail
-quick_slope = triton_polynomials.quick_slope
+near_polynomial = polynomials.near
+right_polynomial = polynomials.right
+tail_polynomial = polynomials.tail
+quick_slope = polynomials.quick_slope
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def slope_of(
     SHORT: tl.constexpr,
     CHIP: tl.constexpr,
 ):
-    """f' of fp32 y and the side, as `slopes.slope` has it."""
+    """f' of fp32 y and the side, as `two_sided_slopes.slope` has it."""
     lower, upper = roots_of_stretch(y, Y_MIN, Y_MIN_LOW, HALF_ULP)
     root = (lower + upper) * 0.5
     r = tl.where(right, root, -root)
@@ -222,11 +222,6 @@ def monotone_backward_kernel(
     dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     dx = dy * monotone_slope(y, A, B, C, D, CURVE)
     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-
-
-def knows(curve: Curve) -> bool:
-    """Whether there is a kernel for this curve."""
-    return isinstance(curve, TwoSided) or (isinstance(curve, Monotone) and not curve.has_side)
 
 
 def forward(x: Tensor, curve: TwoSided) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import tables
-from .curve import Curve
-from .imitated import imitates
+from ..curves.curve import Curve
+from ..curves.two_sided import TwoSided
+from ..imitated import imitates
+from ..rounding import widened
+from . import lookup_tables
 from .packing import packed, unpacked
-from .rounding import widened
-from .two_sided import TwoSided
 
 CHUNK = 1 << 16  # elements that a thread of the CPU works on at a time, so that the temporaries stay in its cache
 
@@ -47,10 +47,10 @@ def backward(dy: Tensor, y: Tensor, side: Tensor, curve: Curve) -> Tensor:
 def slope_on_cpu(y: Tensor, side: Tensor | None, curve: Curve) -> Tensor:
     """f' in y's precision, or in fp32 for 16-bit types."""
     if y.dtype.itemsize == 2:
-        return tables.short_slope(y, side, curve)
+        return lookup_tables.short_slope(y, side, curve)
     if y.dtype == torch.float32 and isinstance(curve, TwoSided) and curve.fit.tail:
         assert side is not None
-        return tables.fp32_slope(y, side, curve)
+        return lookup_tables.fp32_slope(y, side, curve)
     return curve.slope(y, side, y.dtype)
 
 

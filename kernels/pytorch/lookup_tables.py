@@ -13,11 +13,11 @@ import functools
 import torch
 from torch import Tensor
 
-from .curve import Curve
-from .own_thread import in_own_thread
-from .rounding import half_ulp
-from .slopes import minimum_in_two
-from .two_sided import TwoSided
+from ..curves.curve import Curve
+from ..curves.two_sided import TwoSided
+from ..curves.two_sided_slopes import minimum_in_two
+from ..own_thread import in_own_thread
+from ..rounding import half_ulp
 
 KEPT_TABLES = 64  # a model has few curves, but a program may go through many parameters
 

@@ -1,4 +1,4 @@
-"""The fitted derivatives. Written by ``python -m invact.kernels.fit``: change that, not this.
+"""The fitted derivatives. Written by ``python -m invact.kernels.polynomials.generate``: change that, not this.
 
 The error reached, per piece; the shorter of two is for 16-bit outputs:
 

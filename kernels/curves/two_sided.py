@@ -1,7 +1,7 @@
 """The curves that fall to one minimum and rise again: y and a bit that tells the side of the minimum give f'.
 
-A new one is one entry here, and one in `fit.DEFINITIONS` from which ``python -m invact.kernels.fit`` makes its
-coefficients; CONTRIBUTING.md names what else it needs.
+A new one is one entry here, and one in `polynomials.definitions`, from which
+``python -m invact.kernels.polynomials.generate`` makes its coefficients; CONTRIBUTING.md names what else it needs.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import slopes
-from .coefficients import FITS, SHORT_FITS
+from ..polynomials.coefficients import FITS, SHORT_FITS
+from ..polynomials.pieces import Fit
+from ..rounding import rounded_up, widened
+from . import two_sided_slopes
 from .curve import Curve
-from .pieces import Fit
-from .rounding import rounded_up, widened
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -40,7 +40,7 @@ class TwoSided(Curve):
 
     def slope(self, y: Tensor, side: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         assert side is not None
-        values = slopes.slope(y, side, self.fit_for(rounded_to), rounded_to)
+        values = two_sided_slopes.slope(y, side, self.fit_for(rounded_to), rounded_to)
         if self.fit.tail is None:
             return values
         # NaN where y is, and 1 where a large x has made y infinite
@@ -48,7 +48,7 @@ class TwoSided(Curve):
 
     def slope_rise(self, y: Tensor, side: Tensor | None, rounded_to: torch.dtype) -> Tensor:
         assert side is not None
-        return slopes.slope_rise(y, side, self.fit_for(rounded_to), rounded_to)
+        return two_sided_slopes.slope_rise(y, side, self.fit_for(rounded_to), rounded_to)
 
     def fit_for(self, dtype: torch.dtype) -> Fit:
         """The fit for an output of this dtype."""
@@ -113,48 +113,46 @@ def hardswish_derivative(x: Tensor) -> Tensor:
     return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, inside))
 
 
-def _fitted(
-    *, name: str, f: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor], source: str
-) -> TwoSided:
+def _fitted(*, name: str, f: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]) -> TwoSided:
     """The curve with the fits that `coefficients` has for it."""
-    return TwoSided(name=name, f=f, derivative=derivative, source=source, fit=FITS[name], short_fit=SHORT_FITS[name])
+    return TwoSided(name=name, f=f, derivative=derivative, fit=FITS[name], short_fit=SHORT_FITS[name])
 
 
 TWO_SIDED = (
     _fitted(
+        # Hendrycks & Gimpel, Gaussian Error Linear Units, arXiv 1606.08415: x Phi(x)
         name="gelu",
         f=F.gelu,
         derivative=gelu_derivative,
-        source="Hendrycks & Gimpel, Gaussian Error Linear Units, arXiv 1606.08415: x Phi(x)",
     ),
     _fitted(
+        # arXiv 1606.08415: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
         name="gelu_tanh",
         f=gelu_tanh,
         derivative=gelu_tanh_derivative,
-        source="arXiv 1606.08415: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))",
     ),
     _fitted(
+        # arXiv 1606.08415, as OpenAI's CLIP (2021) uses it: x sigmoid(1.702 x)
         name="quick_gelu",
         f=quick_gelu,
         derivative=quick_gelu_derivative,
-        source="arXiv 1606.08415, as OpenAI's CLIP (2021) uses it: x sigmoid(1.702 x)",
     ),
     _fitted(
+        # arXiv 1606.08415; Elfwing et al., arXiv 1702.03118; Swish, arXiv 1710.05941: x sigmoid(x)
         name="silu",
         f=F.silu,
         derivative=silu_derivative,
-        source="arXiv 1606.08415; Elfwing et al., arXiv 1702.03118; Swish, arXiv 1710.05941: x sigmoid(x)",
     ),
     _fitted(
+        # Misra, Mish, arXiv 1908.08681: x tanh(softplus(x))
         name="mish",
         f=F.mish,
         derivative=mish_derivative,
-        source="Misra, Mish, arXiv 1908.08681: x tanh(softplus(x))",
     ),
     _fitted(
+        # Howard et al., Searching for MobileNetV3, arXiv 1905.02244: x relu6(x + 3) / 6
         name="hardswish",
         f=F.hardswish,
         derivative=hardswish_derivative,
-        source="Howard et al., Searching for MobileNetV3, arXiv 1905.02244: x relu6(x + 3) / 6",
     ),
 )

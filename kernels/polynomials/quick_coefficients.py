@@ -1,4 +1,4 @@
-"""The fits of `quick_fit`. Written by ``python -m invact.kernels.fit``: change that, not this."""
+"""The fits of `least_squares`. Written by ``python -m invact.kernels.polynomials.generate``: change that, not this."""
 
 from .pieces import QuickFit
 

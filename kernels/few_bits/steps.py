@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .curve import Curve
-from .own_thread import in_own_thread
+from ..curves.curve import Curve
+from ..own_thread import in_own_thread
 
 KEPT_STEPS = 256  # a model has few curves, but a program may go through many parameters
 FARTHEST = 8.0  # 1e-15 of N(0, 1) lies beyond it

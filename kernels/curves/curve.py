@@ -17,7 +17,6 @@ class Curve:
         name: as in `torch.nn.functional`, or as the literature calls it.
         f: the stock operator; any floating dtype, any shape.
         derivative: f' of x, accurate to the last digits of x's dtype; meant for float64.
-        source: where the formula is from.
         parameters: what the curve was made with, such as ``(("alpha", 0.7),)``, where that is not the default.
         has_side: whether one bit is kept for each element besides y: the side of a point that x was on.
         needs_exact_output: f' jumps to 0 at an output that many x share, so that y must not be off by a rounding.
@@ -26,7 +25,6 @@ class Curve:
     name: str
     f: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
-    source: str
     parameters: tuple[tuple[str, float], ...] = ()
     has_side: bool = False
     needs_exact_output: bool = False

@@ -1,6 +1,6 @@
 """Masks in bits, in Triton: packed, unpacked, and in one pass with the product that drops by them.
 
-All tensors are contiguous, the masks flat. Bits lie as `packing` has them. Left to PyTorch: a product in fp64.
+All tensors are contiguous, the masks flat. Bits lie as `pytorch.packing` has them. Left to PyTorch: a product in fp64.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,no-untyped-call"
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Constants, launch, row_offsets
+from .launch import Constants, launch, row_offsets
 
 ROWS_A_THREAD = 2  # of eight bools, which are 16 bytes
 

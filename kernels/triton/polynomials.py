@@ -1,6 +1,6 @@
-"""The polynomials of `coefficients` and `quick_coefficients`, for Triton.
+"""The polynomials of `polynomials.coefficients` and `polynomials.quick_coefficients`, for Triton.
 
-Written by ``python -m invact.kernels.fit``: change that, not this.
+Written by ``python -m invact.kernels.polynomials.generate``: change that, not this.
 
 Triton 3.2 can index no tuple of constants, so every one is written out.
 """

@@ -2,8 +2,9 @@
 
 A polynomial for each side of the minimum, where `pieces.Fit` has three: what they are, `pieces.QuickFit` says.
 
-y rounded to 16 bits hides where x was next to the minimum. `slopes` takes the mean of the two roots between which it
-must have been; here two constants, `least` and the shift in `bottom`, come near to that mean with one root.
+y rounded to 16 bits hides where x was next to the minimum. `curves.two_sided_slopes` takes the mean of the two roots
+between which it must have been; here two constants, `least` and the shift in `bottom`, come near to that mean with one
+root.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import mpmath as mp
 import numpy as np
 
+from .forty_digits import Number, mp
 from .pieces import QuickFit
 
-Number = Any  # an mpmath number: mpmath has no types
 Array = np.ndarray[Any, Any]
 
 TOLERANCES = {"bfloat16": 5e-4, "float16": 1.5e-4}  # absolute, of f': 1 minus half of it still rounds to 1

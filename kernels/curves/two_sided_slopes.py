@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pieces import Fit, Piece, scale_and_shift
-from .rounding import half_ulp, rounded
+from ..polynomials.pieces import Fit, Piece, scale_and_shift
+from ..rounding import half_ulp, rounded
 
 
 def minimum_in_two(fit: Fit, dtype: torch.dtype) -> tuple[float, float]:

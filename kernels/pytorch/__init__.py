@@ -1,0 +1,1 @@
+"""The pair of kernels in plain PyTorch, with bits packed into bytes and derivatives read off look-up tables."""
