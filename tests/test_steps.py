@@ -17,7 +17,7 @@ from invact import patchers
 from invact.bench.real_models import with_weights
 from invact.errors.arguments import device_of
 from invact.fitting.optimizers import NotSimulatedError
-from invact.fitting.step import simulated_training
+from invact.fitting.simulated_training import simulated_training
 from invact.planning.plans import decide
 from invact.pytorch.inside import tree_map_only
 from invact.simulation.simulation import Setting

@@ -11,7 +11,8 @@ from torch import nn
 
 from invact.errors.arguments import Inputs
 from invact.fitting.optimizers import OptimizerLike
-from invact.fitting.step import Step, simulated_training
+from invact.fitting.simulated_training import simulated_training
+from invact.fitting.step import Step
 from invact.patchers.checkpointing import can_checkpoint, checkpointed
 from invact.planning.plans import Decided
 from invact.report.amounts import format_bytes

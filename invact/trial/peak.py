@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from invact.fitting.optimizers import NotSimulatedError
-from invact.fitting.step import simulated_training
+from invact.fitting.simulated_training import simulated_training
 from invact.simulation.simulation import Setting
 from invact.trial.processes import PROCESSES
 from invact.trial.run import COMPRESSION
