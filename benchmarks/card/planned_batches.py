@@ -15,7 +15,7 @@ from record import Record
 from torch import nn
 from verdicts import verdict_on_batch
 
-from invact.bench.steps import loss_of
+from invact.bench.stepper import loss_of
 from invact.fitting.batches import Need, needs
 from invact.fitting.lifetimes import NEVER, WEIGHT, Lifetimes
 from invact.planning.plans import decide

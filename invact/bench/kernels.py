@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from invact.bench.contenders import INVACT, STOCK, Activation, activations
-from invact.bench.result import COPY, Bench, KernelTimes
+from invact.bench.records import COPY, KernelTimes
+from invact.bench.result import Bench
 from invact.bench.timing import host_seconds, kernel_seconds, wait_for
 from invact.ledger.kept_storages import KeptStorages
 from invact.ledger.ledger import storage_sizes

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from invact.fitting.optimizers import NotSimulatedError
 from invact.fitting.simulated_training import simulated_training
 from invact.simulation.simulation import Setting
-from invact.trial.processes import PROCESSES
 from invact.trial.run import COMPRESSION
 from invact.trial.task import Batch, Task
 from invact.trial.trainee import on_device
 from invact.trial.ways import Options, change
+from invact.trial.worker import PROCESSES
 
 OPTIMIZER = "adamw"  # what a trial trains with
 

@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from invact.bench.counting import counted
 from invact.bench.timing import wait_for
 from invact.errors.arguments import Inputs
 from invact.errors.own_errors import first_line, own_error
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
 from invact.ledger.kept_storages import KeptStorages
-from invact.ledger.ledger import Ledger, storage_sizes
+from invact.ledger.ledger import storage_sizes
 from invact.pytorch.inside import tree_leaves, tree_map_only
 from invact.simulation.simulation import Setting
 from invact.trial.run import BASELINE, SELECTIVE
@@ -132,16 +133,11 @@ class Trainee:
             return self._task.loss(self._forward, batch)
 
     def _counted_loss(self, batch: Batch) -> Tensor:
-        if "compile" in self.way:
-            with KeptStorages([*self._model.parameters(), *self._model.buffers()]) as storages:
-                loss = self._loss(batch)
-            self.activation_bytes = storages.nbytes()
-            return loss
         if self.way == SELECTIVE:
             return self._loss_and_living_bytes(batch)
         try:
-            with Ledger(self._model) as ledger:
-                loss = self._loss(batch)
+            compiled = "compile" in self.way
+            loss, self.activation_bytes = counted(self._model, lambda: self._loss(batch), compiled)
         except NotTrainableError:
             raise
         except Exception as error:
@@ -149,7 +145,6 @@ class Trainee:
             if why is None:
                 raise
             raise NotTrainableError(f"{self._task.title} is not trainable like this: {first_line(why)}.") from error
-        self.activation_bytes = ledger.memory().total_bytes
         return loss
 
     def _loss_and_living_bytes(self, batch: Batch) -> Tensor:
