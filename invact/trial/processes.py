@@ -18,8 +18,8 @@ import torch.multiprocessing as mp
 
 from invact.simulation.simulation import Setting
 from invact.trial.data import DataError
-from invact.trial.run import COMPRESSION
 from invact.trial.task import NotTrainableError, Task
+from invact.trial.ways import COMPRESSION
 from invact.trial.worker import ANSWER_WITHIN, PROCESSES, Answer, Job, obey
 
 

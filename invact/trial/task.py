@@ -34,7 +34,7 @@ class Batch:
     targets: Tensor | None = None
 
 
-class Adapters(Protocol):
+class AdaptersLike(Protocol):
     """What is trained beside frozen weights, told by `str` in words."""
 
     def put_into(self, model: nn.Module) -> nn.Module:
@@ -48,7 +48,7 @@ class Origin:
     name: str | None = None
     data: str | None = None
     seq_len: int | None = None
-    adapters: Adapters | None = None
+    adapters: AdaptersLike | None = None
 
     def make(self) -> Task:
         return make_task(self.name, self.data, self.seq_len, self.adapters)
@@ -76,7 +76,7 @@ class Task:
 
 
 def make_task(
-    name: str | None = None, data: str | None = None, seq_len: int | None = None, adapters: Adapters | None = None
+    name: str | None = None, data: str | None = None, seq_len: int | None = None, adapters: AdaptersLike | None = None
 ) -> Task:
     """The task for a model by name; for a small BERT without one.
 
@@ -101,7 +101,7 @@ def make_task(
     return replace(task, origin=Origin(name, data, seq_len, adapters))
 
 
-def _with_adapters(task: Task, adapters: Adapters) -> Task:
+def _with_adapters(task: Task, adapters: AdaptersLike) -> Task:
     def build() -> nn.Module:
         return adapters.put_into(task.build()).train()
 

@@ -21,8 +21,8 @@ from invact.ledger.kept_storages import KeptStorages
 from invact.ledger.ledger import storage_sizes
 from invact.pytorch.inside import tree_leaves, tree_map_only
 from invact.simulation.simulation import Setting
-from invact.trial.run import BASELINE, SELECTIVE
 from invact.trial.task import Batch, NotTrainableError, Task
+from invact.trial.ways import BASELINE, SELECTIVE, way_called
 
 _FINAL_SEED = 1_000_000  # of the samples that all are asked for at the end
 _FINAL_BATCHES = 16
@@ -136,7 +136,7 @@ class Trainee:
         if self.way == SELECTIVE:
             return self._loss_and_living_bytes(batch)
         try:
-            compiled = "compile" in self.way
+            compiled = way_called(self.way).compiled
             loss, self.activation_bytes = counted(self._model, lambda: self._loss(batch), compiled)
         except NotTrainableError:
             raise

@@ -25,9 +25,9 @@ from invact.errors.arguments import Inputs
 from invact.pytorch.inside import tree_map_only
 from invact.simulation.simulation import Setting
 from invact.trial.data import DataError
-from invact.trial.run import COMPRESSION
 from invact.trial.task import Batch, NotTrainableError, Origin
 from invact.trial.trainee import Trainee
+from invact.trial.ways import COMPRESSION
 
 PROCESSES = 2
 ANSWER_WITHIN = 1800.0  # seconds; a step of a large model on a CPU takes minutes
