@@ -17,7 +17,7 @@ from invact.ledger.kept_storages import KeptStorages
 from invact.ledger.ledger import storage_sizes
 
 HOST_ELEMENTS = 1024  # so few that the host is what takes the time
-HOST_CALLS = 100  # in a turn
+HOST_CALLS = 100  # in a turn: chosen, a few milliseconds
 
 
 def time_kernels(

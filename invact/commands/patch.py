@@ -63,7 +63,7 @@ class Attention(str, Enum):
 
 
 class Optimizer(str, Enum):
-    """The names of `invact.fitting.optimizers`, listed here so that `--help` need not import them."""
+    """The names of `invact.fitting.optimizers`, listed here so that `--help` need not import them; a test compares."""
 
     adamw = "adamw"
     adamw_fused = "adamw-fused"

@@ -19,7 +19,7 @@ from invact.trial.small_models import SMALL_BERT, SMALL_MODELS, on_meta, small_m
 
 DEFAULT_TOKENS = 128
 SMALL_MODEL_TOKENS = 64
-_MASKED = 0.15  # the share of tokens that BERT is asked for
+_MASKED = 0.15  # the share of tokens that BERT is asked for, as it was trained (Devlin et al., 2018)
 
 
 class NotTrainableError(ValueError):

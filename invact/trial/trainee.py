@@ -25,7 +25,7 @@ from invact.trial.task import Batch, NotTrainableError, Task
 from invact.trial.ways import BASELINE, SELECTIVE, way_called
 
 _FINAL_SEED = 1_000_000  # of the samples that all are asked for at the end
-_FINAL_BATCHES = 16
+_FINAL_BATCHES = 16  # at the most, or as many as were trained on: chosen, so that they take little of a trial's time
 
 Change = Callable[[nn.Module, Inputs], Callable[..., Any]]
 """Makes a model train in some way, in place, and gives what is called in its stead."""

@@ -9,8 +9,8 @@ from invact.report.amounts import format_bytes
 from invact.trial.run import Run
 from invact.trial.ways import BASELINE, COMPRESSION, INVACT, way_called
 
-ROUNDING = 0.01  # of the loss: what rounding may come to in a few steps, judged without a spread
-_ALIKE = 0.01  # bytes and times closer than that are one
+ROUNDING = 0.01  # of the loss: what rounding may come to in a few steps, judged without a spread; chosen
+_ALIKE = 0.01  # bytes and times closer than that are one; chosen, as times are read to a hundredth
 
 
 @dataclass(frozen=True)
