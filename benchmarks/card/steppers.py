@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from invact.bench import stepper
 from invact.bench.timing import Race
 from invact.bench.ways import Way, stock
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
+from invact.pytorch.inside import tree_leaves
 
 
 class Stepper(stepper.Stepper):
