@@ -8,7 +8,7 @@ import shutil
 import nox
 
 nox.needs_version = ">=2024.3"
-nox.options.sessions = ["lint", "types", "tests", "docs"]
+nox.options.sessions = ["lint", "types", "imports", "tests", "docs"]
 nox.options.reuse_existing_virtualenvs = True
 
 
@@ -16,6 +16,15 @@ def prepare(session: nox.Session) -> None:
     """Installs the checkout and all that the tests need, unless the current environment is to be used as it is."""
     if session.virtualenv.venv_backend != "none":
         session.install("-e", ".[all,test]")
+
+
+def installed(session: nox.Session) -> str:
+    """A folder with what a wheel would install: in the checkout the packages stand elsewhere."""
+    prepare(session)
+    folder = session.create_tmp()
+    shutil.rmtree("build", ignore_errors=True)  # setuptools would add what an earlier build left there
+    session.run("python", "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", folder, ".")
+    return folder
 
 
 @nox.session
@@ -63,14 +72,18 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Mypy, on what a wheel would install: in the checkout the packages stand elsewhere."""
-    prepare(session)
-    installed = session.create_tmp()
-    shutil.rmtree("build", ignore_errors=True)  # setuptools would add what an earlier build left there
-    session.run("python", "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", installed, ".")
+    """Mypy, on what a wheel would install."""
     config = os.path.abspath("pyproject.toml")
-    with session.chdir(installed):
+    with session.chdir(installed(session)):
         session.run("python", "-m", "mypy", "--config-file", config, "invact")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Whether imports run downwards, in what a wheel would install; pyproject.toml says what is above what."""
+    config = os.path.abspath("pyproject.toml")
+    with session.chdir(installed(session)):
+        session.run("lint-imports", "--config", config, "--no-cache", env={"PYTHONPATH": "."})
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""`InvActCallback` for transformers.Trainer: patched before the first step, put back after the last."""
+"""`InvActCallback` for Hugging Face's transformers.Trainer: patched before the first step, put back after the last."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.errors.checks import Inputs, check_few_bits, check_model
+from invact.errors.checks import Inputs, check_model
 from invact.fitting.choosing import fit_in
 from invact.fitting.optimizers import NotSimulatedError, OptimizerLike, check_optimizer
 from invact.patchers import example_inputs as make_inputs
@@ -124,30 +124,6 @@ def unpatch(model: nn.Module) -> int:
         1
     """
     return swaps_in(model).undo()
-
-
-def approximate_everywhere(
-    model: nn.Module, example_inputs: Inputs | None = None, *, few_bits: int, autocast: torch.dtype | None = None
-) -> Report:
-    """FewBit as published, in place, to compare with: every activation that keeps more than its output keeps k bits.
-
-    `few_bits` on `patch` is what to train with: it does so only where nothing exact helps. Here nothing is inverted and
-    nothing is derived. `unpatch` takes it back.
-
-    Args:
-        model, example_inputs, autocast: as of `invact.plan`, whose errors are raised.
-        few_bits: 1 to 4 bits per element.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-        >>> report = approximate_everywhere(model, (torch.randn(8, 64),), few_bits=2)
-        >>> [site.action for site in report.sites], report.bytes_before - report.bytes_after
-        (['approximate'], 7680)
-    """
-    check_few_bits(few_bits)
-    decided = decide(model, example_inputs, autocast=autocast, few_bits=few_bits, everywhere=True)
-    decided.apply(model)
-    return decided.report
 
 
 @contextmanager

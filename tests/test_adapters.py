@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import invact
 from invact.cli import app
-from invact.fitting.step import simulated_training
+from invact.fitting.simulated_training import simulated_training
 from invact.ledger.ledger import Ledger
 from invact.planning.plans import decide_for_device
 from invact.simulation.setting import Setting

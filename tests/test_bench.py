@@ -18,12 +18,13 @@ import torch
 from invact.kernels import CURVES
 from typer.testing import CliRunner, Result
 
-from invact.bench import real_models, timing
+from invact.bench import counting, models_with_weights, stepper, timing
 from invact.bench import steps as bench_steps
 from invact.bench.contenders import PUBLISHED
 from invact.bench.kernels import HOST_ELEMENTS, time_kernels
-from invact.bench.real_models import with_weights
-from invact.bench.result import COPY, Bench
+from invact.bench.models_with_weights import with_weights
+from invact.bench.records import COPY
+from invact.bench.result import Bench
 from invact.bench.running import run as bench
 from invact.bench.steps import training_inputs
 from invact.bench.tables import format_seconds
@@ -78,7 +79,11 @@ def test_seconds_have_a_unit(seconds, text):
     assert format_seconds(seconds) == text
 
 
-@pytest.mark.parametrize("module", [kept_storages, own_errors, real_models, timing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [counting, kept_storages, own_errors, models_with_weights, stepper, timing],
+    ids=lambda module: module.__name__,
+)
 def test_the_examples_in_docstrings_run(module):
     assert doctest.testmod(module).failed == 0
 
@@ -219,11 +224,11 @@ def test_a_model_without_a_switch_for_checkpointing_is_timed_without():
 
 
 def test_a_fault_of_ours_comes_with_its_traceback_and_not_as_bad_sizes(monkeypatch: pytest.MonkeyPatch):
-    class BrokenLedger(bench_steps.Ledger):
+    class BrokenLedger(counting.Ledger):
         def memory(self):
             raise RuntimeError("a fault in the ledger")
 
-    monkeypatch.setattr(bench_steps, "Ledger", BrokenLedger)
+    monkeypatch.setattr(counting, "Ledger", BrokenLedger)
     with pytest.raises(RuntimeError, match=r"^a fault in the ledger$"):
         bench("steps", models=["timm/test_vit"], batch_size=1, rounds=1, device=CPU)
 

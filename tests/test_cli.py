@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 import invact
 from invact.cli import app
 from invact.commands.output import duration_in_words
-from invact.commands.patch import LibraryName
+from invact.commands.patch import LibraryName, Optimizer
+from invact.fitting.optimizers import NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +134,10 @@ def test_library_option_stands_for_the_prefix():
 
 def test_every_library_is_an_option():
     assert [library.value for library in LibraryName] == list(libraries)
+
+
+def test_every_optimizer_that_can_be_counted_is_an_option():
+    assert [optimizer.value for optimizer in Optimizer] == list(NAMES)
 
 
 def test_autocast_keeps_the_parameters_in_fp32():

@@ -34,8 +34,8 @@ from invact.cli import app
 from invact.errors.checks import check_few_bits
 from invact.inverting import few_bits as few_bits_module
 from invact.inverting.few_bits import few_bits
-from invact.patching import approximate_everywhere
 from invact.planning.plans import decide_for_device
+from invact.trial.fewbit import approximate_everywhere
 
 BITS = (1, 2, 3, 4)
 EVERY_NUMBER_OF_BITS = pytest.mark.parametrize("bits", BITS)

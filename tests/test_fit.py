@@ -16,7 +16,7 @@ import invact
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.choosing import DoesNotFitError, fit_in
 from invact.fitting.recomputing import blocks_of, foreseen_peak
-from invact.fitting.step import simulated_training
+from invact.fitting.simulated_training import simulated_training
 from invact.planning.plans import decide
 
 pytestmark = [

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from invact.cli import app
 from invact.deriving.derived_tensor import DerivedTensor
-from invact.fitting.step import simulated_training
+from invact.fitting.simulated_training import simulated_training
 from invact.pages.charts import loss_chart, memory_chart, timeline_chart
 from invact.pages.page import plan_page, trial_page
 from invact.planning.by_layer import Layer, layer_name

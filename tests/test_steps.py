@@ -14,9 +14,9 @@ from small_trained import inputs_for, token_inputs
 from torch import nn
 
 from invact import patchers
-from invact.bench.real_models import with_weights
+from invact.bench.models_with_weights import with_weights
 from invact.fitting.optimizers import NotSimulatedError
-from invact.fitting.step import simulated_training
+from invact.fitting.simulated_training import simulated_training
 from invact.planning.plans import decide
 from invact.pytorch.containers import tree_map_only
 from invact.simulation.setting import Setting, device_of

@@ -18,11 +18,11 @@ import torch
 from invact.kernels import CURVES
 from typer.testing import CliRunner, Result
 
+from invact.bench import counting
 from invact.cli import app
 from invact.commands import output
 from invact.inverting.operators import invert
 from invact.simulation.setting import Setting
-from invact.trial import trainee as trial_trainee
 from invact.trial.comparing import train_in_ways
 from invact.trial.result import Trial
 from invact.trial.task import Batch, Task, make_task
@@ -238,16 +238,16 @@ def test_a_loss_that_is_no_number_stops_the_trial_with_a_sentence():
 
 
 def test_a_fault_of_ours_comes_with_its_traceback_and_not_as_a_model_that_can_not_be_trained(monkeypatch):
-    class BrokenLedger(trial_trainee.Ledger):
+    class BrokenLedger(counting.Ledger):
         def memory(self):
             raise RuntimeError("a fault in the ledger")
 
-    class RefusingLedger(trial_trainee.Ledger):
+    class RefusingLedger(counting.Ledger):
         def __enter__(self):
             raise RuntimeError("a fault in the ledger")
 
     for ledger in (BrokenLedger, RefusingLedger):
-        monkeypatch.setattr(trial_trainee, "Ledger", ledger)
+        monkeypatch.setattr(counting, "Ledger", ledger)
         with pytest.raises(RuntimeError, match=r"^a fault in the ledger$"):
             train_in_ways(make_task(), steps=1, batch_size=2)
 

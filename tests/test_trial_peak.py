@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from invact.simulation.setting import Setting
+from invact.trial.changing import Options, change
 from invact.trial.comparing import train_in_ways
 from invact.trial.peak import predicted_peak
 from invact.trial.task import Batch, NotTrainableError, Task, make_task
 from invact.trial.trainee import Trainee
-from invact.trial.ways import COMPILED_WAYS, WAYS, Options, change
+from invact.trial.ways import COMPILED_WAYS, WAYS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,11 +16,12 @@ from invact.commands.adapters import Adapters
 from invact.commands.trial import Also
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
+from invact.trial.changing import Options, change
 from invact.trial.comparing import train_in_ways
 from invact.trial.data import DataError
 from invact.trial.selective import checkpoint_selectively
 from invact.trial.task import Batch, NotTrainableError, Task, make_task
-from invact.trial.ways import ON_DEMAND, Options, change
+from invact.trial.ways import ON_DEMAND
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,9 +9,10 @@ from card_models import EXACT_SPECS, model_and_inputs
 from record import Record
 from steppers import Stepper, bits_equal, difference
 from torch import nn
-from ways import EXACT, INVACT, stock
+from ways import EXACT, INVACT
 
 import invact
+from invact.bench.ways import stock
 
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "fp32": (torch.float32, None),

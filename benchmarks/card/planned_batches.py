@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from contextlib import nullcontext
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,9 +13,9 @@ from record import Record
 from torch import nn
 from verdicts import verdict_on_batch
 
-from invact.bench.steps import loss_of
+from invact.bench.stepper import loss_of
 from invact.fitting.batches import Need, needs
-from invact.fitting.lifetimes import NEVER, WEIGHT, Lifetimes
+from invact.fitting.lifetimes import WEIGHT, Lifetimes, levels
 from invact.planning.plans import decide
 from invact.simulation.setting import Setting
 
@@ -137,9 +135,4 @@ class _Search:
 
 
 def _most_alive(lifetimes: Lifetimes) -> int:
-    changes = Counter[int]()
-    for allocation in lifetimes.allocations():
-        changes[allocation.born] += allocation.nbytes
-        changes[allocation.died] -= allocation.nbytes
-    del changes[NEVER]
-    return max(accumulate(changes[moment] for moment in sorted(changes)))
+    return max(levels(((a.nbytes, a.born, a.died) for a in lifetimes.allocations()), lifetimes.now))

@@ -14,9 +14,10 @@ from record import Record
 from steppers import Stepper, difference, times
 from torch import Tensor, nn
 from verdicts import verdict_on_steps
-from ways import EXACT, INVACT, STOCK, Way, eager_ways
+from ways import EXACT, INVACT, STOCK, eager_ways
 
 from invact.bench.timing import Race
+from invact.bench.ways import Way
 from invact.report.inputs import size_in_words
 
 SECONDS_OF_TURNS = 5.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -10,23 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from ways import Way, stock
 
-from invact.bench.timing import Race, wait_for, wall_seconds
+from invact.bench import stepper
+from invact.bench.timing import Race
+from invact.bench.ways import Way, stock
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
+from invact.pytorch.containers import tree_leaves
 
 
-class Stepper:
-    """A copy of a model that takes its steps in one way: forward, loss and backward.
+class Stepper(stepper.Stepper):
+    """One that says as well which gradients its steps give, and what lives in them.
 
     Args:
-        way: changes the copy; see `ways`.
         around: made anew and entered for every forward.
-
-    Attributes:
-        report: where invact changed it.
-        peak_bytes: on a GPU, of the last step: the most that was allocated beyond what was before it.
     """
 
     def __init__(
@@ -36,23 +31,13 @@ class Stepper:
         way: Way = stock,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.model, self.inputs, self.around = copy.deepcopy(model), inputs, around
-        self.device = next(model.parameters()).device
-        self.forward, self.report = way(self.model, inputs)
-        self.peak_bytes, self._allocated = 0, 0
+        super().__init__(model, inputs, way)
+        self.around = around
         self._directions: list[Tensor] = []
-
-    def seconds(self) -> float:
-        """Of one step."""
-        seconds = wall_seconds(lambda _: self.loss().backward(), self._before, self.device)
-        if self.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._allocated
-        self.model.zero_grad()
-        return seconds
 
     def gradients(self) -> list[Tensor | None]:
         """Those of one step, which are then no longer the model's."""
-        self._before()
+        self.prepare()
         self.loss().backward()
         found = [parameter.grad for parameter in self.model.parameters()]
         self.model.zero_grad()
@@ -61,10 +46,10 @@ class Stepper:
     def live_bytes(self) -> int:
         """What lives at the end of forward that did not before; on a GPU as its allocator counts."""
         gc.collect()
-        self._before()
+        self.prepare()
         if self.device.type == "cuda":
             loss = self.loss()
-            return torch.cuda.memory_allocated(self.device) - self._allocated
+            return torch.cuda.memory_allocated(self.device) - self.allocated
         lifetimes = Lifetimes()
         for tensor in (*self.model.parameters(), *self.model.buffers(), *tree_leaves((self.inputs, self._directions))):
             if isinstance(tensor, Tensor):
@@ -80,7 +65,7 @@ class Stepper:
         """The model's own; else what it gives along random directions, since of what a norm gave last, or of what has
         the length 1, the mean square says nothing."""
         with self.around():
-            output = self.forward(**self.inputs) if isinstance(self.inputs, dict) else self.forward(*self.inputs)
+            output = stepper.called(self.forward, self.inputs)
             own: Tensor | None = getattr(output, "loss", None)
         if own is not None:
             return own
@@ -90,13 +75,6 @@ class Stepper:
             self._directions = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
         pairs = zip(outputs, self._directions, strict=True)
         return torch.stack([(t * direction).mean(dtype=torch.float32) for t, direction in pairs]).sum()
-
-    def _before(self) -> None:
-        torch.manual_seed(0)
-        if self.device.type == "cuda":
-            wait_for(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._allocated = torch.cuda.memory_allocated(self.device)
 
 
 # --- figures ------------------------------------------------------------------------------------------

@@ -1,52 +1,25 @@
-"""Ways to take a training step: each changes a model, once and for good, and says what is called in its stead."""
+"""Ways to take a training step besides those of `invact.bench.ways`, and which are compared."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from invact.patchers.checkpointing import enable_checkpointing
 from torch import nn
 
+from invact.bench.ways import Changed, Way, checkpointed, compiled, patched, stock
 from invact.compiling.inductor import backend
-from invact.patching import patch
 from invact.planning.plans import decide
-from invact.report.report import Report
 from invact.trial.selective import checkpoint_selectively
 
 STOCK, INVACT, EXACT, INVERTING = "stock", "invact", "exact", "inverting"
 CHECKPOINTING, SELECTIVE, LIGER = "checkpointing", "selective", "liger"
 COMPILE, COMPILE_INVACT = "compile", "compile+invact"
-
-
-class Changed(NamedTuple):
-    """A model that was changed.
-
-    Attributes:
-        forward: what is called to take a step.
-        report: where invact did it.
-    """
-
-    forward: Callable[..., Any]
-    report: Report | None = None
-
-
-Way = Callable[[nn.Module, Any], Changed]
-"""Given a model and its inputs."""
-
-
-def stock(model: nn.Module, inputs: Any) -> Changed:
-    return Changed(model)
-
-
-def patched(model: nn.Module, inputs: Any, exact: bool = False) -> Changed:
-    return Changed(model, patch(model, inputs, exact=exact))
 
 
 def inverting(model: nn.Module, inputs: Any) -> Changed:
@@ -55,20 +28,10 @@ def inverting(model: nn.Module, inputs: Any) -> Changed:
     return Changed(model)
 
 
-def checkpointed(model: nn.Module, inputs: Any) -> Changed:
-    """Every layer runs again in backward, by the library's own switch."""
-    enable_checkpointing(model)
-    return Changed(model)
-
-
 def selectively_checkpointed(model: nn.Module, inputs: Any) -> Changed:
     """Every repeated block keeps its matrix products and attention, and makes the rest of its tensors again."""
     checkpoint_selectively(model)
     return Changed(model)
-
-
-def compiled(model: nn.Module, inputs: Any, by: str | Callable[..., Any] = "inductor") -> Changed:
-    return Changed(torch.compile(model, backend=by))
 
 
 def eager_ways(model: nn.Module) -> dict[str, Way]:

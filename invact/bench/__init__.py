@@ -1,4 +1,5 @@
 """Activations and whole training steps timed, in turns with stock PyTorch and what others have published.
 
-`invact bench` prints it; the trial times its steps with the same clock.
+`contenders` and `ways` are what is timed, `kernels` and `steps` time it, `running` is one run of `invact bench`,
+`records`, `tables` and `result` are what comes out. The trial and benchmarks/card use the same `timing` and `stepper`.
 """

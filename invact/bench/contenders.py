@@ -30,13 +30,11 @@ class Published:
         name: of the package, as it is imported.
         module: where the functions are.
         functions: their names, by the curve that they compute.
-        source: where to read about it.
     """
 
     name: str
     module: str
     functions: dict[str, str]
-    source: str
 
     @property
     def installed(self) -> bool:
@@ -49,23 +47,23 @@ class Published:
 
 
 PUBLISHED = (
+    # Novikov & Oseledets, arXiv 2407.15545v2, github.com/PgLoLo/optiacts: y and one bit per element.
     Published(
         name="optiacts",
         module="optiacts",
         functions={"gelu": "gelu", "silu": "silu"},
-        source="Novikov & Oseledets, arXiv 2407.15545v2, github.com/PgLoLo/optiacts: y and one bit per element",
     ),
+    # Novikov et al., arXiv 2202.00441, github.com/skolai/fewbit: which of eight values f' has.
     Published(
         name="fewbit",
         module="fewbit.functional",
         functions={name: name for name in ("gelu", "silu", "mish", "hardswish")},
-        source="Novikov et al., arXiv 2202.00441, github.com/skolai/fewbit: which of eight values f' has",
     ),
+    # R. Wightman, PyTorch Image Models: keeps x alone, where the formula written out keeps more.
     Published(
         name="timm",
         module="timm.layers.activations_me",
         functions={"silu": "swish_me", "mish": "mish_me", "hardswish": "hard_swish_me"},
-        source="R. Wightman, PyTorch Image Models: keeps x alone, where the formula written out keeps more",
     ),
 )
 

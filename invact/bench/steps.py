@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from invact import patchers
 from invact.bench.contenders import CHECKPOINTING, COMPILE, INVACT, STOCK
-from invact.bench.real_models import with_weights
-from invact.bench.result import Bench, StepTimes
-from invact.bench.timing import wait_for, wall_seconds
+from invact.bench.counting import counted
+from invact.bench.models_with_weights import with_weights
+from invact.bench.records import StepTimes
+from invact.bench.result import Bench
+from invact.bench.stepper import Stepper, called, loss_of
+from invact.bench.ways import Way, checkpointed, compiled, patched, patched_and_compiled, stock
 from invact.errors.checks import Inputs
 from invact.errors.own_errors import first_line, own_error
-from invact.ledger.kept_storages import KeptStorages
-from invact.ledger.ledger import Ledger
-from invact.patchers.checkpointing import can_checkpoint, enable_checkpointing
-from invact.patching import patch
+from invact.patchers.checkpointing import can_checkpoint
 from invact.pytorch.containers import tree_leaves
 from invact.report.inputs import size_in_words
 
 # By the type of the device, or the longest sequence that the model takes where that is shorter.
 DEFAULT_TOKENS = {"cpu": 128, "cuda": 512}
+
+_COMPILED_WAYS: dict[str, Way] = {COMPILE: compiled, f"{INVACT}+{COMPILE}": patched_and_compiled}
 
 
 class StepError(ValueError):
@@ -77,22 +78,14 @@ def training_inputs(
     return patchers.example_inputs(model, batch_size, seq_len, image_size, device)
 
 
-def loss_of(output: Any) -> Tensor:
-    """The model's own loss, or the mean square of whatever it gives."""
-    own: Tensor | None = getattr(output, "loss", None)
-    if own is not None:
-        return own
-    outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-    return torch.stack([t.float().square().mean() for t in outputs]).sum()
-
-
-def _ways(bench: Bench, name: str, model: nn.Module, against: Sequence[str]) -> list[str]:
-    ways = [STOCK, INVACT]
+def _ways(bench: Bench, name: str, model: nn.Module, against: Sequence[str]) -> dict[str, Way]:
+    """By name, stock first."""
+    ways: dict[str, Way] = {STOCK: stock, INVACT: patched}
     if CHECKPOINTING in against and can_checkpoint(model):
-        ways.append(CHECKPOINTING)
+        ways[CHECKPOINTING] = checkpointed
     elif CHECKPOINTING in against:
         bench.leave_out(f"{CHECKPOINTING} of {name}", "the model has no switch for it")
-    return [*ways, COMPILE, f"{INVACT}+{COMPILE}"] if COMPILE in against else ways
+    return ways | _COMPILED_WAYS if COMPILE in against else ways
 
 
 def _time_step(
@@ -100,20 +93,22 @@ def _time_step(
     name: str,
     model: nn.Module,
     inputs: Inputs,
-    ways: Sequence[str],
+    ways: Mapping[str, Way],
     rounds: int,
     on_turn: Callable[[str], None],
 ) -> None:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     times = StepTimes(name, type(model).__name__, size_in_words(inputs), dtype)
-    steppers: dict[str, _Stepper] = {}
-    for way in ways:
+    steppers: dict[str, Stepper] = {}
+    for way, change in ways.items():
         on_turn(f"{name} {dtype}: {way}, warming up")
         try:
-            steppers[way] = _Stepper(way, model, inputs)
+            stepper = Stepper(model, inputs, change)
+            times.kept_bytes[way] = _kept_in_first_step(stepper, compiled=way in _COMPILED_WAYS)
+            steppers[way] = stepper
         except Exception as error:
             if way == STOCK:
-                why = own_error(lambda: loss_of(_called(model, inputs)).backward())
+                why = own_error(lambda: loss_of(called(model, inputs)).backward())
                 if why is not None:
                     raise _step_error(name, dtype, times.inputs, why) from error
             if way in (STOCK, INVACT):
@@ -122,71 +117,21 @@ def _time_step(
     patched = steppers[INVACT].report
     assert patched is not None
     times.planned_bytes_before, times.planned_bytes_after = patched.bytes_before, patched.bytes_after
-    times.kept_bytes = {way: stepper.kept_bytes for way, stepper in steppers.items()}
     bench.steps.append(times)
-    turns = {way: stepper.turn for way, stepper in steppers.items()}
+    turns = {way: stepper.seconds for way, stepper in steppers.items()}
     times.race.run(turns, rounds, lambda way: on_turn(f"{name} {dtype}: {way}"))
     times.peak_bytes = {way: stepper.peak_bytes for way, stepper in steppers.items() if stepper.peak_bytes}
 
 
-class _Stepper:
-    """A copy of a model that takes its steps in one way; made, it has taken one and counted what that kept."""
-
-    def __init__(self, way: str, model: nn.Module, inputs: Inputs) -> None:
-        self.peak_bytes = 0
-        self.report = None
-        self._allocated = 0  # before a step
-        self._inputs = inputs
-        self._model = copy.deepcopy(model)
-        self._device = next(model.parameters()).device
-        if way == CHECKPOINTING:
-            enable_checkpointing(self._model)
-        if way.startswith(INVACT):
-            self.report = patch(self._model, inputs)
-        self._forward = torch.compile(self._model) if way.endswith(COMPILE) else self._model
-        compiled = way.endswith(COMPILE)
-        self.kept_bytes = self._counted(compiled)
-        if compiled:
-            self._step()  # without the hooks that count, PyTorch compiles once more
-
-    def turn(self) -> float:
-        """One step, in seconds."""
-        return wall_seconds(lambda _: self._step(), self._before, self._device)
-
-    def _before(self) -> None:
-        torch.manual_seed(0)
-        if self._device.type == "cuda":
-            wait_for(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._allocated = torch.cuda.memory_allocated(self._device)
-
-    def _step(self) -> None:
-        self._loss().backward()
-        if self._device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._allocated
-        self._model.zero_grad()
-
-    def _loss(self) -> Tensor:
-        return loss_of(_called(self._forward, self._inputs))
-
-    def _counted(self, compiled: bool) -> int:
-        torch.manual_seed(0)
-        if compiled:
-            with KeptStorages([*self._model.parameters(), *self._model.buffers()]) as kept:
-                loss = self._loss()
-            nbytes = kept.nbytes()
-            del kept
-        else:
-            with Ledger(self._model) as ledger:
-                loss = self._loss()
-            nbytes = ledger.memory().total_bytes
-        loss.backward()
-        self._model.zero_grad()
-        return nbytes
-
-
-def _called(model: Callable[..., Any], inputs: Inputs) -> Any:
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+def _kept_in_first_step(stepper: Stepper, compiled: bool) -> int:
+    """Bytes; the step warms up as well."""
+    torch.manual_seed(0)
+    loss, nbytes = counted(stepper.model, stepper.loss, compiled)
+    loss.backward()
+    stepper.model.zero_grad()
+    if compiled:
+        stepper.seconds()  # without the hooks that count, PyTorch compiles once more
+    return nbytes
 
 
 def _step_error(name: str, dtype: str, inputs: str, why: Exception) -> StepError:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from invact.bench.contenders import STOCK
-from invact.bench.machine import machine_in_words
-from invact.bench.result import COPY, Bench, KernelTimes, StepTimes
+from invact.bench.records import COPY, KernelTimes, StepTimes
 from invact.bench.timing import Race
 from invact.report.amounts import format_bytes
 from invact.report.tables import Column, print_table
@@ -16,24 +15,25 @@ from invact.report.tables import Column, print_table
 _NAMES = ("pass", "contender", "way")
 
 
-def print_bench(bench: Bench, console: Console) -> None:
-    """Prints everything. "of stock's" is the median of the ratios to stock's time in the same round, "middle half" the
-    quartiles between which half of these ratios lie.
+def print_kernels(kernels: Sequence[KernelTimes], console: Console) -> None:
+    """Prints a table for every curve in every dtype.
+
+    "of stock's" is the median of the ratios to stock's time in the same round, "middle half" the quartiles between
+    which half of these ratios lie; so it is in the tables of steps.
     """
-    versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
-    console.print(f"{bench.date} · {machine_in_words(bench.machine)}", style="bold", highlight=False)
-    console.print(versions, style="dim", highlight=False)
-    for curve, dtype in dict.fromkeys((times.curve, times.dtype) for times in bench.kernels):
-        chosen = [times for times in bench.kernels if (times.curve, times.dtype) == (curve, dtype)]
+    for curve, dtype in dict.fromkeys((times.curve, times.dtype) for times in kernels):
+        chosen = [times for times in kernels if (times.curve, times.dtype) == (curve, dtype)]
         sizes = dict.fromkeys(f"{times.elements:,} elements" for times in chosen)
         _print_heading(f"{curve}, {dtype}, {', host time on '.join(sizes)}", console)
-        _print_kernels(chosen, console)
-    for step in bench.steps:
+        _print_passes(chosen, console)
+
+
+def print_steps(steps: Sequence[StepTimes], console: Console) -> None:
+    """Prints a table for every model's step, and what it saved beside what was planned."""
+    for step in steps:
         _print_heading(f"A step of {step.model}: {step.model_class}, {step.inputs}, {step.dtype}", console)
         _print_step(step, console)
         console.print(step.saved_in_words(), highlight=False)
-    for note in bench.left_out:
-        console.print(f"Left out: {note}", highlight=False, markup=False)
 
 
 def format_seconds(seconds: float) -> str:
@@ -44,7 +44,7 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e6:.2f} µs"
 
 
-def _print_kernels(passes: Sequence[KernelTimes], console: Console) -> None:
+def _print_passes(passes: Sequence[KernelTimes], console: Console) -> None:
     copied = any(COPY in times.race.seconds for times in passes)
     names = ["pass", "contender", "time", "of stock's", "middle half", "kept besides y", "GB/s"]
     columns = _columns([*names, "of a copy's"] if copied else names)

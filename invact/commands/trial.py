@@ -41,7 +41,7 @@ DEFAULT_LEARNING_RATE = 5e-4
 
 
 class Also(str, Enum):
-    """Ways of training on demand; those of `invact.trial.ways`, which loads torch."""
+    """Ways of training on demand: those of `invact.trial.ways`, and all of them."""
 
     exact = "exact"
     selective = "selective"
@@ -156,13 +156,13 @@ def _trained(
         from invact.trial.data import DataError
         from invact.trial.processes import ProcessError
         from invact.trial.task import NotTrainableError, make_task
-        from invact.trial.ways import COMPILED_WAYS, WAYS
+        from invact.trial.ways import COMPILED_WAYS, WAYS, way_called
 
         try:
             task = make_task(name, data, seq_len, adapters)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             dtype = dtype or (Dtype.bf16 if device.type == "cuda" else Dtype.fp32)
-            ways = [way for way in WAYS if checkpointing or "checkpointing" not in way]
+            ways = [way for way in WAYS if checkpointing or not way_called(way).checkpointed]
             ways += [*(COMPILED_WAYS if compiled else ()), *also]
             with progress(steps * len(seeds) * len(ways)) as shown:
 

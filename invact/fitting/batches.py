@@ -11,7 +11,8 @@ from torch import nn
 
 from invact.errors.checks import Inputs
 from invact.fitting.optimizers import OptimizerLike
-from invact.fitting.step import Step, simulated_training
+from invact.fitting.simulated_training import simulated_training
+from invact.fitting.step import Step
 from invact.patchers.checkpointing import can_checkpoint, checkpointed
 from invact.planning.plans import Decided
 from invact.report.amounts import format_bytes
@@ -20,11 +21,21 @@ from invact.simulation.setting import Setting
 # Two sizes give the lines. Not 1: batch norm refuses a single sample.
 _BATCHES = (2, 4)
 
-_IN_WORDS = {
-    "baseline": "as it is",
-    "invact": "with invact",
-    "checkpointing": "with checkpointing",
-    "invact+checkpointing": "with both",
+
+@dataclass(frozen=True)
+class _Way:
+    """A way of training: what is done to the model, and that in words."""
+
+    in_words: str
+    patched: bool = False
+    checkpointed: bool = False
+
+
+_WAYS = {
+    "baseline": _Way("as it is"),
+    "invact": _Way("with invact", patched=True),
+    "checkpointing": _Way("with checkpointing", checkpointed=True),
+    "invact+checkpointing": _Way("with both", patched=True, checkpointed=True),
 }
 
 
@@ -75,7 +86,7 @@ class Batches:
         return {**asdict(self), "largest_batch": self.largest_batch}
 
     def __str__(self) -> str:
-        batches = ", ".join(f"{batch} {_IN_WORDS[way]}" for way, batch in self.largest_batch.items())
+        batches = ", ".join(f"{batch} {_WAYS[way].in_words}" for way, batch in self.largest_batch.items())
         return f"Largest batch in {format_bytes(self.memory_bytes)} with {self.optimizer}: {batches}."
 
 
@@ -101,17 +112,17 @@ def needs(
     Raises:
         NotSimulatedError: the step does not run on simulated tensors.
     """
-    ways = [way for way in _IN_WORDS if "checkpointing" not in way or can_checkpoint(model)]
-    steps: dict[str, list[Step]] = {way: [] for way in ways}
+    ways = {name: way for name, way in _WAYS.items() if not way.checkpointed or can_checkpoint(model)}
+    steps: dict[str, list[Step]] = {name: [] for name in ways}
     for batch in batches:
         with simulated_training(model, inputs_of(batch), setting, optimizer) as take_step:
-            for way in ways:
+            for name, way in ways.items():
                 with (
-                    decided.applied(model) if "invact" in way else nullcontext(),
-                    checkpointed(model) if "checkpointing" in way else nullcontext(),
+                    decided.applied(model) if way.patched else nullcontext(),
+                    checkpointed(model) if way.checkpointed else nullcontext(),
                 ):
-                    steps[way].append(take_step())
-    return {way: _need(small, large, batches) for way, (small, large) in steps.items()}
+                    steps[name].append(take_step())
+    return {name: _need(small, large, batches) for name, (small, large) in steps.items()}
 
 
 def _need(small: Step, large: Step, batches: tuple[int, int]) -> Need:

@@ -14,7 +14,8 @@ from invact.errors.checks import Inputs
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.optimizers import OptimizerLike
 from invact.fitting.recomputing import Block, blocks_of, foreseen_peak, foreseen_step, in_order
-from invact.fitting.step import GRADIENTS, STATES, TEMPORARY, WEIGHTS, Step, TakeStep, simulated_training
+from invact.fitting.simulated_training import TakeStep, simulated_training
+from invact.fitting.step import GRADIENTS, STATES, TEMPORARY, WEIGHTS, Step
 from invact.patchers import without_adapters
 from invact.planning.plans import Decided
 from invact.pytorch.containers import tree_leaves
@@ -22,15 +23,16 @@ from invact.report.amounts import format_bytes, in_words
 from invact.report.records import CheckpointedBlock
 
 _CLEARLY = 1.01
-"""A foreseen peak that is above the budget by more than this is not simulated: foreseen are most to a thousandth, and
-none was seen to be off by more than this relative to its neighbours."""
-
+"""A foreseen peak that is above the budget by more than this is not simulated. Seen on the models of docs/fitting.md:
+most are foreseen to a thousandth, and none was off by more than this relative to its neighbours."""
 
 MANY = 15_000
-"""Operations of a step that take seconds to simulate; a Llama-3.1-8B has 9,000, with LoRA on all layers 20,000."""
+"""Operations of a step that take seconds to simulate; chosen between what was counted: a Llama-3.1-8B has 9,000, with
+LoRA on all layers 20,000."""
 
 _MUCH = 0.1
-"""The share of a peak from which on its temporary tensors are told of."""
+"""The share of a peak from which on its temporary tensors are told of. Chosen: with less, chunks of the loss would not
+make it fit."""
 
 
 class DoesNotFitError(ValueError):

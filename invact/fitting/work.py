@@ -13,7 +13,7 @@ from invact.pytorch.operators import device_query
 
 FLOPS_A_BYTE = 100
 """How many operations a GPU does while it moves a byte: 400 Tflop/s of its 16-bit products and 3 to 4 TB/s are what an
-H100 reaches. Only ratios between blocks of one model are taken of it."""
+H100 reaches. Rounded, since only ratios between blocks of one model are taken of it."""
 
 
 class Work(TorchDispatchMode):

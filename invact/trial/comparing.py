@@ -18,15 +18,16 @@ from invact.planning.by_layer import memory_by_layer
 from invact.planning.plans import decide
 from invact.report.amounts import format_bytes
 from invact.simulation.setting import Setting
+from invact.trial.changing import Options, change
 from invact.trial.data import DataError
 from invact.trial.peak import predicted_peak
 from invact.trial.processes import CompressedTraining, Pair
 from invact.trial.result import Trial
-from invact.trial.run import COMPRESSION, EXACT, INVACT, SELECTIVE, Run
+from invact.trial.run import Run
 from invact.trial.task import Task
 from invact.trial.trainee import Trainee, Training, on_device
 from invact.trial.verdict import Yardsticks
-from invact.trial.ways import WAYS, Options, change
+from invact.trial.ways import COMPRESSION, EXACT, INVACT, SELECTIVE, WAYS, way_called
 
 
 def train_in_ways(
@@ -120,7 +121,7 @@ def _to_be_had(ways: Sequence[str], task: Task) -> tuple[list[str], list[str]]:
     notes = []
     model = task.build()
     if not can_checkpoint(model):
-        ways = [way for way in ways if "checkpointing" not in way]
+        ways = [way for way in ways if not way_called(way).checkpointed]
         notes.append("this model can not be checkpointed, so it was trained without.")
     if SELECTIVE in ways and not repeated_blocks(model):
         ways = [way for way in ways if way != SELECTIVE]

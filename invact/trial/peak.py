@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from invact.fitting.optimizers import NotSimulatedError
-from invact.fitting.step import simulated_training
+from invact.fitting.simulated_training import simulated_training
 from invact.simulation.setting import Setting
-from invact.trial.processes import PROCESSES
-from invact.trial.run import COMPRESSION
+from invact.trial.changing import Options, change
 from invact.trial.task import Batch, Task
 from invact.trial.trainee import on_device
-from invact.trial.ways import Options, change
+from invact.trial.ways import COMPRESSION, way_called
+from invact.trial.worker import PROCESSES
 
 OPTIMIZER = "adamw"  # what a trial trains with
 
@@ -31,7 +31,7 @@ def predicted_peak(way: str, task: Task, setting: Setting, batch_size: int, opti
         way: one that can be had for the task's model.
         batch_size: of all processes together.
     """
-    if "compile" in way:
+    if way_called(way).compiled:
         return None
     processes = PROCESSES if way == COMPRESSION else 1
     model = task.build().to(setting.device)

@@ -15,8 +15,9 @@ from invact.planning.by_layer import Layer
 from invact.report.amounts import format_bytes
 from invact.report.report import Report
 from invact.report.tables import Column, print_table
-from invact.trial.run import BASELINE, INVACT, Run
+from invact.trial.run import Run
 from invact.trial.verdict import Yardsticks, judge
+from invact.trial.ways import BASELINE, INVACT
 
 
 @dataclass
@@ -52,12 +53,12 @@ class Trial:
     @property
     def verdict(self) -> str:
         """What invact changed, and which way is the one to use for this workload."""
-        stock, patched = self.run(BASELINE), self.run(INVACT)
-        saving = 1 - patched.activation_bytes / stock.activation_bytes
-        slower = patched.seconds_per_step / stock.seconds_per_step
+        baseline, patched = self.run(BASELINE), self.run(INVACT)
+        saving = 1 - patched.activation_bytes / baseline.activation_bytes
+        slower = patched.seconds_per_step / baseline.seconds_per_step
         return (
             f"invact keeps {saving:.1%} fewer bytes for backward ({format_bytes(patched.activation_bytes)} instead of "
-            f"{format_bytes(stock.activation_bytes)}) at {slower:.2f} times the time per step, and "
+            f"{format_bytes(baseline.activation_bytes)}) at {slower:.2f} times the time per step, and "
             f"{self._losses_in_words(patched)}. {judge(self.runs, self.yardsticks)}"
         )
 
@@ -97,11 +98,11 @@ class Trial:
 
     def rows(self) -> list[list[str]]:
         """The table of the ways as text, its header first; columns that say nothing here are left out."""
-        stock, measure = self.run(BASELINE), self.yardsticks
+        baseline, measure = self.run(BASELINE), self.yardsticks
         columns: dict[str, Callable[[Run], str]] = {
             "way": _name_in_words,
             "kept for backward": _kept_in_words,
-            "of baseline": lambda run: f"{run.bytes_of_all / stock.bytes_of_all:.1%}",
+            "of baseline": lambda run: f"{run.bytes_of_all / baseline.bytes_of_all:.1%}",
             "peak": lambda run: format_bytes(run.peak_bytes or 0),
             "peak, predicted": _predicted_in_words,
             "s/step": lambda run: f"{run.seconds_per_step:.4f}",
@@ -112,7 +113,7 @@ class Trial:
             "within spread": lambda run: "yes" if measure.within_spread(run) else "NO",
             "largest batch": lambda run: "-" if run.largest_batch is None else str(run.largest_batch),
         }
-        if stock.peak_bytes is None:
+        if baseline.peak_bytes is None:
             del columns["peak"]
         if all(run.predicted_peak_bytes is None for run in self.runs):
             del columns["peak, predicted"]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-BASELINE, INVACT = "baseline", "invact"
-EXACT, SELECTIVE, FIT, COMPRESSION = "exact", "selective", "fit", "compression"
-_APPROXIMATE = "fewbit-"
+from invact.trial.ways import FEW_BITS
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Run:
     @property
     def approximate(self) -> bool:
         """Whether its derivatives are meant to be coarse, and not only rounded."""
-        return self.name.startswith(_APPROXIMATE)
+        return self.name in FEW_BITS
 
     @property
     def bytes_of_all(self) -> int:

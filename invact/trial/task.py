@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invact import patchers
-from invact.bench.real_models import with_weights
+from invact.bench.models_with_weights import with_weights
 from invact.errors.checks import Inputs
 from invact.trial.data import DataError, Images, Text, load_images, load_text, resized
 from invact.trial.small_models import SMALL_BERT, SMALL_MODELS, on_meta, small_model
 
 DEFAULT_TOKENS = 128
 SMALL_MODEL_TOKENS = 64
-_MASKED = 0.15  # the share of tokens that BERT is asked for
+_MASKED = 0.15  # the share of tokens that BERT is asked for, as it was trained (Devlin et al., 2018)
 
 
 class NotTrainableError(ValueError):
@@ -34,7 +34,7 @@ class Batch:
     targets: Tensor | None = None
 
 
-class Adapters(Protocol):
+class AdaptersLike(Protocol):
     """What is trained beside frozen weights, told by `str` in words."""
 
     def put_into(self, model: nn.Module) -> nn.Module:
@@ -48,7 +48,7 @@ class Origin:
     name: str | None = None
     data: str | None = None
     seq_len: int | None = None
-    adapters: Adapters | None = None
+    adapters: AdaptersLike | None = None
 
     def make(self) -> Task:
         return make_task(self.name, self.data, self.seq_len, self.adapters)
@@ -76,7 +76,7 @@ class Task:
 
 
 def make_task(
-    name: str | None = None, data: str | None = None, seq_len: int | None = None, adapters: Adapters | None = None
+    name: str | None = None, data: str | None = None, seq_len: int | None = None, adapters: AdaptersLike | None = None
 ) -> Task:
     """The task for a model by name; for a small BERT without one.
 
@@ -101,7 +101,7 @@ def make_task(
     return replace(task, origin=Origin(name, data, seq_len, adapters))
 
 
-def _with_adapters(task: Task, adapters: Adapters) -> Task:
+def _with_adapters(task: Task, adapters: AdaptersLike) -> Task:
     def build() -> nn.Module:
         return adapters.put_into(task.build()).train()
 

@@ -12,20 +12,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from invact.bench.counting import counted
 from invact.bench.timing import wait_for
 from invact.errors.checks import Inputs
 from invact.errors.own_errors import first_line, own_error
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
 from invact.ledger.kept_storages import KeptStorages
-from invact.ledger.ledger import Ledger
 from invact.ledger.storages import storage_sizes
 from invact.pytorch.containers import tree_leaves, tree_map_only
 from invact.simulation.setting import Setting
-from invact.trial.run import BASELINE, SELECTIVE
 from invact.trial.task import Batch, NotTrainableError, Task
+from invact.trial.ways import BASELINE, SELECTIVE, way_called
 
 _FINAL_SEED = 1_000_000  # of the samples that all are asked for at the end
-_FINAL_BATCHES = 16
+_FINAL_BATCHES = 16  # at the most, or as many as were trained on: chosen, so that they take little of a trial's time
 
 Change = Callable[[nn.Module, Inputs], Callable[..., Any]]
 """Makes a model train in some way, in place, and gives what is called in its stead."""
@@ -133,16 +133,11 @@ class Trainee:
             return self._task.loss(self._forward, batch)
 
     def _counted_loss(self, batch: Batch) -> Tensor:
-        if "compile" in self.way:
-            with KeptStorages([*self._model.parameters(), *self._model.buffers()]) as storages:
-                loss = self._loss(batch)
-            self.activation_bytes = storages.nbytes()
-            return loss
         if self.way == SELECTIVE:
             return self._loss_and_living_bytes(batch)
         try:
-            with Ledger(self._model) as ledger:
-                loss = self._loss(batch)
+            compiled = way_called(self.way).compiled
+            loss, self.activation_bytes = counted(self._model, lambda: self._loss(batch), compiled)
         except NotTrainableError:
             raise
         except Exception as error:
@@ -150,7 +145,6 @@ class Trainee:
             if why is None:
                 raise
             raise NotTrainableError(f"{self._task.title} is not trainable like this: {first_line(why)}.") from error
-        self.activation_bytes = ledger.memory().total_bytes
         return loss
 
     def _loss_and_living_bytes(self, batch: Batch) -> Tensor:

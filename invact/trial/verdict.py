@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from invact.report.amounts import format_bytes
-from invact.trial.run import BASELINE, COMPRESSION, EXACT, FIT, INVACT, Run
+from invact.trial.run import Run
+from invact.trial.ways import BASELINE, COMPRESSION, INVACT, way_called
 
-ROUNDING = 0.01  # of the loss: what rounding may come to in a few steps, judged without a spread
-_ALIKE = 0.01  # bytes and times closer than that are one
-_OURS = {INVACT, EXACT, FIT}
+ROUNDING = 0.01  # of the loss: what rounding may come to in a few steps, judged without a spread; chosen
+_ALIKE = 0.01  # bytes and times closer than that are one; chosen, as times are read to a hundredth
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,19 @@ def judge(runs: Sequence[Run], measure: Yardsticks) -> str:
     remaining = [run for run in runs if run.name not in refused]
     if not remaining:
         return f"None of these is the one to use here. {_refusals(refused)}"
-    stock = runs[0]
+    baseline = runs[0]
     best = _fewest_bytes(remaining) if measure.memory_bytes is None else _fastest(remaining)
-    words = [f"For this workload use {_name(best)}: {_why(best, stock, measure)}."]
-    faster, others = _worth_their_bytes(remaining, best, stock)
+    words = [f"For this workload use {_name(best)}: {_why(best, baseline, measure)}."]
+    faster, others = _worth_their_bytes(remaining, best, baseline)
     if faster:
-        words.append(f"Where that time is too long: {_figures(faster, stock)}.")
+        words.append(f"Where that time is too long: {_figures(faster, baseline)}.")
     if others and measure.memory_bytes is not None:
-        words.append(f"These fit as well: {_figures(others, stock)}.")
+        words.append(f"These fit as well: {_figures(others, baseline)}.")
     elif others:
-        words.append(f"Nothing is won by: {_figures(others, stock)}.")
+        words.append(f"Nothing is won by: {_figures(others, baseline)}.")
     if refused:
         words.append(_refusals(refused))
-    if not _OURS & set(best.name.split("+")):
+    if not way_called(best.name).ours:
         words.append(_why_not_invact(runs, refused, best, measure))
     return " ".join(words)
 
@@ -113,14 +113,14 @@ def _fastest(runs: Sequence[Run]) -> Run:
     return min(as_fast, key=lambda run: run.bytes_of_all)
 
 
-def _worth_their_bytes(runs: Sequence[Run], best: Run, stock: Run) -> tuple[list[Run], list[Run]]:
+def _worth_their_bytes(runs: Sequence[Run], best: Run, baseline: Run) -> tuple[list[Run], list[Run]]:
     """Of the other ways, fewest bytes first, those that save something and are faster than all that save more; and the
     others, but for the baseline."""
     faster: list[Run] = []
     others: list[Run] = []
     quickest = best.seconds_per_step
-    for run in sorted((run for run in runs if run not in (best, stock)), key=lambda run: run.bytes_of_all):
-        saves = run.bytes_of_all < (1 - _ALIKE) * stock.bytes_of_all
+    for run in sorted((run for run in runs if run not in (best, baseline)), key=lambda run: run.bytes_of_all):
+        saves = run.bytes_of_all < (1 - _ALIKE) * baseline.bytes_of_all
         if saves and run.seconds_per_step < (1 - _ALIKE) * quickest:
             faster.append(run)
             quickest = run.seconds_per_step
@@ -129,22 +129,22 @@ def _worth_their_bytes(runs: Sequence[Run], best: Run, stock: Run) -> tuple[list
     return faster, others
 
 
-def _why(best: Run, stock: Run, measure: Yardsticks) -> str:
+def _why(best: Run, baseline: Run, measure: Yardsticks) -> str:
     within = "stay within the spread between seeds" if measure.spread is not None else "are the baseline's to rounding"
     if measure.memory_bytes is None:
-        return f"of the ways whose losses {within} it keeps the fewest bytes, {_figure(best, stock)}"
+        return f"of the ways whose losses {within} it keeps the fewest bytes, {_figure(best, baseline)}"
     fitting = f"that fit in {format_bytes(measure.memory_bytes)} and whose losses {within}"
-    return f"of the ways {fitting} it takes the least time, {_figure(best, stock)}"
+    return f"of the ways {fitting} it takes the least time, {_figure(best, baseline)}"
 
 
-def _figures(runs: Sequence[Run], stock: Run) -> str:
-    return ", ".join(f"{_name(run)} ({_figure(run, stock)})" for run in runs)
+def _figures(runs: Sequence[Run], baseline: Run) -> str:
+    return ", ".join(f"{_name(run)} ({_figure(run, baseline)})" for run in runs)
 
 
-def _figure(run: Run, stock: Run) -> str:
-    share = f"{run.bytes_of_all / stock.bytes_of_all:.1%}"
-    slower = f"{run.seconds_per_step / stock.seconds_per_step:.2f}"
-    if run is stock:
+def _figure(run: Run, baseline: Run) -> str:
+    share = f"{run.bytes_of_all / baseline.bytes_of_all:.1%}"
+    slower = f"{run.seconds_per_step / baseline.seconds_per_step:.2f}"
+    if run is baseline:
         return "and is what the others are measured by"
     return f"{share} of the baseline's at {slower} times its time"
 

@@ -1,81 +1,72 @@
-"""The ways of training that a trial compares: each changes a model, once and for good."""
+"""The ways of training that a trial compares, by name, and what each does to a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import nn
-
-from invact.errors.checks import Inputs
-from invact.fitting.choosing import DoesNotFitError
-from invact.fitting.optimizers import NotSimulatedError
-from invact.patchers.checkpointing import enable_checkpointing
-from invact.patching import approximate_everywhere, fit, patch
-from invact.trial.run import BASELINE, COMPRESSION, EXACT, FIT, INVACT, SELECTIVE
-from invact.trial.selective import checkpoint_selectively
-from invact.trial.task import NotTrainableError
-
-WAYS = (BASELINE, INVACT, "checkpointing", "invact+checkpointing")
-COMPILED_WAYS = ("compile", "invact+compile")
+BASELINE, INVACT, CHECKPOINTING, BOTH = "baseline", "invact", "checkpointing", "invact+checkpointing"
+COMPILE, INVACT_COMPILE = "compile", "invact+compile"
+EXACT, SELECTIVE, FIT, COMPRESSION = "exact", "selective", "fit", "compression"
 FEW_BITS = {f"fewbit-{bits}": bits for bits in (1, 2, 3, 4)}
+
+WAYS = (BASELINE, INVACT, CHECKPOINTING, BOTH)
+COMPILED_WAYS = (COMPILE, INVACT_COMPILE)
 ON_DEMAND = (EXACT, SELECTIVE, FIT, COMPRESSION, *FEW_BITS)
 
 
 @dataclass(frozen=True)
-class Options:
-    """What holds for every way.
+class Way:
+    """What a way does to a model; the baseline does nothing, nor does compression, which is done between processes.
 
     Attributes:
-        autocast: the dtype of torch.autocast, or None.
-        exact: nothing is inverted wherever invact is at work.
-        memory_bytes: of a GPU; "fit" needs it.
+        patched: by `invact.patch`.
+        exact: nothing is inverted in that, whatever else is asked for.
+        checkpointed: by the switch of the model's library.
+        compiled: by torch.compile.
+        selective: PyTorch's selective checkpointing stands around the repeated blocks.
+        fits: by `invact.fit`, for the memory that was named.
+        few_bits: of the coarse derivatives at every site; None where they are not coarse.
     """
 
-    autocast: torch.dtype | None = None
+    patched: bool = False
     exact: bool = False
-    memory_bytes: int | None = None
+    checkpointed: bool = False
+    compiled: bool = False
+    selective: bool = False
+    fits: bool = False
+    few_bits: int | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is one of those that invact is for."""
+        return self.patched or self.fits
 
 
-def change(way: str, model: nn.Module, inputs: Inputs, options: Options) -> Callable[..., Any]:
-    """Makes the model train in one way, in place; what is returned is called in its stead.
+_BY_NAME = {
+    BASELINE: Way(),
+    INVACT: Way(patched=True),
+    CHECKPOINTING: Way(checkpointed=True),
+    BOTH: Way(patched=True, checkpointed=True),
+    COMPILE: Way(compiled=True),
+    INVACT_COMPILE: Way(patched=True, compiled=True),
+    EXACT: Way(patched=True, exact=True),
+    SELECTIVE: Way(selective=True),
+    FIT: Way(fits=True),
+    COMPRESSION: Way(),
+    **{name: Way(few_bits=bits) for name, bits in FEW_BITS.items()},
+}
 
-    "compression" changes no model: it is what two processes do with it.
+
+def way_called(name: str) -> Way:
+    """What a way does, by its name.
 
     Raises:
-        ValueError: the way is none of `WAYS`, `COMPILED_WAYS` and `ON_DEMAND`, or can not be had for this model.
+        ValueError: there is none of that name.
+
+    Example:
+        >>> way_called("invact+compile")
+        Way(patched=True, exact=False, checkpointed=False, compiled=True, selective=False, fits=False, few_bits=None)
     """
-    if "checkpointing" in way:
-        enable_checkpointing(model)
-    if way.startswith(INVACT) or way == EXACT:
-        patch(model, inputs, autocast=options.autocast, exact=options.exact or way == EXACT)
-    elif way == SELECTIVE:
-        checkpoint_selectively(model)
-    elif way == FIT:
-        _fit(model, inputs, options)
-    elif way in FEW_BITS:
-        approximate_everywhere(model, inputs, few_bits=FEW_BITS[way], autocast=options.autocast)
-    elif way not in (*WAYS, *COMPILED_WAYS, COMPRESSION):
-        raise ValueError(f"There is no way of training called {way!r}. There are: {', '.join(_ALL)}.")
-    return torch.compile(model) if "compile" in way else model
-
-
-_ALL = (*WAYS, *COMPILED_WAYS, *ON_DEMAND)
-
-
-def _fit(model: nn.Module, inputs: Inputs, options: Options) -> None:
-    if options.memory_bytes is None:
-        raise ValueError("The way fit is to fit a memory, and none was named. Name it: --gpu-memory 24GiB.")
-    try:
-        fit(
-            model,
-            inputs,
-            memory=options.memory_bytes,
-            optimizer="adamw",
-            autocast=options.autocast,
-            exact=options.exact,
-        )
-    except (DoesNotFitError, NotSimulatedError) as error:
-        raise NotTrainableError(str(error)) from error
+    if name not in _BY_NAME:
+        raise ValueError(f"There is no way of training called {name!r}. There are: {', '.join(_BY_NAME)}.")
+    return _BY_NAME[name]
