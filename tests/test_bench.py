@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import os
 import pty
@@ -18,7 +17,7 @@ import torch
 from invact.kernels import CURVES
 from typer.testing import CliRunner, Result
 
-from invact import bench_steps, kept_storages, own_errors, real_models, timing
+from invact import bench_steps
 from invact.bench import run as bench
 from invact.bench_kernels import HOST_ELEMENTS, time_kernels
 from invact.bench_result import COPY, Bench
@@ -73,11 +72,6 @@ def test_a_round_that_is_not_complete_does_not_count():
 @pytest.mark.parametrize(("seconds", "text"), [(12.3456, "12.35 s"), (0.0015, "1.50 ms"), (2.5e-6, "2.50 µs")])
 def test_seconds_have_a_unit(seconds, text):
     assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize("module", [kept_storages, own_errors, real_models, timing], ids=lambda module: module.__name__)
-def test_the_examples_in_docstrings_run(module):
-    assert doctest.testmod(module).failed == 0
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------

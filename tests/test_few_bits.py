@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import json
 import pickle
 from typing import Any
@@ -12,15 +11,12 @@ import pytest
 import torch
 from conftest import kept_bytes
 from decision_cases import CASES, DroppedAndShared
-from invact.kernels import steps as steps_module
 from steps_apart import EVERY_NUMBER_OF_BITS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import invact
-from invact import few_bits as few_bits_module
-from invact import patching
 from invact.arguments import check_few_bits
 from invact.cli import app
 from invact.patching import approximate_everywhere
@@ -280,10 +276,3 @@ def test_the_command_takes_the_bits_and_refuses_them_beside_exact() -> None:
     assert refused.exit_code == 2
     assert "Leave one of them out." in refused.output
     assert CliRunner().invoke(app, [*arguments, "--few-bits", "5"]).exit_code == 2
-
-
-@pytest.mark.parametrize("module", [few_bits_module, steps_module, patching], ids=lambda module: module.__name__)
-def test_the_examples_run(module: Any) -> None:
-    result = doctest.testmod(module, extraglobs={"torch": torch})
-    assert result.attempted
-    assert not result.failed

@@ -258,10 +258,3 @@ def test_parameters_with_which_y_does_not_tell_the_gradient_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(3))
-
-
-def test_examples_in_the_docstrings_run() -> None:
-    import doctest
-
-    for module in (functional, invact.nn):
-        assert doctest.testmod(module).failed == 0
