@@ -80,13 +80,16 @@ def outputs_and_gradients(model, inputs, seed=0):
     return torch.cat([t.detach().flatten() for t in outputs]), torch.cat(gradients)
 
 
-@pytest.fixture
-def all_objects_followed():
+def followed_again():
     """What the tests froze is followed again, modules and what they hold."""
     gc.unfreeze()
     yield
     gc.collect()
     gc.freeze()
+
+
+all_objects_followed = pytest.fixture(followed_again)
+all_objects_followed_meanwhile = pytest.fixture(followed_again, scope="module", name="all_objects_followed_meanwhile")
 
 
 @pytest.fixture

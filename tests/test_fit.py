@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-BUDGETS = (0.0, 0.3, 0.5, 0.75, 0.95)
+BUDGETS = (0.0, 0.5, 0.95)
 """Shares of the way from all blocks checkpointed to none."""
 
 # --- the budget ---------------------------------------------------------------------------------------

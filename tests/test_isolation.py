@@ -189,7 +189,7 @@ def test_two_threads_plan_two_models_as_each_would_alone():
     alone = [told(invact.plan(Attends(**kind), (X,))) for kind in kinds]
     inverted = [sum(site["action"] == "invert" for site in report["sites"]) for report, _ in alone]
     functions = library_functions()
-    for _ in range(3):
+    for _ in range(2):
         models = [Attends(**kind) for kind in kinds]
         assert in_threads(*(lambda m=m: told(invact.plan(m, (X,))) for m in models)) == alone
         assert in_threads(*(lambda m=m: told(invact.patch(m, (X,))) for m in models)) == alone
