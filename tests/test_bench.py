@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from invact.kernels import CURVES
+from terminals import interrupted
 from typer.testing import CliRunner, Result
 
 from invact import bench_steps
@@ -278,18 +273,10 @@ def test_an_interruption_before_the_first_round_is_passed_on():
 
 @pytest.mark.slow
 def test_control_c_prints_what_there_is_and_a_terminal_is_told_what_goes_on():
-    terminal, its_end = pty.openpty()
     options = ["--only", "kernels", "--curve", "hardswish", "--against", "stock", "--rounds", "1000000000", "--json"]
-    command = [sys.executable, "-m", "invact", "bench", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_end, text=True)
-    seen = ""
-    deadline = time.monotonic() + 300
-    while "forward: invact" not in seen and time.monotonic() < deadline:
-        seen += os.read(terminal, 4096).decode(errors="replace")
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert json.loads(printed)["interrupted"] is True
+    ended = interrupted("bench", *options, after="forward: invact")
+    assert ended.returncode == 130
+    assert json.loads(ended.printed)["interrupted"] is True
 
 
 @pytest.mark.gpu

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from saved_models import TINY_GPT2, saved_gpt2
+from terminals import interrupted
 from typer.testing import CliRunner, Result
 
 from invact import trial_trainee
@@ -313,18 +309,10 @@ def test_lines_of_progress_come_though_a_step_takes_long_and_end_with_the_block(
 
 @pytest.mark.slow
 def test_control_c_prints_what_there_is_and_a_terminal_gets_a_progress_bar():
-    terminal, its_end = pty.openpty()
-    command = [sys.executable, "-m", "invact", "trial", "--steps", "100000", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_end, text=True)
-    seen = ""
-    deadline = time.monotonic() + 300
-    while "20/1200000" not in seen and time.monotonic() < deadline:
-        seen += os.read(terminal, 4096).decode(errors="replace")
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert json.loads(printed)["interrupted"] is True
-    assert "━" in seen
+    ended = interrupted("trial", "--steps", "100000", "--json", after="20/1200000")
+    assert ended.returncode == 130
+    assert json.loads(ended.printed)["interrupted"] is True
+    assert "━" in ended.seen
 
 
 @pytest.mark.slow
