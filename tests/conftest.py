@@ -2,6 +2,7 @@
 
 import gc
 import getpass
+import importlib.util
 import os
 import tempfile
 import weakref
@@ -79,13 +80,16 @@ def outputs_and_gradients(model, inputs, seed=0):
     return torch.cat([t.detach().flatten() for t in outputs]), torch.cat(gradients)
 
 
-@pytest.fixture
-def all_objects_followed():
+def followed_again():
     """What the tests froze is followed again, modules and what they hold."""
     gc.unfreeze()
     yield
     gc.collect()
     gc.freeze()
+
+
+all_objects_followed = pytest.fixture(followed_again)
+all_objects_followed_meanwhile = pytest.fixture(followed_again, scope="module", name="all_objects_followed_meanwhile")
 
 
 @pytest.fixture
@@ -136,3 +140,41 @@ def two_processes(tmp_path_factory):
     processes = TwoProcesses(tmp_path_factory.mktemp("meeting_points"))
     yield processes.run
     processes.stop()
+
+
+@pytest.fixture
+def images():
+    """Three, of odd sizes."""
+    return torch.randn(3, 5, 4, 7, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def block_that_computes(tmp_path):
+    """Makes a block with the source of one expression of x between its layers."""
+
+    def make(expression):
+        path = tmp_path / "block.py"
+        path.write_text(
+            "import math\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n"
+            "class Block(nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)\n\n"
+            "    def forward(self, x):\n"
+            "        x = self.up(x)\n"
+            f"        return self.down({expression})\n"
+        )
+        spec = importlib.util.spec_from_file_location("block", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.Block()
+
+    return make
+
+
+@pytest.fixture
+def fused_here(monkeypatch):
+    """As if the fused operator were one kernel on this CPU: it is PyTorch's own composition of it that runs."""
+    from norms_in_steps import as_if_fused
+
+    as_if_fused(monkeypatch)

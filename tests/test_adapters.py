@@ -1,6 +1,5 @@
 """Adapters in the dry run: PEFT's own, a base in 4 bits by its bytes, and what does not go, in one sentence."""
 
-import doctest
 import json
 from contextlib import nullcontext
 
@@ -9,7 +8,6 @@ import torch
 from invact.patchers import (
     AdapterError,
     MissingLibraryError,
-    adapters,
     example_inputs,
     library_of,
     load,
@@ -216,11 +214,6 @@ def test_missing_peft_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingLibraryError, match=r"pip install 'invact\[lora\]'"):
         with_lora(llama("meta"), 4)
-
-
-@pytest.mark.parametrize("module", [adapters, quantized])
-def test_examples_give_what_they_say(module):
-    assert doctest.testmod(module).failed == 0
 
 
 @pytest.fixture(scope="module")

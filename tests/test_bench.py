@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import doctest
 import json
-import os
-import pty
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from invact.kernels import CURVES
+from terminals import interrupted
 from typer.testing import CliRunner, Result
 
-from invact.bench import counting, models_with_weights, stepper, timing
+from invact.bench import counting
 from invact.bench import steps as bench_steps
 from invact.bench.contenders import PUBLISHED
 from invact.bench.kernels import HOST_ELEMENTS, time_kernels
@@ -30,8 +24,6 @@ from invact.bench.steps import training_inputs
 from invact.bench.tables import format_seconds
 from invact.bench.timing import Race
 from invact.cli import app
-from invact.errors import own_errors
-from invact.ledger import kept_storages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,15 +69,6 @@ def test_a_round_that_is_not_complete_does_not_count():
 @pytest.mark.parametrize(("seconds", "text"), [(12.3456, "12.35 s"), (0.0015, "1.50 ms"), (2.5e-6, "2.50 µs")])
 def test_seconds_have_a_unit(seconds, text):
     assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(
-    "module",
-    [counting, kept_storages, own_errors, models_with_weights, stepper, timing],
-    ids=lambda module: module.__name__,
-)
-def test_the_examples_in_docstrings_run(module):
-    assert doctest.testmod(module).failed == 0
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -292,18 +275,10 @@ def test_an_interruption_before_the_first_round_is_passed_on():
 
 @pytest.mark.slow
 def test_control_c_prints_what_there_is_and_a_terminal_is_told_what_goes_on():
-    terminal, its_end = pty.openpty()
     options = ["--only", "kernels", "--curve", "hardswish", "--against", "stock", "--rounds", "1000000000", "--json"]
-    command = [sys.executable, "-m", "invact", "bench", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=its_end, text=True)
-    seen = ""
-    deadline = time.monotonic() + 300
-    while "forward: invact" not in seen and time.monotonic() < deadline:
-        seen += os.read(terminal, 4096).decode(errors="replace")
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert json.loads(printed)["interrupted"] is True
+    ended = interrupted("bench", *options, after="forward: invact")
+    assert ended.returncode == 130
+    assert json.loads(ended.printed)["interrupted"] is True
 
 
 @pytest.mark.gpu

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 import timm
 import torch
@@ -11,7 +9,6 @@ from small_trained import bert, gpt2, llama, lora_llama, resnet, t5, vit
 from torch import nn
 
 import invact
-from invact.fitting import blocks
 from invact.fitting.blocks import FEW, repeated_blocks
 
 
@@ -71,7 +68,3 @@ def test_a_patched_model_has_the_same_blocks():
     model = nn.Sequential(block(64), block(64))
     invact.patch(model, (torch.randn(64, 64),))
     assert repeated_blocks(model) == ["0", "1"]
-
-
-def test_examples_give_what_they_say():
-    assert doctest.testmod(blocks).failed == 0

@@ -87,7 +87,7 @@ def test_help_names_the_model_first(command):
 @pytest.mark.parametrize("width", [40, 60, 100])
 def test_a_piped_report_is_as_wide_as_columns_says(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
-    result = run("patch", "bert-base-uncased", "--seq-len", 64, "--gpu-memory", "24GiB")
+    result = run("patch", "timm/test_vit", "--gpu-memory", "24GiB")
     lines = result.stdout.splitlines()
     assert width // 2 < max(map(len, lines)) <= width
     assert "Largest batch in 24.00 GiB" in " ".join(result.stdout.split())

@@ -4,7 +4,6 @@ PyTorch finds the backend by invact's entry point: where the package is not inst
 of these fail.
 """
 
-import doctest
 import json
 import subprocess
 import sys
@@ -24,8 +23,6 @@ from typer.testing import CliRunner
 
 import invact
 from invact.cli import app
-from invact.compiling import compiled_bytes as compiled_bytes_module
-from invact.compiling import inductor as compiling
 from invact.compiling.compiled_bytes import compiled_bytes
 from invact.ledger.kept_storages import KeptStorages
 from invact.simulation.setting import Setting
@@ -313,11 +310,6 @@ def test_what_can_not_be_counted_is_told_and_nothing_stays_behind():
     assert "can not be traced as one graph" in counted.notes[0]
     assert not torch.compiler.is_compiling()
     outputs_and_gradients(model, (x,))
-
-
-def test_the_examples_are_true():
-    assert doctest.testmod(compiled_bytes_module).failed == 0
-    assert doctest.testmod(compiling).failed == 0
 
 
 def test_without_gradients_nothing_is_kept():

@@ -5,51 +5,20 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from training_alike import HIDDEN, WIDTH, Feed, Stack, loss_of
 from two_processes import RANKS
 
 import invact
 
 pytestmark = pytest.mark.distributed
 
-WIDTH, HIDDEN, ROWS = 16, 64, 32
-
-
-class Feed(nn.Module):
-    """One activation that is a module and one that is an expression, both between linear layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.act, self.down = nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)
-        self.norm, self.up2, self.down2 = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
-
-    def forward(self, x):
-        x = x + self.down(self.act(self.up(x)))
-        return x + self.down2(F.silu(self.up2(self.norm(x))))
-
-
-class Stack(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
-        self.blocks = nn.ModuleList(Feed() for _ in range(2))
-
-    def forward(self, x):
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+ROWS = 32
 
 
 def model_and_batches():
     """The same on every rank: a model, and one batch per rank."""
     torch.manual_seed(0)
     return Stack(), torch.randn(RANKS, ROWS, WIDTH)
-
-
-def loss_of(output):
-    return output.float().square().mean() + output.float().sin().mean()
 
 
 def gradients_of_one_process(model, batches):

@@ -2,124 +2,16 @@
 
 import copy
 import functools
-import gc
-import importlib.util
 import pickle
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from written_blocks import FOUND, Block, CallsFunctional
 
 import invact
-from invact.planning import walking
-from invact.recognition import expressions
-from invact.recognition.curves import recognise
 from invact.recognition.expressions import written_in
-
-
-def author_swish(x):
-    return x * torch.sigmoid(x)
-
-
-class Block(nn.Module):
-    beta = 1.0
-
-    def __init__(self, width=16):
-        super().__init__()
-        self.up, self.down, self.norm = nn.Linear(width, 64), nn.Linear(64, width), nn.LayerNorm(width)
-        self.function = F.gelu
-        self.slope = 1.702
-
-
-class CallsFunctional(Block):
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
-
-
-class CallsByLongName(Block):
-    def forward(self, x):
-        return self.down(torch.nn.functional.silu(self.up(x)))
-
-
-class CallsWithOptions(Block):
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
-
-
-class BuiltOfSigmoid(Block):
-    def forward(self, x):
-        x = self.up(x)
-        x = x * torch.sigmoid(x)
-        return self.down(x)
-
-
-class BuiltOfAttributes(Block):
-    def forward(self, x):
-        x = self.up(x)
-        return self.down(x * (self.slope * x).sigmoid())
-
-
-class CallsAttribute(Block):
-    def forward(self, x):
-        return self.down(self.function(self.up(x)))
-
-
-class CallsPartial(Block):
-    def __init__(self):
-        super().__init__()
-        self.function = functools.partial(F.gelu, approximate="tanh")
-
-    def forward(self, x):
-        return self.down(self.function(self.up(x)))
-
-
-class CallsAuthorsFunction(Block):
-    def forward(self, x):
-        return self.down(author_swish(self.up(x)))
-
-
-class CallsInAnotherMethod(Block):
-    def forward(self, x):
-        return self.norm(self._feed(x))
-
-    def _feed(self, x):
-        return self.down(F.silu(self.up(x)))
-
-
-class Decorated(Block):
-    def twice(function):  # noqa: N805
-        @functools.wraps(function)
-        def wrapper(self, x):
-            return function(self, function(self, x))
-
-        return wrapper
-
-    twice = staticmethod(twice)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
-
-
-class WithSuper(CallsInAnotherMethod):
-    def forward(self, x):
-        return super().forward(x) + self.down(F.gelu(self.up(x)))
-
-
-FOUND = {
-    CallsFunctional: ["forward:gelu"],
-    CallsByLongName: ["forward:silu"],
-    CallsWithOptions: ["forward:gelu_tanh"],
-    BuiltOfSigmoid: ["forward:silu"],
-    BuiltOfAttributes: ["forward:quick_gelu"],
-    CallsAttribute: ["forward:gelu"],
-    CallsPartial: ["forward:gelu_tanh"],
-    CallsAuthorsFunction: ["forward:silu"],
-    CallsInAnotherMethod: ["_feed:silu"],
-    Decorated: ["forward:gelu"],
-    WithSuper: ["forward:gelu", "_feed:silu"],
-}
 
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
@@ -143,30 +35,6 @@ def test_expressions_are_found_inverted_and_put_back(kind, count_kept, run_backw
     assert type(model) is kind
     assert model.__dict__ == attributes
     assert torch.equal(run_backward(model, (x,))[1], gradient)
-
-
-@pytest.fixture
-def block_that_computes(tmp_path):
-    """Makes a block with the source of one expression of x between its layers."""
-
-    def make(expression):
-        path = tmp_path / "block.py"
-        path.write_text(
-            "import math\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n"
-            "class Block(nn.Module):\n"
-            "    def __init__(self):\n"
-            "        super().__init__()\n"
-            "        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)\n\n"
-            "    def forward(self, x):\n"
-            "        x = self.up(x)\n"
-            f"        return self.down({expression})\n"
-        )
-        spec = importlib.util.spec_from_file_location("block", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.Block()
-
-    return make
 
 
 @pytest.mark.parametrize(
@@ -228,84 +96,6 @@ def test_several_in_one_method_are_told_apart_and_chosen_by_path():
     ]
     chosen = invact.plan(nn.Sequential(Several()), (torch.randn(4, 16),), include="*:gelu.3")
     assert [site.path for site in chosen.inverted] == ["0.forward:gelu.3"]
-
-
-SLOPE = 1.0
-
-
-def authors_own(x):
-    return x * torch.sigmoid(SLOPE * x)
-
-
-class CallsWithGlobals(Block):
-    def forward(self, x):
-        x = self.up(x)
-        return self.down(x * torch.sigmoid(SLOPE * x))
-
-
-class CallsAuthorsOwnWithGlobals(Block):
-    def forward(self, x):
-        return self.down(authors_own(self.up(x)))
-
-
-def test_what_an_expression_computes_is_found_anew_where_a_name_in_it_stands_for_something_else(monkeypatch):
-    slow, fast, other = BuiltOfAttributes(), BuiltOfAttributes(), BuiltOfAttributes()
-    fast.slope, other.slope = 1, 2.5
-    assert [[w.curve.name for w in written_in(module)] for module in (slow, fast, other, slow)] == [
-        ["quick_gelu"], ["silu"], ["sigmoid"], ["quick_gelu"]
-    ]  # fmt: skip
-    module = CallsAttribute()
-    assert written_in(module)[0].curve.name == "gelu"
-    module.function = F.silu
-    assert written_in(module)[0].curve.name == "silu"
-    for kind in (CallsWithGlobals, CallsAuthorsOwnWithGlobals):
-        monkeypatch.setitem(globals(), "SLOPE", 1.0)
-        assert written_in(kind())[0].curve.name == "silu"
-        monkeypatch.setitem(globals(), "SLOPE", 1.702)
-        assert written_in(kind())[0].curve.name == "quick_gelu"
-
-
-class CallsWhatIsOfAnother(Block):
-    def forward(self, x):
-        x = copy.copy(self.up(x))  # no part of any activation, whatever it does
-        return self.down(x * torch.sigmoid(x))
-
-
-def test_a_method_that_calls_functions_of_others_is_read_once_for_all_modules(monkeypatch):
-    read = []
-    places = expressions._places
-    monkeypatch.setattr(expressions, "_places", lambda method: read.append(method.module) or places(method))
-    found = [written_in(CallsWhatIsOfAnother()) for _ in range(3)]
-    assert [[written.curve.name for written in each] for each in found] == [["silu"]] * 3
-    assert len(read) == 1
-
-
-def test_leaves_of_pytorchs_own_are_tried_once_for_all_that_are_alike(monkeypatch):
-    tried = []
-    monkeypatch.setattr(walking, "recognise", lambda module: tried.append(module) or recognise(module))
-    model = nn.Sequential(nn.Dropout(0.1), nn.ELU(), nn.Dropout(0.1), nn.ELU(0.5), nn.ELU())
-    assert [str(site.curve) for site in walking.walk(model)] == ["elu", "elu(alpha=0.5)", "elu"]
-    assert sum(isinstance(module, nn.Dropout) for module in tried) == 1
-    assert sum(isinstance(module, nn.ELU) for module in tried) == 2
-
-
-def test_a_leaf_with_a_forward_of_its_own_is_not_taken_for_its_like():
-    model = nn.Sequential(nn.SiLU(), nn.SiLU())
-    model[1].forward = lambda x: F.gelu(x)
-    assert [site.curve.name for site in walking.walk(model)] == ["silu", "gelu"]
-
-
-def test_what_was_found_holds_no_model():
-    def found_and_dropped():
-        model = CallsAttribute()
-        model.function = lambda x: F.gelu(x) if model.training else x
-        model.cache = torch.zeros(3)
-        written_in(model)
-        return weakref.ref(model)
-
-    gone = found_and_dropped()
-    gc.collect()
-    assert gone() is None
 
 
 @pytest.mark.parametrize(
@@ -381,36 +171,6 @@ def test_an_expression_behind_a_wrapper_is_left_alone(wrapped, monkeypatch, run_
     assert torch.equal(run_backward(model, (x,))[1], expected)
 
 
-def test_what_a_method_reads_is_read_when_it_runs(run_backward):
-    scale, slope = 1.0, 0.2
-
-    class Reads(Block):
-        def forward(self, x, offset=0.5):
-            return self.down(F.leaky_relu(self.up(x), slope)) * scale + offset
-
-    stock, patched, x = Reads(), Reads(), torch.randn(4, 16)
-    patched.load_state_dict(stock.state_dict())
-    assert len(invact.patch(patched, (x,)).inverted) == 1
-    for change in ("nothing", "scale", "slope", "default", "method"):
-        scale = 2.0 if change == "scale" else scale
-        slope = 0.01 if change == "slope" else slope
-        if change == "default":
-            Reads.forward.__defaults__ = (0.7,)
-        if change == "method":
-            Reads.forward = lambda self, x: self.down(self.up(x))
-        for a, b in zip(run_backward(stock, (x,)), run_backward(patched, (x,)), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_a_source_that_is_not_what_runs_is_left_alone(block_that_computes, tmp_path, run_backward):
-    model, x = block_that_computes("F.gelu(x)"), torch.randn(4, 16)
-    path = tmp_path / "block.py"
-    path.write_text(path.read_text().replace("F.gelu(x)", "F.gelu(x) * 3"))
-    expected = run_backward(model, (x,))[1]
-    assert invact.patch(model, (x,)).sites == []
-    assert torch.equal(run_backward(model, (x,))[1], expected)
-
-
 def test_pytorchs_own_transformer_layer_calls_its_activation_as_an_attribute(run_backward):
     model = nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, activation="gelu", batch_first=True)
     x = torch.randn(2, 5, 16)
@@ -418,20 +178,3 @@ def test_pytorchs_own_transformer_layer_calls_its_activation_as_an_attribute(run
     report = invact.patch(model, (x,))
     assert [site.path for site in report.inverted] == ["_ff_block:gelu"]
     assert (run_backward(model, (x,))[1] - expected).norm() < 1e-4 * expected.norm()
-
-
-def test_what_is_read_once_keeps_no_model_alive():
-    class Gelu(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
-
-        def forward(self, x):
-            return self.b(torch.nn.functional.gelu(self.a(x)))
-
-    model = Gelu()
-    assert len(invact.patch(model, (torch.randn(2, 4),)).inverted) == 1
-    gone = weakref.ref(model)
-    del model
-    gc.collect()
-    assert gone() is None

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from invact.ledger.ledger import Ledger
 from invact.simulation.leftovers import LeftoverError, check_no_leftovers
 
-pytestmark = pytest.mark.usefixtures("all_objects_followed")
+pytestmark = pytest.mark.usefixtures("all_objects_followed_meanwhile")
 
 SEEN = []
 LAST = None

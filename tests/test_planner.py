@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -221,18 +222,23 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["patch", "--model", "timm/test_vit", *arguments])
 
 
-def test_dry_run_says_the_largest_batches_in_words_and_in_json():
+@pytest.fixture(scope="module")
+def fit() -> dict[str, Any]:
+    """What the dry run says of the batches that fit into a GiB."""
     result = run("--gpu-memory", "1GiB", "--json")
     assert result.exit_code == 0, result.output
-    fit = json.loads(result.stdout)["fit"]
+    return json.loads(result.stdout)["fit"]
+
+
+def test_dry_run_says_the_largest_batches_in_words_and_in_json(fit):
     batches = fit["largest_batch"]
     assert 8 < batches["baseline"] < batches["invact"] < batches["invact+checkpointing"]
     assert fit["needs"].keys() == batches.keys()
     assert "Largest batch in 1.00 GiB with adamw: " in " ".join(run("--gpu-memory", "1GiB").stdout.split())
 
 
-def test_dry_run_plans_a_batch_that_is_named():
-    largest = json.loads(run("--gpu-memory", "1GiB", "--json").stdout)["fit"]["largest_batch"]
+def test_dry_run_plans_a_batch_that_is_named(fit):
+    largest = fit["largest_batch"]
     between = (largest["invact"] + largest["invact+checkpointing"]) // 2
     report = json.loads(run("--gpu-memory", "1GiB", "--batch-size", str(between), "--json").stdout)
     assert "fit" not in report

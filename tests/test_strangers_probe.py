@@ -191,27 +191,33 @@ def test_what_a_forward_touches_would_be_seen(touched):
         assert everything(model) != before
 
 
+UNCACHED = [touched for touched in TOUCHES if touched != "functools.lru_cache"]
+
+
 @pytest.mark.parametrize("branches", [False, True], ids=["simulated", "real"])
-@pytest.mark.parametrize("touched", TOUCHES)
+@pytest.mark.parametrize("touched", UNCACHED)
 @pytest.mark.parametrize("do", DOES)
-def test_what_a_forward_touches_is_as_it_was(do, touched, branches, request):
-    if touched == "functools.lru_cache":
-        request.getfixturevalue("all_objects_followed")
-    rotary.cache_clear()
+def test_what_a_forward_touches_is_as_it_was(do, touched, branches):
     model = Strange(TOUCHES[touched], branches=branches)
     before = everything(model)
-    if branches and touched == "functools.lru_cache":
-        DOES[do](model)  # real numbers in a cache are right
-        rotary.cache_clear()
-    else:
-        DOES[do](model)
+    DOES[do](model)
     assert everything(model) == before
 
 
+@pytest.mark.usefixtures("all_objects_followed")
+@pytest.mark.parametrize("do", ["activation_memory", "patched"])  # one that patches nothing, and one that does
+def test_a_cache_of_functools_is_emptied_of_what_was_simulated_and_keeps_what_is_real(do):
+    for branches in (False, True):
+        rotary.cache_clear()
+        model = Strange(TOUCHES["functools.lru_cache"], branches=branches)
+        before = everything(model)
+        DOES[do](model)
+        if branches:
+            rotary.cache_clear()  # real numbers in a cache are right
+        assert everything(model) == before
+
+
 ENDS = [KeyboardInterrupt, TimeoutError, SystemExit]
-
-
-UNCACHED = [touched for touched in TOUCHES if touched != "functools.lru_cache"]
 
 
 @pytest.mark.parametrize("branches", [False, True], ids=["simulated", "real"])
@@ -300,12 +306,14 @@ def in_a_library():
     ), "the global `kept_by_a_stranger` of module"
 
 
+HOLDERS = [in_a_queue, in_a_simple_queue, in_an_object_of_c, in_another_thread, in_a_library]
+
+
 @pytest.mark.usefixtures("all_objects_followed")
-@pytest.mark.parametrize("do", DOES)
 @pytest.mark.parametrize(
-    "make",
-    [in_a_queue, in_a_simple_queue, in_an_object_of_c, in_another_thread, in_a_library],
-    ids=lambda f: f.__name__,
+    ("make", "do"),
+    [*((make, "patch") for make in HOLDERS), *((in_a_queue, do) for do in DOES if do != "patch")],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_who_holds_a_simulated_tensor_is_named_before_anything_is_patched(make, do):
     keep, words = make()

@@ -29,25 +29,6 @@ def with_the_two_lines(script: str, marker: str) -> str:
     return script.replace(before, after)
 
 
-def losses(script: str, folder: Path, *arguments: object) -> tuple[list[float], str]:
-    """What the script logs, run in a process of its own."""
-    folder.mkdir()
-    (folder / "script.py").write_text(script)
-    done = subprocess.run(
-        [sys.executable, "script.py", *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
-    found = [float(loss) for loss in re.findall(r"\bLoss: ([\d.]+)", output)]
-    assert found, output
-    return found, output
-
-
 # --- OpenCLIP: its script is part of its package --------------------------------------------------------
 
 SMALL_CLIP = {
@@ -59,40 +40,79 @@ SMALL_CLIP_FIRST = "import open_clip\nopen_clip.add_model_config('small.json')\n
 COUNTED = "print('inverted:', sum(len(getattr(m, '_invact_sites', ())) for m in model.modules()))\n"
 
 
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
+IN_ONE_PROCESS = """
+import logging, os, runpy, sys
+sys.path.insert(0, "")
+for precision in ("fp32", "amp_bf16"):
+    for name in ("stock", "patched"):
+        os.chdir(os.path.join({folder!r}, name))
+        sys.argv = ["script.py", *{options!r}, "--precision", precision, "--name", f"{{name}} {{precision}}"]
+        print("RUN", name, precision, flush=True)
+        runpy.run_path("script.py", run_name="__main__")
+        logging.root.handlers.clear()
+"""
+
+
+def save_pairs(folder: Path) -> Path:
     """A table of images of digits and their names, as OpenCLIP reads it."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+    with (folder / "pairs.csv").open("w", newline="") as file:
         rows = csv.writer(file, delimiter="\t")
         rows.writerow(["filepath", "title"])
         for number, (row, label) in enumerate(zip(pixels[:16], labels, strict=False)):
             image = Image.fromarray((row * 15.9).astype("uint8").reshape(8, 8)).resize((16, 16))
-            image.save(tmp_path / f"{number}.png")
-            rows.writerow([tmp_path / f"{number}.png", f"the digit {label}"])
-    return tmp_path / "pairs.csv"
+            image.save(folder / f"{number}.png")
+            rows.writerow([folder / f"{number}.png", f"the digit {label}"])
+    return folder / "pairs.csv"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-def test_open_clips_own_script_trains_the_same_with_the_two_lines(precision: str, pairs: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def logged_by_open_clip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the script logs, by whether it has the two lines and by precision; all in one process of their own."""
     for needed in ("open_clip_train", "pandas", "webdataset"):
         pytest.importorskip(needed)
-    (tmp_path / "small.json").write_text(json.dumps(SMALL_CLIP))
+    folder = tmp_path_factory.mktemp("open_clip")
+    (folder / "small.json").write_text(json.dumps(SMALL_CLIP))
     spec = importlib.util.find_spec("open_clip_train.main")
     assert spec is not None
     assert spec.origin is not None
-    stock = SMALL_CLIP_FIRST.replace("small.json", str(tmp_path / "small.json")) + Path(spec.origin).read_text()
+    stock = SMALL_CLIP_FIRST.replace("small.json", str(folder / "small.json")) + Path(spec.origin).read_text()
     patched = with_the_two_lines(stock, "args.distributed and not args.horovod")
     counting = patched.replace("    # create optimizer and scaler\n", f"    {COUNTED}")
-    options = f"--model small --dataset-type csv --train-data {pairs} --batch-size 4 --epochs 2 --workers 0 --warmup 1"
-    options += f" --precision {precision} --log-every-n-steps 1 --device cpu --logs {tmp_path}/logs --lr 1e-3"
-    before, _ = losses(stock, tmp_path / "stock", *options.split(), "--name", "stock")
-    after, output = losses(counting, tmp_path / "patched", *options.split(), "--name", "patched")
-    assert "inverted: 4" in output
-    assert after == pytest.approx(before, abs=1e-4 if precision == "fp32" else 0.05)
+    for name, script in (("stock", stock), ("patched", counting)):
+        (folder / name).mkdir()
+        (folder / name / "script.py").write_text(script)
+    options = f"--model small --dataset-type csv --train-data {save_pairs(folder)} --batch-size 4 --epochs 2"
+    options += f" --workers 0 --warmup 1 --log-every-n-steps 1 --device cpu --logs {folder}/logs --lr 1e-3"
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ONE_PROCESS.format(folder=str(folder), options=options.split())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stdout
+    _, *runs = re.split(r"^RUN (.*)\n", done.stdout, flags=re.MULTILINE)
+    return dict(zip(runs[::2], runs[1::2], strict=True))
+
+
+def losses(output: str) -> list[float]:
+    found = [float(loss) for loss in re.findall(r"\bLoss: ([\d.]+)", output)]
+    assert found, output
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_open_clips_own_script_trains_the_same_with_the_two_lines(
+    precision: str, logged_by_open_clip: dict[str, str]
+) -> None:
+    stock, patched = (logged_by_open_clip[f"{name} {precision}"] for name in ("stock", "patched"))
+    assert "inverted: 4" in patched
+    assert losses(patched) == pytest.approx(losses(stock), abs=1e-4 if precision == "fp32" else 0.05)
 
 
 # --- timm: its train.py is not part of its package; these are its steps ------------------------------
@@ -142,11 +162,23 @@ def main() -> None:
 
 
 @pytest.mark.parametrize("option", ["--fp32", "--amp", "--grad-checkpointing"])
-def test_the_steps_of_timms_script_train_the_same_with_the_two_lines(option: str, tmp_path: Path):
+def test_the_steps_of_timms_script_train_the_same_with_the_two_lines(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     pytest.importorskip("timm")
+
+    def losses_here(script: str) -> tuple[list[float], str]:
+        """In this process: it is no script of anybody's."""
+        exec(compile(script, "train.py", "exec"), {})
+        output = capsys.readouterr().out
+        return losses(output), output
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", option])
     stock = f"{inspect.getsource(main)}\n\nmain()\n"
     patched = with_the_two_lines(stock, "create_optimizer_v2")
-    before, _ = losses(stock, tmp_path / "stock", option)
-    after, output = losses(patched, tmp_path / "patched", option)
+    before, _ = losses_here(stock)
+    after, output = losses_here(patched)
+    assert len(before) == 6
     assert int(re.findall(r"inverted: (\d+)", output)[0]) >= 2
     assert after == pytest.approx(before, abs=0.05 if option == "--amp" else 1e-4)

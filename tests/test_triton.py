@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ import torch
 from invact.kernels import CURVES, Curve
 from invact.kernels.curves.monotone import Monotone
 from invact.kernels.curves.two_sided import TwoSided
-
-triton = pytest.importorskip("triton")
+from triton_apart import assert_agrees_interpreted, built_for_amd, compiled
 
 COMPARISON = """
 import torch
@@ -144,35 +141,7 @@ print("agreed")
 
 @pytest.mark.parametrize("script", [COMPARISON, LAYOUTS], ids=["every_16_bit_value", "every_layout"])
 def test_the_interpreted_pair_agrees_with_the_pytorch_pair(script: str) -> None:
-    # Triton reads TRITON_INTERPRET when it is imported: it needs a process of its own
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.strip().endswith("agreed"), done.stderr[-3000:]
-
-
-def compiled(kernel: Any, tensors: dict[str, str], constants: dict[str, Any], target: Any) -> Any:
-    """A kernel built for a chip that need not be there, with pointers and lengths divisible by 16."""
-    from triton.compiler import ASTSource
-
-    names = list(inspect.signature(kernel.fn).parameters)
-    aligned = [names.index(name) for name in tensors]
-    if "constexprs" in inspect.signature(ASTSource.__init__).parameters:
-        source = ASTSource(
-            fn=kernel,
-            signature={name: tensors.get(name, "constexpr") for name in names},
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-        )
-    else:
-        from triton.backends.compiler import AttrsDescriptor
-
-        divisible = AttrsDescriptor.from_dict(
-            {"arg_properties": {"tt.divisibility": aligned}, "cls": "AttrsDescriptor"}
-        )
-        source = ASTSource(fn=kernel, signature=tensors, constants=constants, attrs=divisible)
-    return triton.compile(source, target=target)
+    assert_agrees_interpreted(script)
 
 
 def kernels(curve: Curve, dtype: torch.dtype, rows: int, wide: bool, target: Any) -> list[Any]:
@@ -219,14 +188,7 @@ def test_the_kernels_compile_for_nvidia_with_accesses_of_16_bytes(
 
 @EVERY_CURVE
 def test_the_kernels_compile_for_amd(curve: Curve) -> None:
-    from triton.backends.compiler import GPUTarget
-
-    try:
-        built = kernels(curve, torch.bfloat16, 256, False, GPUTarget("hip", "gfx942", 64))
-    except Exception as error:
-        if "ld.lld not found" in str(error):
-            pytest.skip("this version of Triton needs ROCm's linker to build for AMD")
-        raise
+    built = built_for_amd(lambda target: kernels(curve, torch.bfloat16, 256, False, target))
     for kernel in built:
         assert kernel.asm["hsaco"]
 
@@ -263,6 +225,7 @@ def test_the_constants_of_a_kernel_come_in_the_order_of_its_parameters() -> None
 def test_the_kernels_of_16_bits_have_no_more_instructions_than_a_copy_leaves_time_for(
     name: str, most: tuple[int, int], tmp_path: Path
 ) -> None:
+    import triton
     from triton.backends.compiler import GPUTarget
 
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from test_triton import compiled
-
-triton = pytest.importorskip("triton")
+from triton_apart import assert_agrees_interpreted, built_for_amd, compiled
 
 ONE_PASS = """
 import torch
@@ -53,12 +48,7 @@ print("agreed")
 
 
 def test_the_interpreted_kernel_agrees_with_two_operators_and_is_not_taken_for_stocks() -> None:
-    # Triton reads TRITON_INTERPRET when it is imported: it needs a process of its own
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ONE_PASS], env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.strip().endswith("agreed"), done.stderr[-3000:]
+    assert_agrees_interpreted(ONE_PASS)
 
 
 def kernel(name: str, dtype: torch.dtype, rows: int, wide: bool, target: Any) -> Any:
@@ -88,14 +78,7 @@ def test_it_compiles_for_nvidia_with_accesses_of_16_bytes(name: str, capability:
 
 @EVERY_ONE
 def test_it_compiles_for_amd(name: str) -> None:
-    from triton.backends.compiler import GPUTarget
-
-    try:
-        built = kernel(name, torch.bfloat16, 256, False, GPUTarget("hip", "gfx942", 64))
-    except Exception as error:
-        if "ld.lld not found" in str(error):
-            pytest.skip("this version of Triton needs ROCm's linker to build for AMD")
-        raise
+    built = built_for_amd(lambda target: kernel(name, torch.bfloat16, 256, False, target))
     assert built.asm["hsaco"]
 
 

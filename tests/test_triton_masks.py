@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from test_triton import compiled
-
-triton = pytest.importorskip("triton")
+from triton_apart import assert_agrees_interpreted, built_for_amd, compiled
 
 BOTH_WAYS = """
 import torch
@@ -102,12 +97,7 @@ print("agreed")
 
 @pytest.mark.parametrize("script", [BOTH_WAYS, IN_A_GRAPH], ids=["both_ways", "in_a_graph"])
 def test_interpreted_masks_agree_with_plain_pytorch(script: str) -> None:
-    # Triton reads TRITON_INTERPRET when it is imported: it needs a process of its own
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.strip().endswith("agreed"), done.stderr[-3000:]
+    assert_agrees_interpreted(script)
 
 
 def kernels(kind: str, rows: int, wide: bool, target: Any) -> dict[str, Any]:
@@ -151,14 +141,7 @@ def test_they_compile_for_nvidia_with_accesses_of_16_bytes_and_keep_bits_in_regi
 
 
 def test_they_compile_for_amd() -> None:
-    from triton.backends.compiler import GPUTarget
-
-    try:
-        built = kernels("*bf16", 256, False, GPUTarget("hip", "gfx942", 64))
-    except Exception as error:
-        if "ld.lld not found" in str(error):
-            pytest.skip("this version of Triton needs ROCm's linker to build for AMD")
-        raise
+    built = built_for_amd(lambda target: kernels("*bf16", 256, False, target))
     for kernel in built.values():
         assert kernel.asm["hsaco"]
 
