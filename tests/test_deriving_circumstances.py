@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 )
 
 import invact
-from invact.deriving import handles, hooks
+from invact.deriving import handles, hooks, shared
 
 WIDTH = 64
 X = torch.randn(2, 32, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -323,7 +323,7 @@ def test_what_q_k_and_v_want_is_made_once_and_let_go():
     loss = ours(X).square().mean()
     assert _norms_run(lambda: loss.backward(retain_graph=True)) == 3  # two blocks and the last norm
     assert _norms_run(lambda: torch.autograd.grad(loss, [ours.blocks[1].q.weight], retain_graph=True)) == 2
-    assert not [each for each in gc.get_objects() if type(each) is handles.Shared and each.tensor is not None]
+    assert not [each for each in gc.get_objects() if type(each) is shared.Shared and each.tensor is not None]
 
 
 def test_several_forwards_before_one_backward():

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import invact
-from invact.deriving import derived, operand, pointwise, produced, register, unregister
+from invact.deriving.rules.operands import derived, operand, produced
+from invact.deriving.rules.pointwise import pointwise
+from invact.deriving.rules.registry import register, unregister
 from invact.deriving.asking import kept_by
 from invact.deriving.handles import Derived, Kept
 from invact.deriving.hooks import Deriving
