@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 )
 
 import invact
-from invact.deriving import handles, hooks, shared
+from invact.deriving import handles, hooks, masks, shared
 
 WIDTH = 64
 X = torch.randn(2, 32, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -660,7 +660,7 @@ def test_a_graph_that_is_dropped_is_freed_at_once(exact, checkpointed, monkeypat
         assert places
         del y
         assert not [each for each in (*made, *places) if each() is not None]
-        assert not hooks._MASKS
+        assert not masks._MASKS
         assert not len(handles._READ)
     finally:
         gc.enable()
