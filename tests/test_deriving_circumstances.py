@@ -203,7 +203,7 @@ def test_a_graph_that_is_dropped_is_freed_at_once(exact, checkpointed, monkeypat
         assert places
         del y
         assert not [each for each in (*made, *places) if each() is not None]
-        assert not hooks._MASKS
+        assert not masks._MASKS
         assert not len(handles._READ)
     finally:
         gc.enable()

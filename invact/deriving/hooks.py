@@ -57,7 +57,7 @@ class Deriving(Search):
         module: runs inside; what lies in its buffers and parameters is there anyway.
 
     Known limitations:
-        - What an operator without a rule gave is kept (`invact.deriving.register` adds one), and so is what would be
+        - What an operator without a rule gave is kept (`register` adds one), and so is what would be
           made of something that nobody keeps, or in more than `MOST_STEPS` operations.
         - What autograd does not record is not to be had: the number in `x + 1.0`, a norm's eps where the norm was
           called by other ways than `torch.nn.functional`.
