@@ -11,7 +11,7 @@ from torch import nn
 from invact.swapping.approximation import Approximation
 from invact.swapping.class_over import class_over, shared_class
 from invact.swapping.inversion import Inversion, Inverted
-from invact.swapping.patched import Patched, PatchedSite, is_patched
+from invact.swapping.patched import Patched, PatchedSite
 
 
 def activation_class(stock: type[nn.Module], how: Inversion | Approximation) -> type:
@@ -25,7 +25,7 @@ def _forward(stock: type[nn.Module], how: Inversion | Approximation) -> Callable
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Who holds on to this method may call it when the module has its own class again.
-        if len(args) == 1 and not kwargs and is_patched(self) and how.applies(self, args[0]):
+        if len(args) == 1 and not kwargs and isinstance(self, Patched) and how.applies(self, args[0]):
             return how(args[0])
         return stock.forward(self, *args, **kwargs)
 

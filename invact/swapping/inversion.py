@@ -56,12 +56,12 @@ class Inversion:
 
     def applies(self, module: nn.Module, x: Any) -> bool:
         """Whether `x` is to be computed here and not by the stock code."""
+        if self.derivable and _better_derived(x):
+            return False
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout is not torch.strided:
             return False  # fx, for one, traces with what is no tensor
         if getattr(_THREAD, "watched", None) is not None and transforms_active():
             return False  # what hooks change can not be told there
-        if self.derivable and _better_derived(x):
-            return False
         return operators.wants_gradient(x) and self.settings.unchanged(module)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -73,9 +73,9 @@ class Inversion:
         return y
 
 
-def _better_derived(x: Tensor) -> bool:
+def _better_derived(x: Any) -> bool:
     """Whether to run the stock operator, and once more in backward, takes less time than to invert."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False  # before asking for a size, which a graph would be bound to
     count = x.numel()
     if count < SMALLEST or SMALLEST_INVERTED <= count <= LARGEST_INVERTED_ON_CPU:
