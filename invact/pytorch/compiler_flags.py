@@ -11,6 +11,7 @@ import torch
 from invact.pytorch.version_check import found
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
 found(torch.compiler, "_is_compiling_flag")
 
 
