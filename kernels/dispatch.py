@@ -24,11 +24,10 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def triton_pair_for(tensor: Tensor, curve: Curve) -> ModuleType | None:
     """The Triton pair where it works on this tensor, in which fp64 is left to PyTorch."""
-    if not has_triton_kernel(curve) or tensor.dtype not in TRITON_DTYPES or not may_run_triton(tensor):
+    if tensor.dtype not in TRITON_DTYPES or not may_run_triton(tensor) or not has_triton_kernel(curve):
         return None
-    from .triton import (
-        pair as triton_pair,  # imported when it is first needed: it takes a while, and many machines have no GPU
-    )
+    # imported when it is first needed: it takes a while, and many machines have no GPU
+    from .triton import pair as triton_pair
 
     return triton_pair
 

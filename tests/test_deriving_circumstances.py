@@ -26,7 +26,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import invact
-from invact.deriving import handles, hooks
+from invact.deriving import handles, hooks, masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

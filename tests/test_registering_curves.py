@@ -121,6 +121,17 @@ def test_a_curve_whose_derivative_is_wrong_is_refused(changed: dict, message: st
     assert "asinh" not in CURVES
 
 
+def test_where_autograd_gives_no_number_far_out_a_curve_is_not_blamed() -> None:
+    written_out = Monotone(
+        name="softplus_written_out",
+        f=lambda x: torch.log(1 + torch.exp(x)),
+        derivative=torch.sigmoid,
+        of_output=lambda y: -torch.expm1(-y),
+        rise=lambda y: torch.exp(-y),
+    )
+    registering.check(written_out)
+
+
 @pytest.mark.parametrize(("name", "message"), [("gelu", "came with invact"), ("snake", "No curve called 'snake'")])
 def test_only_what_was_registered_can_be_taken_out(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
