@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import outputs_and_gradients
+from small_models import small_model
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as partitioner_settings
@@ -61,23 +62,12 @@ def kept(model, call):
 
 
 def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, vocab_size=100,
-        use_cache=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).train()
+    return small_model("LlamaForCausalLM", intermediate_size=176, num_key_value_heads=4).train()
 
 
 def bert(dropout=0.0, layers=2):
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4, vocab_size=100,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-    )  # fmt: skip
-    return BertForMaskedLM(config).train()
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return small_model("BertForMaskedLM", intermediate_size=256, num_hidden_layers=layers, **dropouts).train()
 
 
 @pytest.mark.parametrize(("make", "at_most"), [(llama, 0.52), (bert, 0.60)])

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import small_model
 from torch import nn
 
 import invact
@@ -262,9 +263,7 @@ def test_an_expression_whose_output_is_made_again_says_so():
 
 
 def test_a_layer_of_transformers_is_checkpointed_as_before_when_hooks_stand_in_it(count_kept):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    model = transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).train()
+    model = small_model("BertModel", num_attention_heads=2, vocab_size=64).train()
     inputs = {"input_ids": torch.zeros(2, 64, dtype=torch.long)}
     model.gradient_checkpointing_enable({"use_reentrant": False})
     stock = count_kept(model, inputs)

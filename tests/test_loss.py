@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import small_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -241,40 +242,24 @@ def test_logits_may_be_changed_between_forward_and_backward():
 
 
 def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 1024, "vocab_size": 2000}
+    return small_model("GPT2LMHeadModel", **sizes, bos_token_id=0, eos_token_id=0)
 
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=2000, bos_token_id=0, eos_token_id=0))
+
+ONE_LAYER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=2000,
-        )
-    )
+    return small_model("LlamaForCausalLM", **ONE_LAYER, num_key_value_heads=1, vocab_size=2000, use_cache=True)
 
 
 def bert():
-    from transformers import BertConfig, BertForMaskedLM
-
-    return BertForMaskedLM(
-        BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=2000)
-    )
+    return small_model("BertForMaskedLM", **ONE_LAYER, vocab_size=2000)
 
 
 def t5():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2, vocab_size=2000, decoder_start_token_id=0)
-    )
+    sizes = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 2000}
+    return small_model("T5ForConditionalGeneration", **sizes)
 
 
 def step_of_transformers(model, inputs, autocast):

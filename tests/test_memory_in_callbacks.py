@@ -6,7 +6,8 @@ import logging
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from small_models import small_model
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 import invact
@@ -20,8 +21,7 @@ BATCH = {"input_ids": IDS, "labels": IDS}
 
 def small_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=64, n_layer=4, n_head=2, vocab_size=97, n_positions=64, use_cache=False)
-    return GPT2LMHeadModel(config).train()
+    return small_model("GPT2LMHeadModel", n_layer=4, n_head=2, vocab_size=97, use_cache=False).train()
 
 
 @pytest.fixture(scope="module")

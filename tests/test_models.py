@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import small_model
 from torch.utils._pytree import tree_map
 
 import invact
@@ -12,21 +13,12 @@ def tokens(*shape):
 
 
 def bert():
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
-    )
-    return BertForMaskedLM(config), {"input_ids": tokens(4, 32)}, 3
+    return small_model("BertForMaskedLM", intermediate_size=256), {"input_ids": tokens(4, 32)}, 3
 
 
 def vit():
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=4
-    )
-    return ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}, 2
+    model = small_model("ViTForImageClassification", intermediate_size=256, patch_size=4)
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32)}, 2
 
 
 def clip():
@@ -41,24 +33,11 @@ def clip():
 
 
 def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100)
-    return GPT2LMHeadModel(config), {"input_ids": tokens(4, 32)}, 2
+    return small_model("GPT2LMHeadModel"), {"input_ids": tokens(4, 32)}, 2
 
 
 def mistral():
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-    )
-    return MistralForCausalLM(config), {"input_ids": tokens(2, 32)}, 2
+    return small_model("MistralForCausalLM", intermediate_size=192), {"input_ids": tokens(2, 32)}, 2
 
 
 def timm_vit():
@@ -81,7 +60,7 @@ def timm_efficientnet():
     import timm
 
     model = timm.create_model("test_efficientnet", num_classes=10)
-    return model, (torch.randn(2, 3, 64, 64),), 11  # of 13
+    return model, (torch.randn(2, 3, 64, 64),), 10  # of 13
 
 
 def open_clip_vit():
@@ -95,37 +74,18 @@ def open_clip_vit():
 
 
 def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=100, attention_dropout=0.1)
-    return LlamaForCausalLM(config), {"input_ids": tokens(2, 32)}, 2
+    model = small_model("LlamaForCausalLM", attention_dropout=0.1, use_cache=True)
+    return model, {"input_ids": tokens(2, 32)}, 2
 
 
 def t5():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=100, feed_forward_proj="gated-gelu"
-    )
-    inputs = {"input_ids": tokens(2, 32), "decoder_input_ids": tokens(2, 16)}
-    return T5ForConditionalGeneration(config), inputs, 4
+    model = small_model("T5ForConditionalGeneration", feed_forward_proj="gated-gelu")
+    return model, {"input_ids": tokens(2, 32), "decoder_input_ids": tokens(2, 16)}, 4
 
 
 def modern_bert():
-    from transformers import ModernBertConfig, ModernBertForMaskedLM
-
-    config = ModernBertConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vocab_size=100,
-        pad_token_id=0,
-        attention_dropout=0.1,
-        mlp_dropout=0.1,
-    )
-    return ModernBertForMaskedLM(config), {"input_ids": tokens(2, 32)}, 0
+    sizes = {"intermediate_size": 96, "num_hidden_layers": 3, "attention_dropout": 0.1, "mlp_dropout": 0.1}
+    return small_model("ModernBertForMaskedLM", **sizes), {"input_ids": tokens(2, 32)}, 0
 
 
 def eva02():
@@ -243,10 +203,7 @@ def test_an_attention_mask_counts_as_it_does_on_real_tensors(padded, count_kept)
 @pytest.mark.parametrize("packed", [False, True], ids=["one text a row", "two texts in a row"])
 def test_positions_count_as_on_real_tensors_where_a_decoder_keeps_no_cache(packed, count_kept):
     """Without a cache, as in training, transformers looks whether the positions begin anew in the middle of a row."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=100, use_cache=False)).train()
+    model = small_model("LlamaForCausalLM").train()
     inputs = {"input_ids": torch.randint(0, 100, (2, 32))}
     assert invact.plan(model, inputs).bytes_before == count_kept(model, inputs)
     inputs["position_ids"] = (torch.arange(32) % (16 if packed else 32)).expand(2, 32)

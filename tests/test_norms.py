@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from norms_in_steps import vary_weights_of_norms
+from small_models import small_model
 from torch import nn
-from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config, T5EncoderModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -23,21 +23,19 @@ from invact.recognition.norm_costs import accesses_in_steps, own_rounding_of
 from invact.recognition.norms_in_steps import walk_norms
 from invact.simulation.setting import Setting
 
-SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "use_cache": False}
+SIZES = {"vocab_size": 64, "intermediate_size": 96}
 
 
 def llama():
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS))
+    return small_model("LlamaForCausalLM", **SIZES, head_dim=16)
 
 
 def gemma():
-    return GemmaForCausalLM(GemmaConfig(**SIZES, **HEADS, pad_token_id=0))
+    return small_model("GemmaForCausalLM", **SIZES, head_dim=16)
 
 
 def t5():
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
-    return T5EncoderModel(T5Config(**sizes, dropout_rate=0.0))
+    return small_model("T5EncoderModel", d_ff=96, vocab_size=64, dropout_rate=0.0)
 
 
 MODELS = pytest.mark.parametrize("make", [llama, gemma, t5], ids=lambda make: make.__name__)

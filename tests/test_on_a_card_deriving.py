@@ -21,6 +21,7 @@ from on_a_card import (
     sharding_over_one_process,
     step,
 )
+from small_models import small_model
 from torch import Tensor, nn
 
 import invact
@@ -142,18 +143,12 @@ def test_sharded_layer_by_layer_a_model_that_derives_gets_stocks_gradients(tmp_p
 
 
 def small_bert() -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return BertModel(BertConfig(**sizes, vocab_size=256), add_pooling_layer=False)
+    return small_model("BertModel", hidden_size=128, intermediate_size=512, vocab_size=256)
 
 
 def small_llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaModel
-
-    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=256, attention_dropout=0.1, use_cache=False)
-    return LlamaModel(config)
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "vocab_size": 256}
+    return small_model("LlamaModel", **sizes, attention_dropout=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

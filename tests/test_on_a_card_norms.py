@@ -17,6 +17,7 @@ from on_a_card import (
     gradients,
     held_by_forward,
 )
+from small_models import small_model
 from torch import Tensor, nn
 
 import invact
@@ -26,27 +27,17 @@ pytestmark = pytest.mark.gpu
 
 
 def llama_with_norms(width: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaModel
-
-    return LlamaModel(LlamaConfig(**sizes_of_decoder(width)))
+    return small_model("LlamaModel", hidden_size=width, intermediate_size=2 * width, vocab_size=256)
 
 
 def gemma_with_norms(width: int) -> nn.Module:
-    from transformers import GemmaConfig, GemmaModel
-
-    return GemmaModel(GemmaConfig(**sizes_of_decoder(width), head_dim=width // 4, pad_token_id=0))
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // 4, "vocab_size": 256}
+    return small_model("GemmaModel", **sizes)
 
 
 def t5_with_norms(width: int) -> nn.Module:
-    from transformers import T5Config, T5EncoderModel
-
-    sizes = {"d_model": width, "d_kv": width // 4, "d_ff": 2 * width, "num_layers": 2, "num_heads": 4}
-    return T5EncoderModel(T5Config(**sizes, vocab_size=256, dropout_rate=0.0))
-
-
-def sizes_of_decoder(width: int) -> dict[str, int | bool]:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False}
-    return {"vocab_size": 256, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, **heads}
+    sizes = {"d_model": width, "d_kv": width // 4, "d_ff": 2 * width, "vocab_size": 256}
+    return small_model("T5EncoderModel", **sizes, dropout_rate=0.0)
 
 
 WITH_NORMS = pytest.mark.parametrize("make", [llama_with_norms, gemma_with_norms, t5_with_norms])

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import small_model
 from torch import nn
 
 import invact
@@ -200,12 +201,10 @@ def test_what_the_fused_lstm_of_the_cpu_keeps_for_itself_is_counted(count_kept):
 
 
 def test_checkpointed_regions_are_planned_as_if_they_were_not_and_counted_as_they_are(run_backward):
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 50}
     inputs = {"input_ids": torch.randint(0, 50, (2, 16))}
     for reentrant in (True, False):
-        model = BertForMaskedLM(config).train()
+        model = small_model("BertForMaskedLM", **sizes).train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()
         before = run_backward(model, inputs)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from small_models import small_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -79,11 +80,8 @@ def test_an_activation_checkpointed_by_itself_gets_the_stock_gradient():
 
 @pytest.mark.parametrize("patch_first", [False, True], ids=["enabled, then patched", "patched, then enabled"])
 def test_hugging_face_checkpointing_enabled_before_or_after_patching(patch_first):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16, use_cache=False)
     ids = {"input_ids": torch.randint(0, 50, (2, 16))}
-    model = GPT2LMHeadModel(config).train()
+    model = small_model("GPT2LMHeadModel", n_embd=32, n_head=2, vocab_size=50, n_positions=16, use_cache=False).train()
     stock = copy.deepcopy(model)
     for reentrant in (True, False):
         enable = partial(model.gradient_checkpointing_enable, {"use_reentrant": reentrant})

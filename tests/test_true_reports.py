@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from small_models import small_model
 from torch import nn
 
 import invact
@@ -30,19 +31,13 @@ def as_counted(count_kept, model, inputs=(X,), **options):
 
 
 def bert():
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    labels = torch.tensor([0, 1])
-    return BertForSequenceClassification(config), {"input_ids": torch.arange(32).view(2, 16), "labels": labels}
+    model = small_model("BertForSequenceClassification", num_attention_heads=2)
+    return model, {"input_ids": torch.arange(32).view(2, 16), "labels": torch.tensor([0, 1])}
 
 
 def vit():
-    from transformers import ViTConfig, ViTForImageClassification
-
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = ViTConfig(**sizes, image_size=32, patch_size=8)
-    return ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
+    model = small_model("ViTForImageClassification", num_attention_heads=2)
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32)}
 
 
 @pytest.mark.parametrize("make", [bert, vit])
