@@ -13,19 +13,19 @@ from checkout import ROOT
 from record import Record
 
 LARGE = "2_31"
-FILES = ("test_on_a_card.py", "test_training_loops.py", "test_bench.py")
+ON_A_CARD = sorted((ROOT / "tests").glob("test_on_a_card*.py"))
+FILES = (*ON_A_CARD, ROOT / "tests" / "test_training_loops.py", ROOT / "tests" / "test_bench.py")
 
 
 def measure(item: str, record: Record, tiny: bool, prepared: None) -> None:
-    """Item "tests" or "large". Without a card only those of the first file, which then run on the CPU."""
-    files = FILES if torch.cuda.is_available() and item != "large" else FILES[:1]
+    """Item "tests" or "large". Without a card only those that run on the CPU then."""
+    files = FILES if torch.cuda.is_available() and item != "large" else ON_A_CARD
     options = ["-o", "addopts=", "--import-mode=importlib", "-m", "gpu", "-p", "no:cacheprovider", "-q", "--no-header"]
     options += ["--continue-on-collection-errors", "-p", "no:xdist", "--rootdir", str(ROOT), "--tb=short"]
     chosen = LARGE if item == "large" else f"not {LARGE}"
     if tiny:
         chosen += " and not compiled and (not every_16_bit or silu) and not float16"
-    paths = [str(ROOT / "tests" / file) for file in files]
-    code = pytest.main([*options, "-k", chosen, *paths], plugins=[_Outcomes(record, item)])
+    code = pytest.main([*options, "-k", chosen, *map(str, files)], plugins=[_Outcomes(record, item)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with {code!r}: nothing was tested, or not all.")
 
