@@ -25,7 +25,8 @@ def _forward(stock: type[nn.Module], how: Inversion | Approximation) -> Callable
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Who holds on to this method may call it when the module has its own class again.
-        if len(args) == 1 and not kwargs and isinstance(self, Patched) and how.applies(self, args[0]):
+        ours = isinstance(self, Patched)
+        if ours and len(args) == 1 and not kwargs and how.applies(self, args[0]):
             return how(args[0])
         return stock.forward(self, *args, **kwargs)
 
