@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from invact.report.records import Site
     from invact.report.report import Report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DoesNotFitError",
@@ -44,13 +44,13 @@ _HOME = {
     "DoesNotFitError": "invact.fitting.choosing",
     "InvActCallback": "invact.callback",
     "NotSimulatedError": "invact.fitting.optimizers",
-    "Report": "invact.report.report",
-    "Site": "invact.report.report",
+    "Report": "invact.report",
+    "Site": "invact.report",
     "activation_memory": "invact.probing.memory_kept",
     "fit": "invact.patching",
     "patch": "invact.patching",
     "patched": "invact.patching",
-    "plan": "invact.planning.plans",
+    "plan": "invact.planning",
     "unpatch": "invact.patching",
 }
 

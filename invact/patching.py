@@ -1,4 +1,7 @@
-"""Apply a plan to a model in place, and undo it."""
+"""Patch a model in place, for good or for a while, or until a step fits; and undo it.
+
+Each decides (`invact.planning.plans.decide`: walk, probe, decide, report) and applies what was decided.
+"""
 
 from __future__ import annotations
 
