@@ -19,6 +19,7 @@ from deriving_twins import (
     gradients,
     masked_step,
     plain,
+    run_checkpointed,
     step,
     twins,
 )
