@@ -111,5 +111,5 @@ def assert_left_alone(stock, why):
     assert_alike(stock, ours)
 
 
-def checkpointed(reentrant, **options):
+def run_checkpointed(reentrant, **options):
     return lambda block, *args: checkpoint(block, *args, use_reentrant=reentrant, **options)

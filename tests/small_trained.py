@@ -75,7 +75,7 @@ def vit(layers: int = 2, dropout: float = 0.1) -> nn.Module:
 
 def resnet() -> nn.Module:
     """With batch norm and activations in place; optimizer states are large beside what it keeps."""
-    return timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=8).train()
+    return timm.create_model("resnet18", layers=(1, 1, 1, 1), num_classes=8).train()
 
 
 def sequential(blocks: int = 4) -> nn.Module:

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from deriving_twins import MASK, Block, Net, X, assert_alike, checkpointed, masked_step, twins
+from deriving_twins import MASK, Block, Net, X, assert_alike, masked_step, run_checkpointed, twins
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +30,7 @@ def _from_a_leaf(model):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_regions_inside(reentrant):
-    assert_alike(*twins(Net(dropout=0.1, run=checkpointed(reentrant)), (X, MASK)), _from_a_leaf)
+    assert_alike(*twins(Net(dropout=0.1, run=run_checkpointed(reentrant)), (X, MASK)), _from_a_leaf)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -64,13 +64,13 @@ def test_a_region_run_anew_twice_to_its_end_and_in_a_region():
             loss.backward(retain_graph=True)
             loss.backward()
 
-    stock, ours = twins(Net(dropout=0.1, run=checkpointed(False)), (X, MASK))
+    stock, ours = twins(Net(dropout=0.1, run=run_checkpointed(False)), (X, MASK))
     assert_alike(stock, ours, train)
     assert_alike(stock, ours, lambda model: checkpoint(model, X, MASK, use_reentrant=False).square().mean().backward())
 
 
 def test_a_gradient_penalty_through_regions():
-    stock, ours = twins(Net(run=checkpointed(False)), (X, MASK))
+    stock, ours = twins(Net(run=run_checkpointed(False)), (X, MASK))
 
     def train(model):
         x = X.clone().requires_grad_()
@@ -97,7 +97,7 @@ def test_what_all_regions_read_is_kept_in_each_of_them():
 @pytest.mark.parametrize("inside", [True, False])
 def test_selective_checkpointing(inside):
     contexts = functools.partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS)
-    run = checkpointed(False, context_fn=contexts)
+    run = run_checkpointed(False, context_fn=contexts)
     stock, ours = twins(Net(dropout=0.1, run=run if inside else None), (X, MASK))
 
     def around(model):
@@ -126,7 +126,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_region_run_anew_keeps_less(reentrant):
-    stock, ours = twins(Net(run=checkpointed(reentrant)), (X, MASK))
+    stock, ours = twins(Net(run=run_checkpointed(reentrant)), (X, MASK))
     most = []
     for model in (stock, ours):
         loss = model(X.repeat(8, 1, 1).requires_grad_(), MASK.repeat(8, 1, 1)).square().mean()

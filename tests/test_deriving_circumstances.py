@@ -19,6 +19,7 @@ from deriving_twins import (
     gradients,
     masked_step,
     plain,
+    run_checkpointed,
     step,
     twins,
 )
@@ -183,7 +184,7 @@ def test_a_graph_that_is_dropped_is_freed_at_once(exact, checkpointed, monkeypat
             y = torch.exp(-x.sigmoid())
             return self.last(y.tanh() * F.relu(F.gelu(y)).add(1).sqrt())
 
-    model = Curves(dropout=0.1, run=checkpointed(False) if checkpointed else None)
+    model = Curves(dropout=0.1, run=run_checkpointed(False) if checkpointed else None)
     invact.patch(model, (X, MASK), exact=exact)
     made, init = [], handles.Kept.__init__
 

@@ -111,24 +111,6 @@ FOUND = {
 }
 
 
-SLOPE = 1.0
-
-
-def authors_own(x):
-    return x * torch.sigmoid(SLOPE * x)
-
-
-class CallsWithGlobals(Block):
-    def forward(self, x):
-        x = self.up(x)
-        return self.down(x * torch.sigmoid(SLOPE * x))
-
-
-class CallsAuthorsOwnWithGlobals(Block):
-    def forward(self, x):
-        return self.down(authors_own(self.up(x)))
-
-
 class CallsWhatIsOfAnother(Block):
     def forward(self, x):
         x = copy.copy(self.up(x))  # no part of any activation, whatever it does
