@@ -257,7 +257,8 @@ def masks_dropped_as_if_real(inputs: Any) -> Iterator[None]:
         yield
     finally:
         for name, original in stock.items():
-            setattr(masking, name, original)
+            if getattr(masking, name) is replaced[name]:  # else somebody has set another since
+                setattr(masking, name, original)
 
 
 def _packs(position_ids: Any, find_packed: Callable[..., Any]) -> bool:

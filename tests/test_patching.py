@@ -57,6 +57,25 @@ def test_patching_again_changes_nothing_and_says_so(model, x):
     assert invact.unpatch(model) == 0
 
 
+def test_patching_again_says_that_what_patched_modules_write_out_is_not_looked_for():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.norm, self.down = nn.Linear(16, 64), nn.LayerNorm(64), nn.Linear(64, 16)
+
+        def forward(self, x):
+            return self.down(torch.nn.functional.gelu(self.norm(self.up(x))))
+
+    model, inputs = nn.Sequential(Written(), Written()), (torch.randn(256, 16),)
+    report = invact.patch(model, inputs, exact=True)
+    assert len(report.sites) == 2
+    again = invact.plan(model, inputs)
+    assert again.sites == []
+    assert any("was patched before" in note and "invact.unpatch(model)" in note for note in again.notes)
+    invact.unpatch(model)
+    assert len(invact.plan(model, inputs).sites) == 2
+
+
 def test_a_failure_half_way_undoes_what_was_done(model, x, monkeypatch):
     swapped = []
 

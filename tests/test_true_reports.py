@@ -9,6 +9,7 @@ from small_models import small_model
 from torch import nn
 
 import invact
+from invact.planning.plans import decide_for_device
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
 
@@ -25,6 +26,35 @@ def as_counted(count_kept, model, inputs=(X,), **options):
     saved = sum(site.bytes_saved for site in report.inverted) + sum(tensor.bytes_saved for tensor in report.derived)
     assert saved == report.bytes_before - report.bytes_after
     return report
+
+
+class Shared(nn.Module):
+    """One activation that is given tensors of several sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(16, 64), nn.Linear(64, 16), nn.GELU()
+
+    def forward(self, *inputs):
+        return sum(self.down(self.act(self.up(x))).mean() for x in inputs)
+
+
+@pytest.mark.parametrize("rows", [(1024, 64), (8192, 1024), (8192, 1024, 64)], ids=str)
+def test_of_a_site_that_is_inverted_in_some_calls_and_derived_in_others_all_is_counted(count_kept, rows):
+    report = as_counted(count_kept, Shared(), tuple(torch.randn(n, 16) for n in rows))
+    (site,) = report.sites
+    assert site.action == "invert"
+    assert ("fewer than 16,384 elements" in site.reason) == (64 in rows)
+    assert ("more than 262,144 elements" in site.reason) == (8192 in rows)
+
+
+def test_dropout_in_place_is_no_kernel_on_a_gpu_either_and_keeps_as_much_there():
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.1, inplace=True), nn.Linear(64, 16))
+    inputs = (torch.randn(512, 16),)
+    here, on_gpu = (decide_for_device(model, inputs, device=device).report for device in ("cpu", "cuda"))
+    assert [site.reason for site in here.sites] == ["its output is changed in place later"]
+    assert [site.reason for site in on_gpu.sites] == ["its output is changed in place later"]
+    assert here.bytes_before == on_gpu.bytes_before
 
 
 # --- modes --------------------------------------------------------------------------------------------

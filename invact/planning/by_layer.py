@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from invact.errors.checks import Inputs
-from invact.planning.plans import Decided, observed_with
+from invact.planning.plans import Decided
 from invact.probing.probe import observe
 from invact.simulation.setting import Setting
 
@@ -24,7 +24,7 @@ class Layer:
 def memory_by_layer(model: nn.Module, inputs: Inputs, setting: Setting, decided: Decided) -> list[Layer]:
     """The layers that keep anything, in the order of the forward pass."""
     before = observe(model, inputs, setting)
-    after = observed_with(decided, model, inputs)
+    after = decided.observed(model, inputs)
     layers: dict[str, Layer] = {}
     for observation, side in ((before, "before"), (after, "after")):
         for path, nbytes in observation.memory.by_module.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from invact.ledger.entries import Key
 from invact.planning.keepers import Keepers
@@ -43,7 +43,7 @@ class Pass:
     Attributes:
         calls: of each site, by path.
         classes: the names of the classes of the modules that keep anything, by path.
-        stock: who keeps what with stock PyTorch, and with what has been decided so far.
+        stock: who keeps what with stock PyTorch; while decisions are made, with what has been decided so far.
         derived: who keeps what once all is derived that can be.
         read: the storages that derived tensors are made again from.
     """
@@ -79,6 +79,7 @@ def decide_sites(sites: Sequence[Found], seen: Pass, options: Options) -> list[D
 
     One decision tells on the next: what an inverted site keeps is kept anyway by then.
     """
+    seen = replace(seen, stock=seen.stock.copy())
     decisions = []
     for site in sites:
         if site.written is not None and site.path not in seen.calls:
@@ -121,7 +122,7 @@ def _decide_site(site: Found, seen: Pass, options: Options) -> Decision:
 
 
 def _obstacle(site: Found, seen: Pass, options: Options) -> str | None:
-    """Why this site can not be inverted at all, or None."""
+    """Why this site can not be inverted at all, or None; of several reasons the first, which is told."""
     calls = seen.calls.get(site.path, [])
     own = seen.stock.of(site.path)
     in_turn = (

@@ -21,7 +21,7 @@ from invact.report import notes, reasons
 from invact.report.records import KEEP, Site
 from invact.simulation.setting import Setting
 from invact.snapshot.snapshot import as_it_was
-from invact.swapping.patched import inverted_in
+from invact.swapping.patched import Patched, inverted_in
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Places:
         norms: those that are written out in steps and may be run by one operator.
         derives: at which modules hooks are to be set; see `invact.deriving.placing`.
         already: sites that an earlier patch has changed.
+        patched: whether an earlier patch has changed anything, be it that it set hooks alone.
     """
 
     sites: list[Found]
     norms: list[FoundNorm]
     derives: dict[str, bool]
     already: list[Site]
+    patched: bool = False
 
 
 def walked(model: nn.Module, setting: Setting, options: Options) -> Places:
@@ -48,7 +50,8 @@ def walked(model: nn.Module, setting: Setting, options: Options) -> Places:
         sites = list(walk(model))
         fusible = has_fused_rms_norm(setting.device) and not (options.exact or options.everywhere)
         norms = list(walk_norms(unpatched_modules(model))) if fusible else []
-    return Places(sites, norms, {} if options.everywhere else places(model, options.allow), already)
+    derives = {} if options.everywhere else places(model, options.allow)
+    return Places(sites, norms, derives, already, any(isinstance(module, Patched) for module in model.modules()))
 
 
 def first_pass(

@@ -35,6 +35,12 @@ class Keepers:
             if entry.cast_of is not None:
                 self._casts.setdefault(entry.cast_of, []).append(entry)
 
+    def copy(self) -> Keepers:
+        twin = Keepers(())
+        twin.sizes, twin._casts = dict(self.sizes), self._casts
+        twin.by_key = {key: set(keepers) for key, keepers in self.by_key.items()}
+        return twin
+
     def of(self, path: str) -> set[Key]:
         """The storages that `path` keeps, alone or with others."""
         return {key for key, keepers in self.by_key.items() if path in keepers}

@@ -53,6 +53,7 @@ class OpenCall:
             y_nbytes=nbytes if self.in_place else numel * self.x.element_size(),
             y_cast=self.x.dtype is not self.y.dtype,
             dtype=self.x.dtype,
+            numel=numel,
             bit_nbytes=-(-numel // 8),
             changed_later=changes_in_place(self.y) != self.version,
             input_changed_later=changes_in_place(self.x) != self.version_of_input,

@@ -22,6 +22,7 @@ class Call:
     path: str
     simple: bool  # one floating tensor in, one of the same shape and device out
     needs_grad: bool = False
+    numel: int = 0  # elements of the input
     y_key: Key = 0
     y_nbytes: int = 0  # of the output as inversion would make it: dense, in the dtype of the input
     y_cast: bool = False  # the module's own output has another dtype than its input

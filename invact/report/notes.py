@@ -10,6 +10,10 @@ EVALUATION_MODE = (
     "counted in evaluation mode, in which the model is: its dropouts keep nothing; call model.train() before "
     "planning if you train in that mode."
 )
+PATCHED_BEFORE = (
+    "the model was patched before, and activations that its patched modules write out are not looked for again; "
+    "invact.unpatch(model) gives it back."
+)
 NO_SITE_LEFT = "include and exclude leave no site: they are glob patterns over the paths of the sites."
 HOOKS_REFUSED = (
     "nothing is derived, since the model enters torch.func or disable_saved_tensors_hooks in its forward, "

@@ -72,6 +72,9 @@ class AsOnGpu(TorchFunctionMode):
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if inplace:  # which is no kernel of its own on a GPU either
+        dropped: Tensor = users_call(torch.dropout_, input, p, training)
+        return dropped
     return users_call(torch.native_dropout, input, p, True)[0] if training and p > 0 else input
 
 

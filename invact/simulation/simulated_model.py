@@ -27,7 +27,7 @@ def simulated(
 ) -> Iterator[tuple[dict[str, Tensor], Any]]:
     """The model's weights and the inputs as simulated tensors; after the block the model is what it was."""
     device, moved = stand_in(setting.device), setting.device != device_of(model)
-    with as_it_was(model, inputs), mode:
+    with ONE_AT_A_TIME, as_it_was(model, inputs), mode:
         weights = {name: _fake(mode, tensor, device, moved) for name, tensor in weights_of(model).items()}
         yield weights, tree_map_only(Tensor, lambda tensor: _fake(mode, tensor, device, moved), inputs)
 

@@ -74,15 +74,22 @@ class Inversion:
 
 
 def _better_derived(x: Any) -> bool:
-    """Whether to run the stock operator, and once more in backward, takes less time than to invert."""
+    """Whether its output can be derived, and that takes less time than to invert."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False  # before asking for a size, which a graph would be bound to
-    count = x.numel()
-    if count < SMALLEST or SMALLEST_INVERTED <= count <= LARGEST_INVERTED_ON_CPU:
-        return False
-    if count > LARGEST_INVERTED_ON_CPU and (planned_device() or x.device).type != "cpu":
-        return False
-    return is_deriving(True)
+    return is_made_again(x.numel(), planned_device() or x.device) and is_deriving(True)
+
+
+def is_made_again(count: int, device: torch.device) -> bool:
+    """Whether to run the stock operator on so many elements, and once more in backward, takes less time than to invert.
+
+    Example:
+        >>> [is_made_again(count, torch.device("cpu")) for count in (100, 5_000, 50_000, 500_000)]
+        [False, True, False, True]
+    """
+    if count > LARGEST_INVERTED_ON_CPU:
+        return device.type == "cpu"
+    return SMALLEST <= count < SMALLEST_INVERTED
 
 
 class Inverted(Patched):

@@ -14,11 +14,12 @@ _THREAD = threading.local()
 @contextmanager
 def as_on(device: torch.device) -> Iterator[None]:
     """What is inverted or fused inside is what would be on this device, whatever tensors stand in for those on it."""
+    outside = planned_device()
     _THREAD.device = device
     try:
         yield
     finally:
-        _THREAD.device = None
+        _THREAD.device = outside
 
 
 def planned_device() -> torch.device | None:
