@@ -162,15 +162,13 @@ class _Lines:
 
 def duration_in_words(seconds: float) -> str:
     """As "40 seconds", "12 minutes" or "2.5 hours"."""
+    from invact.report.amounts import counted
+
     if seconds < 99.5:
-        return _counted(round(seconds), "second")
+        return counted(round(seconds), "second")
     if seconds < 99.5 * 60:
-        return _counted(round(seconds / 60), "minute")
+        return counted(round(seconds / 60), "minute")
     return f"{seconds / 3600:.1f} hours"
-
-
-def _counted(number: int, unit: str) -> str:
-    return f"{number} {unit if number == 1 else unit + 's'}"
 
 
 class Printable(Protocol):

@@ -35,6 +35,7 @@ class Handle:
         steps: operations that make it from what is really kept, views not counted; 0 if it is kept itself.
         depth: the same, views counted, along the longest way.
         joins: whether a sum of two kept tensors is among the steps.
+        unsure: whether it is not known that a copy among the steps lay as the one that is made again does.
         may_be_read: whether recipes may read it.
         apart: a copy that recipes read in its stead: of a parameter that may not be there, or be another, by then.
         made_in_place: the version of the output, if the operator that keeps this value went on to work in place.

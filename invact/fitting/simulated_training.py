@@ -133,18 +133,18 @@ class TakeStep:
         for weight in trained:
             weight.grad = None
         weights = sum(allocation.nbytes for allocation in allocations if allocation.operator == WEIGHT)
-        ended = forward_ended, lifetimes.now
         return Step(
-            allocations,
-            *ended,
-            frozenset(gradients),
-            kept,
-            weights,
-            self._held,
-            calls,
-            self._changed(lifetimes),
-            self._from_its_loss,
-            work,
+            allocations=allocations,
+            forward_ended=forward_ended,
+            backward_ended=lifetimes.now,
+            gradients=frozenset(gradients),
+            kept=kept,
+            weights=weights,
+            held=self._held,
+            calls=calls,
+            changed=self._changed(lifetimes),
+            from_its_loss=self._from_its_loss,
+            work=work,
         )
 
     def _forward_and_backward(

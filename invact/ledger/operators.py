@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from invact.pytorch.operators import schema_of
+from invact.pytorch.operators import changed_arguments, schema_of
 
 RESIDUAL_SUMS = "residual sums"
 """Sums of what comes of different roots: to make the sum again, both summands would have to be kept in its stead."""
@@ -122,7 +122,7 @@ def rule_of(func: Any) -> Rule:
     name = schema.name.removeprefix("aten::")  # an operator of somebody else's is in none of the tables
     name = name if name.endswith("__") else name.removesuffix("_")
     arguments = schema.arguments
-    writes = [n for n, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+    writes = changed_arguments(func)
     if torch.Tag.inplace_view in getattr(func, "tags", ()):  # it changes shape or strides, and no number
         writes = []
     return Rule(

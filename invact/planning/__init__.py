@@ -1,4 +1,4 @@
-"""Walk a model, probe it, and decide for every activation whether inverting it pays.
+"""Walk a model, probe it, and decide what is inverted, derived, fused or kept, and why.
 
 `plans.decide` is the way through, from a model to what is to be swapped in it.
 """

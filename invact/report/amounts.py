@@ -51,3 +51,8 @@ def format_bytes(nbytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+def counted(number: int, unit: str) -> str:
+    """As "1 block" or "3 blocks"."""
+    return f"{number} {unit if number == 1 else unit + 's'}"

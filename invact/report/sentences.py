@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from invact.report.amounts import format_bytes, in_words
+from invact.report.amounts import counted, format_bytes, in_words
 from invact.report.figures import Figures
 
 BEYOND_TENSORS = 1 << 29
@@ -34,7 +34,7 @@ def in_one_line(figures: Figures) -> str:
     done += [f"{len(figures.approximate)} approximate"] if figures.approximate else []
     done += [f"{len(figures.derived)} tensors made again"] if figures.derived else []
     done += [f"{len(figures.fused)} norms fused"] if figures.fused else []
-    done += [f"{_counted(len(figures.blocks), 'block')} checkpointed"] if figures.blocks else []
+    done += [f"{counted(len(figures.blocks), 'block')} checkpointed"] if figures.blocks else []
     kept = f"{format_bytes(figures.bytes_after)} instead of {format_bytes(figures.bytes_before)} kept for backward"
     line = f"invact: {', '.join(done)}; {kept}, {figures.saving:.1%} less"
     if figures.peak_bytes:
@@ -121,7 +121,7 @@ def peak_in_words(figures: Figures) -> list[str]:
     ]
     if figures.memory_bytes >= figures.peak_bytes:
         left = format_bytes(figures.memory_bytes - figures.peak_bytes)
-        how = f"{_counted(len(figures.blocks), 'block')} checkpointed" if figures.blocks else "nothing checkpointed"
+        how = f"{counted(len(figures.blocks), 'block')} checkpointed" if figures.blocks else "nothing checkpointed"
         if figures.peak_bytes_before <= figures.memory_bytes:
             how += "; it fits as it is, too"
         lines.append(f"It fits {format_bytes(figures.memory_bytes)} with {left} left, {how}.")
@@ -129,7 +129,3 @@ def peak_in_words(figures: Figures) -> list[str]:
             short = figures.memory_bytes - figures.peak_bytes < BEYOND_TENSORS
             lines.append(_MORE_THAN_IS_LEFT if short else _BEYOND_TENSORS)
     return lines
-
-
-def _counted(number: int, unit: str) -> str:
-    return f"{number} {unit if number == 1 else unit + 's'}"

@@ -1,8 +1,4 @@
-"""How a module is patched: it stays the object it is and gets a class of its own, a subclass of the one it had.
-
-That class inverts or approximates an activation, or expressions in a method, runs a norm by one operator, derives what
-autograd keeps, or checkpoints a block; and goes when `Swaps.undo` gives the module the class back that it had.
-"""
+"""Puts into a model what was decided, all of it or, after an error, nothing; and takes it out again."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class Piece(NamedTuple):
 
 
 def scale_and_shift(piece: Piece) -> tuple[float, float]:
-    """``u = v * scale + shift``. A function: torch.compile in 2.6 cannot follow a NamedTuple's properties."""
+    """``u = v * scale + shift``. A function: torch.compile (seen in 2.6) cannot follow a NamedTuple's properties."""
     width = piece.high - piece.low
     return 2.0 / width, -(piece.high + piece.low) / width
 

@@ -26,7 +26,7 @@ TRITON_HEADER = f'''"""The polynomials of `polynomials.coefficients` and `polyno
 
 {GENERATED}
 
-Triton 3.2 can index no tuple of constants, so every one is written out.
+Triton (seen in 3.2) can index no tuple of constants, so every one is written out.
 """
 
 # mypy: ignore-errors
@@ -82,9 +82,9 @@ def quick_coefficients(quick_fits: QuickFits) -> str:
 
 
 def quick_function(quick_fits: QuickFits) -> str:
-    """The function of triton_polynomials.py for 16-bit outputs."""
+    """The function of kernels/triton/polynomials.py for 16-bit outputs."""
     source = "\n\n@triton.jit\ndef quick_slope(y, below, logarithm, right, CURVE: tl.constexpr, BF16: tl.constexpr):\n"
-    source += '    """f\' by `quick_fit.QuickFit`; logarithm is log2(-below), below y if that is negative."""\n'
+    source += '    """f\' by `pieces.QuickFit`; logarithm is log2(-below), below y if that is negative."""\n'
     keyword = "if"
     for name, by_dtype in quick_fits.items():
         for dtype, fit in by_dtype.items():
@@ -101,7 +101,7 @@ def quick_function(quick_fits: QuickFits) -> str:
 
 
 def triton_polynomials(fits: dict[str, Fit], short_fits: dict[str, Fit], quick_fits: QuickFits) -> str:
-    """The source of triton_polynomials.py: a function for each kind of piece, with a branch for each curve."""
+    """The source of kernels/triton/polynomials.py: a function for each kind of piece, with a branch for each curve."""
     source = TRITON_HEADER
     for kind in ("near", "right", "tail"):
         source += f"\n\n@triton.jit\ndef {kind}(v, CURVE: tl.constexpr, SHORT: tl.constexpr):\n"

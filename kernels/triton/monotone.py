@@ -13,7 +13,7 @@ from .math import exponential_minus_one
 @triton.jit
 def monotone_slope(y, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr, CURVE: tl.constexpr):
     """`Monotone.slope` for fp32 y; A to D are `Monotone.constants_for` its dtype."""
-    if (CURVE == "elu" or CURVE == "celu") or CURVE == "selu":  # Triton 3.2 takes no longer chain
+    if (CURVE == "elu" or CURVE == "celu") or CURVE == "selu":  # Triton (seen in 3.2) takes no longer chain
         slope = tl.where(y <= 0, tl.where(y <= D, 0.0, (y + A) * B), C)
     elif CURVE == "leaky_relu":
         slope = tl.where(y > 0, 1.0, A)

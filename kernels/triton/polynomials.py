@@ -2,7 +2,7 @@
 
 Written by ``python -m invact.kernels.polynomials.generate``: change that, not this.
 
-Triton 3.2 can index no tuple of constants, so every one is written out.
+Triton (seen in 3.2) can index no tuple of constants, so every one is written out.
 """
 
 # mypy: ignore-errors
@@ -461,7 +461,7 @@ def tail(v, CURVE: tl.constexpr, SHORT: tl.constexpr):
 
 @triton.jit
 def quick_slope(y, below, logarithm, right, CURVE: tl.constexpr, BF16: tl.constexpr):
-    """f' by `quick_fit.QuickFit`; logarithm is log2(-below), below y if that is negative."""
+    """f' by `pieces.QuickFit`; logarithm is log2(-below), below y if that is negative."""
     if CURVE == "gelu" and BF16:
         left = logarithm * -0.11781506324106471 + -0.3012470552008839
         w = tl.where(right, y + 0.16993458638615366, left)

@@ -9,7 +9,7 @@ What autograd does not record cannot be made again: the number in `x + 1.0`, `1 
 `torch.where(mask, x, 0.0)` and `F.threshold`, and a constant tensor that is added. A norm's eps is read from the frame
 of its function (`norm_settings`), a padding's number from the padded tensor (`padding`).
 
-A new operator is one line in the file of its kind, and one case in tests/test_deriving_rules.py. Whoever imports one
+A new operator is one line in the file of its kind, and one case in tests/operator_cases.py. Whoever imports one
 file of these has registered the rules of all.
 """
 

@@ -46,13 +46,13 @@ def register(*names: str, among: set[str] | None = None) -> Callable[[Rule], Rul
     Known limitations:
         - A rule is trusted. What it makes is not compared with what the operator gave, and a rule that is wrong gives
           wrong gradients without a word: compare every bit, for each dtype and layout, as `check` in
-          tests/test_deriving_rules.py does.
+          tests/operator_checks.py does.
         - It sees what autograd records and no more: of an operator of PyTorch the settings and tensors of
           `derivatives.yaml`, of a `torch.autograd.Function` what its producers gave.
         - It holds for all models of the process; a plan or report that was made before does not know of it.
         - Where a rule returns None nothing is raised: the tensor is kept, as stock keeps it.
         - A report's floor may not know of it: which operators only move memory, beside those that PyTorch calls
-          pointwise, is listed in `invact.ledger.computed`.
+          pointwise, is listed in `invact.ledger.operator_kinds`.
 
     Example:
         The entropy's node keeps what it read under the name "self", and may have got it from its first producer.
