@@ -13,12 +13,14 @@ from checkout import ROOT
 from record import Record
 
 LARGE = "2_31"
-FILES = ("test_on_a_card.py", "test_training_loops.py", "test_bench.py")
+SUBJECTS = ("", "_training", "_deriving", "_norms", "_very_large")
+ON_A_CARD = tuple(f"test_on_a_card{subject}.py" for subject in SUBJECTS)
+FILES = (*ON_A_CARD, "test_training_loops.py", "test_bench.py")
 
 
 def measure(item: str, record: Record, tiny: bool, prepared: None) -> None:
-    """Item "tests" or "large". Without a card only those of the first file, which then run on the CPU."""
-    files = FILES if torch.cuda.is_available() and item != "large" else FILES[:1]
+    """Item "tests" or "large". Without a card only those that then run on the CPU."""
+    files = FILES if torch.cuda.is_available() and item != "large" else ON_A_CARD
     options = ["-o", "addopts=", "--import-mode=importlib", "-m", "gpu", "-p", "no:cacheprovider", "-q", "--no-header"]
     options += ["--continue-on-collection-errors", "-p", "no:xdist", "--rootdir", str(ROOT), "--tb=short"]
     chosen = LARGE if item == "large" else f"not {LARGE}"
