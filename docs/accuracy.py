@@ -17,7 +17,7 @@ import torch
 from invact.kernels import CURVES, Curve
 from torch import Tensor
 
-from invact.inverting.operators import invert
+from invact.inverting.autograd_functions import invert
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt

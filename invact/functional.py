@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch  # noqa: F401  (the examples in the docstrings use it)
 from torch import Tensor
 
-from invact.inverting.operators import invert
+from invact.inverting.autograd_functions import invert
 from invact.kernels import CURVES
 from invact.kernels.curves import monotone_families
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from .dispatch import TRITON_DTYPES, may_run_triton
 from .few_bits.device_tables import values_on
 from .few_bits.packing import bits_of, nbytes, packed, unpacked
-from .few_bits.steps import Steps
+from .few_bits.step_functions import Steps
 from .imitated import imitates
-from .pytorch.pair import CHUNK, on_real_cpu
+from .pytorch.activation_kernels import CHUNK, on_real_cpu
 from .rounding import rounded_up, widened
 
 

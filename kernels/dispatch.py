@@ -13,7 +13,7 @@ from .curves.catalogue import OURS
 from .curves.curve import Curve
 from .curves.two_sided import TwoSided
 from .imitated import imitates
-from .pytorch import pair as pytorch_pair
+from .pytorch import activation_kernels as pytorch_pair
 from .rounding import widened
 
 # Triton decides when it is imported whether it runs on CPU tensors
@@ -27,7 +27,7 @@ def triton_pair_for(tensor: Tensor, curve: Curve) -> ModuleType | None:
     if tensor.dtype not in TRITON_DTYPES or not may_run_triton(tensor) or not has_triton_kernel(curve):
         return None
     # imported when it is first needed: it takes a while, and many machines have no GPU
-    from .triton import pair as triton_pair
+    from .triton import activation_kernels as triton_pair
 
     return triton_pair
 

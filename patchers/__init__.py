@@ -1,9 +1,9 @@
 """Patches nothing: one file per library, which loads a model by its name and makes example inputs for it."""
 
 from . import huggingface, open_clip_models, timm_models
-from .adapters import lora_in_words, with_lora
 from .by_name import load, resolve
 from .library import ExampleInputs, Library
+from .lora import lora_in_words, with_lora
 from .quantized import with_4bit_base
 from .registry import (
     as_on_real_tensors,

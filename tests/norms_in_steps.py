@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from invact.planning import first_pass
-from invact.recognition import norms
+from invact.recognition import fused_rms_norm as norms
 from invact.simulation import as_on_gpu
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from invact.deriving.asking import kept_by
 from invact.deriving.handles import Derived
 from invact.deriving.hooks import Deriving
+from invact.deriving.saved_by_node import kept_by
 
 aten = torch.ops.aten
 DOUBLE, FLOAT, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

@@ -8,7 +8,7 @@ import pytest
 import torch
 from invact.kernels import CURVES, Curve
 from invact.kernels.curves import monotone_families
-from invact.kernels.few_bits.steps import Steps
+from invact.kernels.few_bits.step_functions import Steps
 from torch import Tensor
 
 BITS = (1, 2, 3, 4)

@@ -16,7 +16,7 @@ from invact.bench import counting
 from invact.bench import steps as bench_steps
 from invact.bench.contenders import PUBLISHED
 from invact.bench.kernels import HOST_ELEMENTS, time_kernels
-from invact.bench.models_with_weights import with_weights
+from invact.bench.random_models import with_weights
 from invact.bench.records import COPY
 from invact.bench.result import Bench
 from invact.bench.running import run as bench

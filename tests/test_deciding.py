@@ -10,8 +10,8 @@ from invact.planning.deciding import Pass, decide_sites
 from invact.planning.keepers import Keepers
 from invact.planning.options import Options
 from invact.probing.records import Call
+from invact.recognition.dependencies_of_modules import settings_of_module
 from invact.recognition.found import Found
-from invact.recognition.read_by_modules import settings_of_module
 from invact.report import reasons
 
 ELEMENTS = 64

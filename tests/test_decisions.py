@@ -6,7 +6,7 @@ from decision_cases import CASES
 from invact.kernels import CURVES
 
 import invact
-from invact.recognition.read_by_modules import settings_of_module
+from invact.recognition.dependencies_of_modules import settings_of_module
 from invact.swapping.inversion import Inversion
 from invact.swapping.swaps import swap_in
 

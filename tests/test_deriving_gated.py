@@ -10,10 +10,10 @@ from invact.kernels.gated import ACTIVATIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from invact.deriving import gated
-from invact.deriving.asking import kept_by
 from invact.deriving.gated import GatedProduct
 from invact.deriving.handles import Derived
 from invact.deriving.hooks import Deriving
+from invact.deriving.saved_by_node import kept_by
 from invact.pytorch.saved_tensor_hooks import shows_what_is_kept
 
 SHAPE = (16, 128)

@@ -192,7 +192,7 @@ def test_a_checkpointed_region_is_not_run_anew_by_looking_for_recipes(shown, mon
         return m.last(F.silu(h) * h)
 
     if not shown:
-        for module in (invact.deriving.asking, invact.deriving.unpacking, invact.deriving.hooks):
+        for module in (invact.deriving.saved_by_node, invact.deriving.unpacking, invact.deriving.hooks):
             monkeypatch.setattr(module, "shows_what_is_kept", False)
     model = Odd(put_together)
     invact.patch(model, (X,), exact=True)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from operator_cases import COMPLEX, MOVED
 from operator_checks import BF16, DOUBLE, FLOAT, FP16, LAYOUTS, SHAPE, assert_same, check, kept_for, leaf
 
-from invact.deriving.asking import kept_by
 from invact.deriving.handles import Derived, Kept
 from invact.deriving.hooks import Deriving
 from invact.deriving.masks import Bits, PackedMask
+from invact.deriving.saved_by_node import kept_by
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ import torch
 from conftest import kept_bytes
 from curves_and_pairs import VIEWS
 from invact.kernels import CURVES, Curve
-from invact.kernels.few_bits.steps import Steps, steps
+from invact.kernels.few_bits.step_functions import Steps, steps
 from steps_apart import EVERY_CURVE, EVERY_NUMBER_OF_BITS, mean_square_error, step_of
 from torch import Tensor, nn
 from torch.autograd import forward_ad

@@ -18,8 +18,8 @@ from invact.kernels import CURVES, Curve, backward, forward, storage_order
 from invact.kernels.curves import monotone_families
 from invact.kernels.curves.monotone import Monotone
 from invact.kernels.curves.two_sided import TWO_SIDED, TwoSided
+from invact.kernels.pytorch.activation_kernels import packed_sides, scaled, second, sides_in
 from invact.kernels.pytorch.packing import packed, unpacked
-from invact.kernels.pytorch.pair import packed_sides, scaled, second, sides_in
 from invact.kernels.rounding import rounded, ulp
 from torch import Tensor
 

@@ -11,7 +11,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import invact
-from invact.recognition.norms import RmsNorm
+from invact.recognition.fused_rms_norm import RmsNorm
 from invact.recognition.norms_in_steps import recognise_norm
 
 

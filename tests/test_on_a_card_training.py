@@ -12,7 +12,7 @@ from on_a_card import DEVICE, NEEDS_A_CARD, assert_same_gradients, sharding_over
 from torch import Tensor, nn
 
 import invact
-from invact.inverting.operators import invert
+from invact.inverting.autograd_functions import invert
 
 pytestmark = pytest.mark.gpu
 

@@ -53,9 +53,9 @@ PLACES = [
     *(
         "invact.probing.recording.OpenCall.closed",
         "invact.probing.probe.autocast_as_set",
-        "invact.recognition.settings.Settings.unchanged",
+        "invact.recognition.dependencies.Settings.unchanged",
     ),
-    *("invact.inverting.operators.invert", "invact.inverting.operators.wants_gradient"),
+    *("invact.inverting.autograd_functions.invert", "invact.inverting.autograd_functions.wants_gradient"),
     "invact.swapping.swaps.set_class",
     *("invact.probing.probe.checkpoints_counted", "invact.probing.probe.stand_in", "invact.planning.walking.recognise"),
     "invact.planning.deciding.decide_sites",

@@ -14,7 +14,7 @@ from invact.kernels.curves.catalogue import OURS
 from torch import Tensor, nn
 
 import invact
-from invact.inverting.operators import invert
+from invact.inverting.autograd_functions import invert
 from invact.recognition.curves import recognise
 
 ASINH = Monotone(

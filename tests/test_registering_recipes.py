@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import invact
-from invact.deriving.asking import kept_by
 from invact.deriving.handles import Derived, Kept
 from invact.deriving.hooks import Deriving
 from invact.deriving.rules import registry
 from invact.deriving.rules.operands import derived, operand, produced
 from invact.deriving.rules.pointwise import pointwise
 from invact.deriving.rules.registry import RULES, VIEWS, register, unregister
+from invact.deriving.saved_by_node import kept_by
 
 ENTROPY = "SpecialEntrBackward0"
 

@@ -14,7 +14,7 @@ from small_trained import inputs_for, token_inputs
 from torch import nn
 
 from invact import patchers
-from invact.bench.models_with_weights import with_weights
+from invact.bench.random_models import with_weights
 from invact.fitting.optimizers import NotSimulatedError
 from invact.fitting.simulated_training import simulated_training
 from invact.planning.plans import decide

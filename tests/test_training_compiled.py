@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from small_models import small_model
 from torch import nn
 from training_alike import (
     FREED,
@@ -100,10 +99,14 @@ def test_where_the_compiler_recomputes_the_output_itself_patching_saves_nothing_
 
 @pytest.mark.slow
 def test_compiled_by_inductor_under_autocast_a_transformer_keeps_its_saving():
+    from transformers import BertConfig, BertModel
+
     torch._dynamo.reset()
-    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = small_model("BertModel", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **dropouts).train()
-    ids = torch.randint(0, 50, (2, 16))
+    config = BertConfig(
+        hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model, ids = BertModel(config, add_pooling_layer=False).train(), torch.randint(0, 50, (2, 16))
     stock = copy.deepcopy(model)
     report = invact.patch(model, {"input_ids": ids}, autocast=torch.bfloat16)
     kept = []

@@ -9,7 +9,7 @@ import torch
 from invact.kernels import CURVES
 from saved_models import TINY_GPT2, saved_gpt2
 
-from invact.inverting.operators import invert
+from invact.inverting.autograd_functions import invert
 from invact.trial.task import make_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")

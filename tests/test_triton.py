@@ -20,9 +20,9 @@ import torch
 from exactness import errors_and_floors
 from invact.kernels import CURVES, dispatch
 from invact.kernels.curves import monotone_families
-from invact.kernels.pytorch import pair as pytorch
+from invact.kernels.pytorch import activation_kernels as pytorch
 from invact.kernels.triton import launch as triton_launch
-from invact.kernels.triton import pair as triton_pair
+from invact.kernels.triton import activation_kernels as triton_pair
 from invact.kernels.pytorch.packing import packed
 from invact.kernels.curves.two_sided import TWO_SIDED
 
@@ -145,7 +145,7 @@ def test_the_interpreted_pair_agrees_with_the_pytorch_pair(script: str) -> None:
 
 
 def kernels(curve: Curve, dtype: torch.dtype, rows: int, wide: bool, target: Any) -> list[Any]:
-    from invact.kernels.triton import pair as triton_pair
+    from invact.kernels.triton import activation_kernels as triton_pair
 
     kind = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     length = {"n": "i64" if wide else "i32"}
@@ -206,7 +206,7 @@ def test_more_than_2_31_elements_are_addressed_with_64_bits() -> None:
 
 
 def test_the_constants_of_a_kernel_come_in_the_order_of_its_parameters() -> None:
-    from invact.kernels.triton import pair as triton_pair
+    from invact.kernels.triton import activation_kernels as triton_pair
 
     gelu, elu = CURVES["gelu"], CURVES["elu"]
     assert isinstance(gelu, TwoSided)

@@ -14,7 +14,7 @@ import torch
 from invact.kernels import CURVES, codes
 from invact.kernels.triton import launch as triton_launch
 from invact.kernels.few_bits import packing as code_packing
-from invact.kernels.few_bits.steps import steps
+from invact.kernels.few_bits.step_functions import steps
 
 def alike(ours, expected, dtype):
     '''One NaN is as good as another. Some interpreters cut bf16 off where a GPU rounds it.'''

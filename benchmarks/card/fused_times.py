@@ -24,7 +24,7 @@ from verdicts import verdict_on_fused
 from ways import INVACT, STOCK
 
 from invact.bench.timing import Race
-from invact.recognition.norms import RmsNorm
+from invact.recognition.fused_rms_norm import RmsNorm
 
 DTYPE = torch.bfloat16
 KEPT = 0.9  # of the mask

@@ -20,9 +20,9 @@ from ways import EXACT, INVACT, STOCK, eager_ways
 from invact.bench.kernels import HOST_ELEMENTS, time_kernels
 from invact.bench.result import Bench
 from invact.bench.timing import Race, wait_for
-from invact.deriving.asking import kept_by
 from invact.deriving.handles import Derived
 from invact.deriving.hooks import Deriving
+from invact.deriving.saved_by_node import kept_by
 
 NOTHING = "hooks of nothing"
 BATCHES = (1, 8, 32, 64, 128, 256)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from invact.inverting.operators import invert
+from invact.inverting.autograd_functions import invert
 from invact.kernels import CURVES
 
 STOCK, INVACT, COMPILE, CHECKPOINTING = "stock", "invact", "compile", "checkpointing"

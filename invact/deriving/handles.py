@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from invact.deriving.backward_cache import Shared
 from invact.deriving.layouts import has_strides, laid_out
-from invact.deriving.shared import Shared
 
 MOST_STEPS = 12
 """Operations of one recipe. The longest that pays, a dropped copy of a norm written out in steps, takes seven."""

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from invact.deriving.asking import kept_by, kept_something
 from invact.deriving.handles import MOST_STEPS, Derived, Handle, Kept
 from invact.deriving.layouts import PLAIN, is_plain
 from invact.deriving.masks import bits_of
 from invact.deriving.norm_settings import NORMS, STATISTICS_WITH_HISTORY, TOLD_IN_THEIR_CALL, norm_settings
 from invact.deriving.rules.padding import FILLED
 from invact.deriving.rules.registry import ON_THE_WAY, RULES, SUMS, VIEWS
+from invact.deriving.saved_by_node import kept_by, kept_something
 from invact.deriving.searching import FOUND, MOST_SEARCHED, Search
-from invact.deriving.stead import stead_of
+from invact.deriving.stand_ins import stead_of
 from invact.deriving.unpacking import remade
 from invact.pytorch.backward import node_name
 from invact.pytorch.circumstances import transforms_active

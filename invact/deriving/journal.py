@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from invact.deriving.asking import kept_by
 from invact.deriving.chains import all_kept_in_stead, is_mask, kept_in_stead, stands_for, without_views
 from invact.deriving.derived_tensor import DerivedTensor
 from invact.deriving.handles import Derived, Handle, Kept
 from invact.deriving.masks import Bits
-from invact.deriving.words import in_words, listed
+from invact.deriving.node_names import in_words, listed
+from invact.deriving.saved_by_node import kept_by
 from invact.ledger.entries import Entry, Key
 from invact.ledger.ledger import Ledger
 from invact.ledger.storages import dense_parts, storage_sizes

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from invact.deriving.asking import kept_by
+from invact.deriving.distributed_parameters import copied, is_parameter, parameters_may_go
 from invact.deriving.handles import DEEPEST, MOST_STEPS, Awaited, Derived, Handle, Kept
 from invact.deriving.journal import journal_here
 from invact.deriving.layouts import is_plain
-from invact.deriving.parameters import copied, is_parameter, parameters_may_go
 from invact.deriving.rules.registry import RULES, SUMS, VIEWS
+from invact.deriving.saved_by_node import kept_by
 from invact.pytorch.backward import node_name
 from invact.pytorch.saved_tensor_hooks import outer_hooks
 

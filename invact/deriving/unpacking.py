@@ -9,10 +9,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from invact.deriving.asking import asked
 from invact.deriving.handles import Handle, Kept
 from invact.deriving.log_probabilities import LogProbabilities
-from invact.inverting import operators
+from invact.deriving.saved_by_node import asked
+from invact.inverting import autograd_functions
 from invact.pytorch.backward import engine_call
 from invact.pytorch.circumstances import autocast_anywhere
 from invact.pytorch.devices import accelerator_type
@@ -50,7 +50,7 @@ def remade(handle: Handle) -> Tensor:
 
 # Who only reads what it kept: the nodes of PyTorch, and our own inverted activations.
 _ENGINE = engine_call.__code__
-_OURS = operators.__dict__
+_OURS = autograd_functions.__dict__
 
 
 @contextmanager

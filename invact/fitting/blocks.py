@@ -7,8 +7,8 @@ from collections import Counter
 from torch import nn
 
 from invact.swapping.checkpointed import is_checkpointed
-from invact.swapping.own_switch import has_own_switch
 from invact.swapping.patched import stock_class
+from invact.swapping.transformers_layer import has_own_switch
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from invact.errors.checks import check_few_bits
-from invact.inverting.operators import wants_gradient
+from invact.inverting.autograd_functions import wants_gradient
 from invact.kernels import Curve, codes, dispatch
-from invact.kernels.few_bits import steps as best_steps
-from invact.kernels.few_bits.steps import Steps
+from invact.kernels.few_bits import step_functions as best_steps
+from invact.kernels.few_bits.step_functions import Steps
 from invact.pytorch.circumstances import forward_ad_active, transforms_active
 from invact.pytorch.compiler_flags import constant_when_compiled
 from invact.pytorch.tensors import is_traceable_wrapper_subclass

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from invact.errors.own_errors import users_call
 from invact.ledger.entries import Key
-from invact.ledger.operators import CONSTANTS, INPUTS, RANDOM, RESIDUAL_SUMS, UNWRITTEN, Rule, other_kind, rule_of
+from invact.ledger.operator_kinds import CONSTANTS, INPUTS, RANDOM, RESIDUAL_SUMS, UNWRITTEN, Rule, other_kind, rule_of
 from invact.ledger.storages import dense_parts
 from invact.pytorch.modes import TorchDispatchMode
 from invact.pytorch.tensors import StorageWeakRef, storage_identity

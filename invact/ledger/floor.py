@@ -1,7 +1,7 @@
 """The floor: the bytes that remain when nothing is kept that could be made again by operators that only move memory.
 
 It is the smallest number of bytes from which all that autograd kept can be had: a minimum cut between the roots, which
-can not be made again, and what was kept. See `invact.ledger.operators` for which values are roots.
+can not be made again, and what was kept. See `invact.ledger.operator_kinds` for which values are roots.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from invact.ledger.computed import Computed, Value
 from invact.ledger.entries import Entry, Key
-from invact.ledger.operators import RESIDUAL_SUMS
+from invact.ledger.operator_kinds import RESIDUAL_SUMS
 
 _UNMET = "other: unknown"
 
@@ -49,7 +49,7 @@ def floor_bytes(computed: Computed, needed: Iterable[Entry]) -> int:
 def remains(computed: Computed, kept: Iterable[Entry]) -> dict[str, int]:
     """Bytes of what a pass with deriving in place kept, by what made it, the largest first.
 
-    The kinds are those of `invact.ledger.operators`, such as "matrix products" or "residual sums". What only moved
+    The kinds are those of `invact.ledger.operator_kinds`, such as "matrix products" or "residual sums". What only moved
     memory made counts to the kind of its largest root if it is kept in that root's stead, a cast of a product for
     example; it is under "other:" and the operator's name if it could have been made again from less.
     """

@@ -13,7 +13,7 @@ from invact.planning.deciding import Decision
 from invact.planning.first_pass import Places
 from invact.probing.probe import observe
 from invact.probing.records import Observation
-from invact.recognition.norms import Fusion
+from invact.recognition.fused_rms_norm import Fusion
 from invact.recognition.rewriting import Runner
 from invact.recognition.written import Written
 from invact.report.records import INVERT, KEEP, FusedNorm

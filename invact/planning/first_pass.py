@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from invact.deriving.placing import places
+from invact.deriving.hooked_modules import places
 from invact.errors.checks import Inputs
 from invact.planning.options import Options
 from invact.planning.walking import unpatched_modules, walk
@@ -31,7 +31,7 @@ class Places:
     Attributes:
         sites: where a pointwise activation is computed.
         norms: those that are written out in steps and may be run by one operator.
-        derives: at which modules hooks are to be set; see `invact.deriving.placing`.
+        derives: at which modules hooks are to be set; see `invact.deriving.hooked_modules`.
         already: sites that an earlier patch has changed.
         patched: whether an earlier patch has changed anything, be it that it set hooks alone.
     """

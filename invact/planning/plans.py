@@ -16,7 +16,7 @@ from invact.planning.deciding import Pass, decide_sites
 from invact.planning.first_pass import first_pass, walked
 from invact.planning.fusing import fused_norms
 from invact.planning.options import Options
-from invact.planning.rounding_told import with_roundings
+from invact.planning.rounding_notes import with_roundings
 from invact.planning.telling import Passes, notes_on, told
 from invact.probing.probe import observe
 from invact.probing.records import Observation

@@ -10,10 +10,10 @@ from torch import nn
 
 from invact.kernels import Curve
 from invact.recognition.curves import recognise
+from invact.recognition.dependencies import Settings, UnseenError
+from invact.recognition.dependencies_of_modules import EVERY_MODULE_HAS, settings_of_module
 from invact.recognition.expressions import written_in
 from invact.recognition.found import Found
-from invact.recognition.read_by_modules import EVERY_MODULE_HAS, settings_of_module
-from invact.recognition.settings import Settings, UnseenError
 from invact.swapping.patched import Patched
 
 

@@ -62,7 +62,7 @@ def observe(
         checkpointing: False runs checkpointed regions as if they were not.
         computed: whether to record what made what, for the floor.
         derived: whether to record what is derived, of a model in which hooks are set for that.
-        derives: where hooks are to be set for the length of the pass; see `invact.deriving.placing`.
+        derives: where hooks are to be set for the length of the pass; see `invact.deriving.hooked_modules`.
 
     Raises:
         TimeoutError: a forward pass takes longer than `invact.probing.TIME_LIMIT`.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from invact.recognition.read_by_modules import EVERY_MODULE_HAS
+from invact.recognition.dependencies_of_modules import EVERY_MODULE_HAS
 
 
 class RaisedError(Exception):

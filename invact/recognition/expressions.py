@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from invact.recognition.curves import recognise
+from invact.recognition.dependencies import Reading, Settings, UnseenError
+from invact.recognition.dependencies_of_functions import readings_of_value
 from invact.recognition.meanings import CONSTANTS, UNKNOWN, Method, method_of
 from invact.recognition.pointwise import has_pointwise_name
-from invact.recognition.read_by_functions import readings_of_value
-from invact.recognition.settings import Reading, Settings, UnseenError
 from invact.recognition.sources import methods_of
 from invact.recognition.written import Place, Written, as_lambda
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from invact.kernels import Curve
-from invact.recognition.settings import Settings
+from invact.recognition.dependencies import Settings
 from invact.recognition.written import Written
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from invact.recognition.dependencies_of_modules import attribute_access_is_its_own, static_attribute
 from invact.recognition.pointwise import LIBRARIES, home_of, is_function, may_be_pointwise
-from invact.recognition.read_by_modules import attribute_access_is_its_own, static_attribute
 from invact.recognition.sources import Source, cells_of, source_of
 
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from invact.recognition.bare_copies import RaisedError, bare_copy, output_of, state_of
-from invact.recognition.norms import Fusion, RmsNorm
-from invact.recognition.read_by_modules import settings_of_module
-from invact.recognition.settings import UnseenError
+from invact.recognition.dependencies import UnseenError
+from invact.recognition.dependencies_of_modules import settings_of_module
+from invact.recognition.fused_rms_norm import Fusion, RmsNorm
 
 _TOLERANCE = 5e-6  # of what is worked out in fp32, element by element: ten times its own error
 

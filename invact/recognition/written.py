@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from invact.kernels import Curve
-from invact.recognition.settings import Settings
+from invact.recognition.dependencies import Settings
 
 _HOLE = "__invact_x__"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from invact.inverting.few_bits import few_bits, may_approximate
 from invact.kernels import Curve
-from invact.recognition.settings import Settings
+from invact.recognition.dependencies import Settings
 
 
 @dataclass(frozen=True)

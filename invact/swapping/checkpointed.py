@@ -15,8 +15,8 @@ from invact.errors.own_errors import users_call
 from invact.pytorch.circumstances import transforms_active
 from invact.pytorch.containers import tree_leaves
 from invact.swapping.class_over import class_over, shared_class, sites_below
-from invact.swapping.own_switch import has_own_switch
 from invact.swapping.patched import Patched, is_patched
+from invact.swapping.transformers_layer import has_own_switch
 
 
 def checkpointed_class(below: type[nn.Module], by_call: bool) -> type:

@@ -7,8 +7,8 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
-from invact.swapping.own_switch import let_it_be_checkpointed
 from invact.swapping.patched import Patched, PatchedSite
+from invact.swapping.transformers_layer import let_it_be_checkpointed
 
 # By the class under it and what is done there, so that the equal layers of a model share one class and torch.compile
 # sees one. Nothing is kept alive here: a class that no module has any more is collected, and so is the one under it,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from invact.recognition.norms import Fusion
+from invact.recognition.fused_rms_norm import Fusion
 from invact.swapping.class_over import class_over, shared_class
 from invact.swapping.patched import Patched, is_patched
 from invact.swapping.planned_device import planned_device

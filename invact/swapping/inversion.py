@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from invact.deriving.hooks import SMALLEST, is_deriving
-from invact.inverting import operators
+from invact.inverting import autograd_functions
 from invact.kernels import Curve
 from invact.pytorch.circumstances import hooks_on_all_modules, transforms_active
-from invact.recognition.settings import Settings
+from invact.recognition.dependencies import Settings
 from invact.swapping.patched import Patched
 from invact.swapping.planned_device import planned_device
 
@@ -62,12 +62,12 @@ class Inversion:
             return False  # fx, for one, traces with what is no tensor
         if getattr(_THREAD, "watched", None) is not None and transforms_active():
             return False  # what hooks change can not be told there
-        return operators.wants_gradient(x) and self.settings.unchanged(module)
+        return autograd_functions.wants_gradient(x) and self.settings.unchanged(module)
 
     def __call__(self, x: Tensor) -> Tensor:
         watched = getattr(_THREAD, "watched", None)
         before = x.clone() if watched is not None and self.in_place else x
-        y = operators.invert(x, self.curve, self.in_place)
+        y = autograd_functions.invert(x, self.curve, self.in_place)
         if watched is not None:
             watched.append((before, y, y.grad_fn, y._version))
         return y

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from invact.recognition.norms import Fusion
+from invact.recognition.fused_rms_norm import Fusion
 from invact.recognition.rewriting import Runner
 from invact.recognition.written import Written
 from invact.swapping.activations import activation_class

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from invact import patchers
-from invact.bench.models_with_weights import with_weights
+from invact.bench.random_models import with_weights
 from invact.errors.checks import Inputs
 from invact.trial.data import DataError, Images, Text, load_images, load_text, resized
 from invact.trial.small_models import SMALL_BERT, SMALL_MODELS, on_meta, small_model

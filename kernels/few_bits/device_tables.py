@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..own_thread import in_own_thread
 from ..rounding import rounded_up
-from .steps import KEPT_STEPS, Steps
+from .step_functions import KEPT_STEPS, Steps
 
 
 @functools.lru_cache(KEPT_STEPS)

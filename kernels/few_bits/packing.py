@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .steps import Steps
+from .step_functions import Steps
 
 
 def bits_of(steps: Steps) -> int:

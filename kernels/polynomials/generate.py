@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import sources
+from . import code_writer
 from .chebyshev import SHORT_TOLERANCE, TOLERANCE, Inverse, fitted
 from .definitions import DEFINITIONS, EXACT
 from .least_squares import TOLERANCES, quick_fit
@@ -28,11 +28,11 @@ FOR_TRITON = HERE.parent / "triton" / "polynomials.py"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog=sources.COMMAND, description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=code_writer.COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with what is checked in; write nothing")
     check = parser.parse_args().check
     fits, short_fits, table = dict(EXACT), dict(EXACT), []
-    quick_fits: sources.QuickFits = {}
+    quick_fits: code_writer.QuickFits = {}
     for name in DEFINITIONS:
         fits[name], lines = fitted(name, TOLERANCE)
         short_fits[name], short_lines = fitted(name, SHORT_TOLERANCE)
@@ -42,13 +42,13 @@ def main() -> int:
         print(*lines, *short_lines, sep="\n", flush=True)
     if check:
         return differences(fits, short_fits, quick_fits)
-    COEFFICIENTS.write_text(sources.coefficients(fits, short_fits, table))
-    QUICK_COEFFICIENTS.write_text(sources.quick_coefficients(quick_fits))
-    FOR_TRITON.write_text(sources.triton_polynomials(fits, short_fits, quick_fits))
+    COEFFICIENTS.write_text(code_writer.coefficients(fits, short_fits, table))
+    QUICK_COEFFICIENTS.write_text(code_writer.quick_coefficients(quick_fits))
+    FOR_TRITON.write_text(code_writer.triton_polynomials(fits, short_fits, quick_fits))
     return 0
 
 
-def differences(fits: dict[str, Fit], short_fits: dict[str, Fit], quick_fits: sources.QuickFits) -> int:
+def differences(fits: dict[str, Fit], short_fits: dict[str, Fit], quick_fits: code_writer.QuickFits) -> int:
     """How many curves and files differ from what is checked in; says which and what to do."""
     from . import coefficients, quick_coefficients
 
@@ -61,17 +61,19 @@ def differences(fits: dict[str, Fit], short_fits: dict[str, Fit], quick_fits: so
             differing.append(f"the quick fit of {name}")
     differing += unlike_their_source(coefficients.FITS, coefficients.SHORT_FITS, quick_coefficients.QUICK_FITS)
     if differing:
-        print(f"{', '.join(differing)}: not what is checked in. Run: {sources.COMMAND}", file=sys.stderr)
+        print(f"{', '.join(differing)}: not what is checked in. Run: {code_writer.COMMAND}", file=sys.stderr)
     return len(differing)
 
 
-def unlike_their_source(fits: dict[str, Fit], short_fits: dict[str, Fit], quick_fits: sources.QuickFits) -> list[str]:
+def unlike_their_source(
+    fits: dict[str, Fit], short_fits: dict[str, Fit], quick_fits: code_writer.QuickFits
+) -> list[str]:
     """The generated files that are not, letter by letter, what is written of the numbers in them."""
-    start, end = sources.coefficients(fits, short_fits, ["|"]).split("    |\n")  # the table of errors is between
+    start, end = code_writer.coefficients(fits, short_fits, ["|"]).split("    |\n")  # the table of errors is between
     text = COEFFICIENTS.read_text()
     expected = {
-        QUICK_COEFFICIENTS: sources.quick_coefficients(quick_fits),
-        FOR_TRITON: sources.triton_polynomials(fits, short_fits, quick_fits),
+        QUICK_COEFFICIENTS: code_writer.quick_coefficients(quick_fits),
+        FOR_TRITON: code_writer.triton_polynomials(fits, short_fits, quick_fits),
     }
     unlike = [] if text.startswith(start) and text.endswith(end) else [COEFFICIENTS]
     unlike += [path for path, source in expected.items() if path.read_text() != source]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..few_bits.device_tables import bounds_on, values_on
 from ..few_bits.packing import bits_of, nbytes
-from ..few_bits.steps import Steps
+from ..few_bits.step_functions import Steps
 from .launch import Constants, launch, row_offsets
 
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 
 import torch
-from inputs_for_transformers import SEQUENCE, VOCABULARY, input_makers
+from inputs_for_transformers import input_makers
 from limits import check_size
+from made_up_inputs import SEQUENCE, VOCABULARY
 
 # The first of these that an architecture has is its head.
 _HEADS = (

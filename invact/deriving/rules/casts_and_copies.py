@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from invact.deriving.distributed_parameters import is_parameter
 from invact.deriving.handles import Derived
-from invact.deriving.parameters import is_parameter
 from invact.deriving.rules.operands import derived, produced
 from invact.deriving.rules.registry import Find, Node, register
 from invact.pytorch.backward import node_name

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invact.deriving.asking import kept_by
 from invact.deriving.handles import Derived, Handle, Kept
 from invact.deriving.rules.operands import (
     derived,
@@ -23,6 +22,7 @@ from invact.deriving.rules.operands import (
     with_optional,
 )
 from invact.deriving.rules.registry import ON_THE_WAY, Find, Node, Rule, register
+from invact.deriving.saved_by_node import kept_by
 from invact.pytorch.backward import node_name
 
 aten = torch.ops.aten

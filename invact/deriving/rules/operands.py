@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from invact.deriving.asking import kept_by
 from invact.deriving.handles import Derived, Handle, Kept
 from invact.deriving.rules.registry import Find, Node
+from invact.deriving.saved_by_node import kept_by
 
 
 def operand(node: Node, name: str, edge: int, find: Find) -> Handle | Tensor | None:

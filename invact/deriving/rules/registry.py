@@ -59,7 +59,7 @@ def register(*names: str, among: set[str] | None = None) -> Callable[[Rule], Rul
 
         >>> import torch
         >>> from invact.deriving import derived, operand, register, unregister
-        >>> from invact.deriving.asking import kept_by
+        >>> from invact.deriving.saved_by_node import kept_by
         >>> from invact.deriving.hooks import Deriving
         >>> def kept_of_an_entropy():
         ...     with Deriving():

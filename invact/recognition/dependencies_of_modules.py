@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from invact.recognition.read_by_functions import names_in, readings_of_function, readings_of_value
-from invact.recognition.settings import GONE, Reading, Settings, UnseenError, without_self
+from invact.recognition.dependencies import GONE, Reading, Settings, UnseenError, without_self
+from invact.recognition.dependencies_of_functions import names_in, readings_of_function, readings_of_value
 
 EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 

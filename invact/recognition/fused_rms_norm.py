@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from invact.pytorch.circumstances import transforms_active
 from invact.pytorch.operators import has_fused_rms_norm
 from invact.pytorch.tensors import is_traceable_wrapper_subclass
-from invact.recognition.settings import Settings
+from invact.recognition.dependencies import Settings
 
 _RANKS = (2, 3, 4)  # of the tensors that a norm in steps is tried with
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from invact.recognition.settings import GONE, Reading, UnseenError, contents_of, is_atom
+from invact.recognition.dependencies import GONE, Reading, UnseenError, contents_of, is_atom
 
 _LIBRARIES = ("torch", "math", "numpy")  # whoever exchanges what these hold changes PyTorch itself
 

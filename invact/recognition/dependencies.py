@@ -54,7 +54,7 @@ class Settings:
     """Everything that some code reads besides its arguments. Equal ones mean the same computation.
 
     Example:
-        >>> from invact.recognition.read_by_modules import settings_of_module
+        >>> from invact.recognition.dependencies_of_modules import settings_of_module
         >>> act = nn.LeakyReLU(0.3)
         >>> settings = settings_of_module(act)
         >>> settings.unchanged(act)
