@@ -10,7 +10,7 @@ from invact.planning.deciding import Pass, decide_sites
 from invact.planning.keepers import Keepers
 from invact.planning.options import Options
 from invact.probing.records import Call
-from invact.recognition.dependencies_of_modules import settings_of_module
+from invact.recognition.dependencies_of_modules import dependencies_of_module
 from invact.recognition.found import Found
 from invact.report import reasons
 
@@ -36,7 +36,7 @@ CLASSES = {"act": "GELU", "act2": "GELU", "down": "Linear", "other": "LayerNorm"
 
 
 def site(path="act", **arguments):
-    return Found(path, CURVES["gelu"], "GELU", None, path, settings_of_module(torch.nn.GELU()), **arguments)
+    return Found(path, CURVES["gelu"], "GELU", None, path, dependencies_of_module(torch.nn.GELU()), **arguments)
 
 
 def kept(*pairs):
@@ -89,7 +89,7 @@ def test_what_stands_against_inverting_is_told_before_what_it_would_save():
         reasons.EXACT: decision(stock, exact=True),
         reasons.LEFT_OUT: decision(stock, exclude="a*"),
         reasons.KEEPS_ONLY_OUTPUTS: decision([(Y, "act"), (Y, "down")]),
-        reasons.CHANGES_UNSEEN: decision(stock, found=replace(site(), settings=None)),
+        reasons.CHANGES_UNSEEN: decision(stock, found=replace(site(), dependencies=None)),
         reasons.REPLACED: decision(stock, found=site(replaced=True)),
         reasons.NOT_ONE_TENSOR: decision(stock, call=replace(CALL, simple=False)),
         reasons.NO_GRADIENT: decision(stock, call=replace(CALL, needs_grad=False)),

@@ -6,7 +6,7 @@ from decision_cases import CASES
 from invact.kernels import CURVES
 
 import invact
-from invact.recognition.dependencies_of_modules import settings_of_module
+from invact.recognition.dependencies_of_modules import dependencies_of_module
 from invact.swapping.inversion import Inversion
 from invact.swapping.swaps import swap_in
 
@@ -20,7 +20,7 @@ def test_a_site_is_inverted_exactly_where_fewer_bytes_are_then_kept(case, count_
     assert site.reason == case.__doc__
     assert report.bytes_before == kept
 
-    inversion = {"act": Inversion(CURVES[site.activation], settings_of_module(model.act))}
+    inversion = {"act": Inversion(CURVES[site.activation], dependencies_of_module(model.act))}
     swaps = swap_in(model, inversion, {})
     inverted = count_kept(model, (x,))
     if site.reason != "its output is changed in place later":  # inverted, its backward raises an error

@@ -53,7 +53,7 @@ PLACES = [
     *(
         "invact.probing.recording.OpenCall.closed",
         "invact.probing.probe.autocast_as_set",
-        "invact.recognition.dependencies.Settings.unchanged",
+        "invact.recognition.dependencies.Dependencies.unchanged",
     ),
     *("invact.inverting.autograd_functions.invert", "invact.inverting.autograd_functions.wants_gradient"),
     "invact.swapping.swaps.set_class",

@@ -67,7 +67,7 @@ def test_library_can_be_given_and_then_the_prefix_is_optional():
 
 def test_unknown_library_is_named_with_the_known_ones():
     with pytest.raises(patchers.ModelNameError, match=r"transformers, .*timm"):
-        patchers.resolve("resnet18", "torchvision")
+        patchers.resolve("resnet18", "somebodys")
 
 
 @pytest.mark.usefixtures("offline")

@@ -111,8 +111,9 @@ def test_a_name_that_is_taken_is_refused(name: str) -> None:
         ({"f": lambda x: x.detach()}, "its `f` must give, of a tensor of numbers, one of the same shape and dtype"),
         ({"f": lambda x: x.sum()}, "its `f` must give, of a tensor of numbers, one of the same shape and dtype"),
         ({"f": lambda x: x.float()}, "its `f` must give, of a tensor of numbers, one of the same shape and dtype"),
+        ({"of_output": None}, "'asinh' has None where its function `of_output` should be"),
     ],
-    ids=["from_x", "from_y", "nearly", "rise", "f", "no_gradient", "one_number", "other_dtype"],
+    ids=["from_x", "from_y", "nearly", "rise", "f", "no_gradient", "one_number", "other_dtype", "no_function"],
 )
 def test_a_curve_whose_derivative_is_wrong_is_refused(changed: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:

@@ -135,6 +135,12 @@ def test_a_decorator_without_its_parentheses_is_refused():
             return derived(torch.special.entr, operand(node, "self", 0, find))
 
 
+def test_what_is_no_function_is_refused():
+    with pytest.raises(TypeError, match=r"^A rule is a function of a node, and 3 is none\."):
+        register(ENTROPY)(3)
+    assert ENTROPY not in RULES
+
+
 @pytest.mark.parametrize("call", [register, unregister])
 def test_no_name_is_refused(call):
     with pytest.raises(ValueError, match="none was given"):

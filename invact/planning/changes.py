@@ -94,8 +94,8 @@ def changes_for(
 
 def _how(decision: Decision) -> Inversion | Approximation:
     site = decision.site
-    assert site.settings is not None
+    assert site.dependencies is not None
     if decision.action == INVERT:
-        return Inversion(site.curve, site.settings, decision.in_place, decision.derivable)
+        return Inversion(site.curve, site.dependencies, decision.in_place, decision.derivable)
     assert decision.bits is not None
-    return Approximation(site.curve, site.settings, decision.bits, decision.in_place)
+    return Approximation(site.curve, site.dependencies, decision.bits, decision.in_place)

@@ -129,7 +129,7 @@ def _obstacle(site: Found, seen: Pass, options: Options) -> str | None:
         (options.exact, reasons.EXACT),
         (bool(own) and own <= {call.y_key for call in calls}, reasons.KEEPS_ONLY_OUTPUTS),
         (not options.allow(site.path), reasons.LEFT_OUT),
-        (site.settings is None, reasons.CHANGES_UNSEEN),
+        (site.dependencies is None, reasons.CHANGES_UNSEEN),
         (site.replaced, reasons.REPLACED),
         (not calls, reasons.NOT_CALLED),
         (any(call.elsewhere for call in calls), reasons.ELSEWHERE),

@@ -10,8 +10,8 @@ from torch import nn
 
 from invact.kernels import Curve
 from invact.recognition.curves import recognise
-from invact.recognition.dependencies import Settings, UnseenError
-from invact.recognition.dependencies_of_modules import EVERY_MODULE_HAS, settings_of_module
+from invact.recognition.dependencies import Dependencies, UnseenError
+from invact.recognition.dependencies_of_modules import EVERY_MODULE_HAS, dependencies_of_module
 from invact.recognition.expressions import written_in
 from invact.recognition.found import Found
 from invact.swapping.patched import Patched
@@ -40,7 +40,9 @@ def walk(model: nn.Module) -> list[Found]:
             sites += _written_sites(path, module)
         else:
             replaced = "forward" in vars(module)
-            sites.append(Found(path, curve, type(module).__name__, module, path, _settings(module), replaced=replaced))
+            sites.append(
+                Found(path, curve, type(module).__name__, module, path, _dependencies(module), replaced=replaced)
+            )
     return sites
 
 
@@ -67,9 +69,9 @@ def unscripted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((path, m) for path, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule))
 
 
-def _settings(module: nn.Module) -> Settings | None:
+def _dependencies(module: nn.Module) -> Dependencies | None:
     try:
-        return settings_of_module(module)
+        return dependencies_of_module(module)
     except UnseenError:
         return None
 
@@ -81,5 +83,7 @@ def _written_sites(path: str, module: nn.Module) -> list[Found]:
         name = f"{path}.{written.method}:{written.curve.name}".lstrip(".")
         seen[name] += 1
         numbered = name if seen[name] == 1 else f"{name}.{seen[name]}"
-        sites.append(Found(numbered, written.curve, written.text, written.computes, path, written.settings, written))
+        sites.append(
+            Found(numbered, written.curve, written.text, written.computes, path, written.dependencies, written)
+        )
     return sites

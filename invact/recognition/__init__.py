@@ -1,6 +1,6 @@
 """What a model computes, told by running it and never from a name: curves, expressions in methods, norms.
 
-It changes no model: copies are run. What the code reads besides its input is told too (`settings`), since what was
+It changes no model: copies are run. What the code reads besides its input is told too (`dependencies`), since what was
 recognised holds only while that is the same.
 """
 

@@ -50,17 +50,17 @@ class Reading:
         return getattr(self.owner, self.name, GONE)
 
 
-class Settings:
+class Dependencies:
     """Everything that some code reads besides its arguments. Equal ones mean the same computation.
 
     Example:
-        >>> from invact.recognition.dependencies_of_modules import settings_of_module
+        >>> from invact.recognition.dependencies_of_modules import dependencies_of_module
         >>> act = nn.LeakyReLU(0.3)
-        >>> settings = settings_of_module(act)
-        >>> settings.unchanged(act)
+        >>> dependencies = dependencies_of_module(act)
+        >>> dependencies.unchanged(act)
         True
         >>> act.negative_slope = 0.01
-        >>> settings.unchanged(act)
+        >>> dependencies.unchanged(act)
         False
     """
 
@@ -75,7 +75,7 @@ class Settings:
         self._can_be_traced = all(_is_code(reading) for reading in self.readings if reading.owner is not None)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Settings) and self.readings == other.readings
+        return isinstance(other, Dependencies) and self.readings == other.readings
 
     def __hash__(self) -> int:
         return hash(self.readings)

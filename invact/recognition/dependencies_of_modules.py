@@ -8,19 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from invact.recognition.dependencies import GONE, Reading, Settings, UnseenError, without_self
+from invact.recognition.dependencies import GONE, Dependencies, Reading, UnseenError, without_self
 from invact.recognition.dependencies_of_functions import names_in, readings_of_function, readings_of_value
 
 EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 
 
-def settings_of_module(module: nn.Module) -> Settings:
+def dependencies_of_module(module: nn.Module) -> Dependencies:
     """What the methods of a module read.
 
     Raises:
         UnseenError: they read something that can change without being noticed.
     """
-    return Settings(_readings_of_module(module))
+    return Dependencies(_readings_of_module(module))
 
 
 def _readings_of_module(module: nn.Module) -> Iterator[Reading]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from invact.recognition.curves import recognise
-from invact.recognition.dependencies import Reading, Settings, UnseenError
+from invact.recognition.dependencies import Dependencies, Reading, UnseenError
 from invact.recognition.dependencies_of_functions import readings_of_value
 from invact.recognition.meanings import CONSTANTS, UNKNOWN, Method, method_of
 from invact.recognition.pointwise import has_pointwise_name
@@ -39,7 +39,7 @@ def written_in(module: nn.Module) -> list[Written]:
             assert method is not None
             # Made for this module, and not kept with the place: what is read once outlives the module.
             computes = _Function(_evaluable(place.node, place.hole, method))
-            found.append(Written(name, number, place.curve, place.text, computes, place, _settings(place, method)))
+            found.append(Written(name, number, place.curve, place.text, computes, place, _dependencies(place, method)))
     return found
 
 
@@ -61,9 +61,9 @@ def _places_once(method: Method) -> list[Place]:
     return known[key]
 
 
-def _settings(place: Place, method: Method) -> Settings | None:
+def _dependencies(place: Place, method: Method) -> Dependencies | None:
     try:
-        return Settings(_readings(place, method))
+        return Dependencies(_readings(place, method))
     except UnseenError:
         return None
 

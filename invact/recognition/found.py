@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from invact.kernels import Curve
-from invact.recognition.dependencies import Settings
+from invact.recognition.dependencies import Dependencies
 from invact.recognition.written import Written
 
 
@@ -21,7 +21,7 @@ class Found:
         label: the class name of the module, or the expression as written.
         computes: the module, or one that computes the expression.
         module_path: of the module, or of the module whose method holds the expression.
-        settings: what is read there besides the input; None if that can change unseen.
+        dependencies: what is read there besides the input; None if that can change unseen.
         written: the expression, or None for a module.
         replaced: whether somebody has put another forward on this one module.
     """
@@ -31,6 +31,6 @@ class Found:
     label: str
     computes: nn.Module
     module_path: str
-    settings: Settings | None
+    dependencies: Dependencies | None
     written: Written | None = None
     replaced: bool = False

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from invact.pytorch.circumstances import transforms_active
 from invact.pytorch.operators import has_fused_rms_norm
 from invact.pytorch.tensors import is_traceable_wrapper_subclass
-from invact.recognition.dependencies import Settings
+from invact.recognition.dependencies import Dependencies
 
 _RANKS = (2, 3, 4)  # of the tensors that a norm in steps is tried with
 
@@ -71,11 +71,11 @@ class Fusion:
 
     Attributes:
         norm: what is computed there.
-        settings: what the module's code reads besides its input. While it is anything else, the stock code runs.
+        dependencies: what the module's code reads besides its input. While it is anything else, the stock code runs.
     """
 
     norm: RmsNorm
-    settings: Settings
+    dependencies: Dependencies
 
     def applies(self, module: nn.Module, x: Any, device: torch.device) -> bool:
         """Whether `x`, which lies on `device` or is planned to, is to be normed here and not by the stock code."""
@@ -93,7 +93,7 @@ class Fusion:
         if x.dtype.itemsize == 2 and torch.is_autocast_enabled(x.device.type):
             return False  # which has rules of its own for the fused operator
         plain = not any(type(each) is not Tensor and is_traceable_wrapper_subclass(each) for each in (x, weight))
-        return plain and self.settings.unchanged(module)
+        return plain and self.dependencies.unchanged(module)
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         return self.norm(x, getattr(module, self.norm.weight))

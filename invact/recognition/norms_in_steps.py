@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from invact.recognition.bare_copies import RaisedError, bare_copy, output_of, state_of
 from invact.recognition.dependencies import UnseenError
-from invact.recognition.dependencies_of_modules import settings_of_module
+from invact.recognition.dependencies_of_modules import dependencies_of_module
 from invact.recognition.fused_rms_norm import Fusion, RmsNorm
 
 _TOLERANCE = 5e-6  # of what is worked out in fp32, element by element: ten times its own error
@@ -60,17 +60,17 @@ def walk_norms(modules: Iterator[tuple[str, nn.Module]]) -> Iterator[FoundNorm]:
         if weight is None:
             continue
         try:
-            settings = settings_of_module(module)
+            dependencies = dependencies_of_module(module)
         except UnseenError:
             continue
         width = module.get_parameter(weight).shape[0]
-        key = (type(module), settings, weight, width)
+        key = (type(module), dependencies, weight, width)
         if key not in known:
             known[key] = recognise_norm(module)
         norm = known[key]
         if norm is not None:
             replaced = "forward" in vars(module)
-            yield FoundNorm(path, type(module).__name__, Fusion(norm, settings), module, replaced)
+            yield FoundNorm(path, type(module).__name__, Fusion(norm, dependencies), module, replaced)
 
 
 def recognise_norm(module: nn.Module) -> RmsNorm | None:

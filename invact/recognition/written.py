@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from invact.kernels import Curve
-from invact.recognition.dependencies import Settings
+from invact.recognition.dependencies import Dependencies
 
 _HOLE = "__invact_x__"
 
@@ -25,7 +25,7 @@ class Written:
         text: the expression as written, with "…" for the value if that is an expression itself.
         computes: a module that computes it.
         place: where it stands in the method's syntax tree.
-        settings: what it reads besides its value; None if that can change unseen.
+        dependencies: what it reads besides its value; None if that can change unseen.
     """
 
     method: str
@@ -34,7 +34,7 @@ class Written:
     text: str
     computes: nn.Module = field(repr=False, compare=False)
     place: Place = field(repr=False, compare=False)
-    settings: Settings | None = field(default=None, repr=False, compare=False)
+    dependencies: Dependencies | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from invact.deriving.hooks import SMALLEST, is_deriving
 from invact.inverting import autograd_functions
 from invact.kernels import Curve
 from invact.pytorch.circumstances import hooks_on_all_modules, transforms_active
-from invact.recognition.dependencies import Settings
+from invact.recognition.dependencies import Dependencies
 from invact.swapping.patched import Patched
 from invact.swapping.planned_device import planned_device
 
@@ -42,14 +42,14 @@ class Inversion:
 
     Attributes:
         curve: what is computed there.
-        settings: what its code reads besides its input. While it is anything else, the stock code runs.
+        dependencies: what its code reads besides its input. While it is anything else, the stock code runs.
         in_place: the output takes the memory of the input.
         derivable: where tensors are derived, the stock code would keep no more, since its output is made again: then
             it runs where that takes less time.
     """
 
     curve: Curve
-    settings: Settings
+    dependencies: Dependencies
     in_place: bool = False
     derivable: bool = True
     bits: ClassVar[None] = None  # of a derivative that is approximate; this one is not
@@ -62,7 +62,7 @@ class Inversion:
             return False  # fx, for one, traces with what is no tensor
         if getattr(_THREAD, "watched", None) is not None and transforms_active():
             return False  # what hooks change can not be told there
-        return autograd_functions.wants_gradient(x) and self.settings.unchanged(module)
+        return autograd_functions.wants_gradient(x) and self.dependencies.unchanged(module)
 
     def __call__(self, x: Tensor) -> Tensor:
         watched = getattr(_THREAD, "watched", None)

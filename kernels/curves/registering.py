@@ -8,6 +8,7 @@ from torch import Tensor
 from ..own_thread import in_own_thread
 from .catalogue import CURVES, FIXED_CURVES, OURS, add
 from .curve import Curve
+from .monotone import Monotone
 
 TOLERANCE = 1e-6  # of f', absolute and of itself, in float64: what even fp32 can not tell
 SECOND_TOLERANCE = 1e-3  # of f'': ours of two-sided curves are the derivatives of fitted polynomials
@@ -83,6 +84,13 @@ def check(curve: Curve) -> None:
 
 
 def _check(curve: Curve) -> None:
+    needed = ("f", "derivative", "rise", "of_output") if type(curve).slope is Monotone.slope else ("f", "derivative")
+    for name in needed:
+        if not callable(getattr(curve, name)):
+            raise ValueError(
+                f"The curve {curve.name!r} has {getattr(curve, name)!r} where its function `{name}` should be. Give a "
+                "function that takes a tensor of numbers and gives one of the same shape."
+            )
     x = _grid().requires_grad_()
     y = curve.f(x)
     if not isinstance(y, Tensor) or (y.shape, y.dtype) != (x.shape, x.dtype) or not y.requires_grad:

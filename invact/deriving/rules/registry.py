@@ -40,7 +40,8 @@ def register(*names: str, among: set[str] | None = None) -> Callable[[Rule], Rul
         A decorator, which returns the rule as it is.
 
     Raises:
-        TypeError: a name is not a string, as where the parentheses after `@register` are missing.
+        TypeError: a name is not a string, as where the parentheses after `@register` are missing; or a rule is no
+            function.
         ValueError: one of the operators has a rule already, or there are no names. Then nothing is registered.
 
     Known limitations:
@@ -80,6 +81,11 @@ def register(*names: str, among: set[str] | None = None) -> Callable[[Rule], Rul
     _check_names(names)
 
     def registered(rule: Rule) -> Rule:
+        if not callable(rule):
+            raise TypeError(
+                f"A rule is a function of a node, and {rule!r} is none. Pass one, or what `pointwise(...)` makes of an "
+                "operator."
+            )
         if taken := [name for name in names if name in RULES]:
             raise ValueError(
                 f"{taken[0]} has a rule already, from {RULES[taken[0]].__module__}, and can not have two. "
