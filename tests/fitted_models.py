@@ -6,8 +6,8 @@ import torch
 from real_steps import loss_of
 from small_trained import gpt2, llama, vit
 
-from invact.fitting import simulated_training
 from invact.fitting.blocks import repeated_blocks
+from invact.fitting.simulated_training import simulated_training
 from invact.planning.plans import decide
 
 

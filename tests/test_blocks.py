@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from small_trained import bert, gpt2, llama, lora_llama, resnet, t5, vit
+from small_trained import bert, gpt2, llama, lora_llama, t5, vit
 from torch import nn
 
 import invact
 from invact.fitting.blocks import FEW, repeated_blocks
+
+
+def resnet18():
+    return timm.create_model("resnet18", num_classes=8)
 
 
 def block(width=8):
@@ -25,7 +29,7 @@ def block(width=8):
         (t5, ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"]),
         (lora_llama, ["base_model.model.model.layers.0", "base_model.model.model.layers.1"]),
         (vit, ["blocks.0", "blocks.1"]),
-        (resnet, [f"layer{stage}.{number}" for stage in (1, 2, 3, 4) for number in (0, 1)]),
+        (resnet18, [f"layer{stage}.{number}" for stage in (1, 2, 3, 4) for number in (0, 1)]),
     ],
 )
 def test_known_models_have_the_blocks_that_one_expects(make, paths):

@@ -106,7 +106,7 @@ def test_a_fault_of_ours_is_not_blamed_on_the_sizes(monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("a fault in the plan")
 
-    monkeypatch.setattr(planning, "_decide", broken)
+    monkeypatch.setattr(planning, "decide_in", broken)
     result = run("patch", "gpt2", "--seq-len", 16, "--batch-size", 1)
     assert isinstance(result.exception, ValueError)
     assert "--seq-len" not in result.stderr

@@ -58,7 +58,7 @@ PLACES = [
     *("invact.inverting.autograd_functions.invert", "invact.inverting.autograd_functions.wants_gradient"),
     "invact.swapping.swaps.set_class",
     *("invact.probing.probe.checkpoints_counted", "invact.probing.probe.stand_in", "invact.planning.walking.recognise"),
-    "invact.planning.deciding.decide_sites",
+    "invact.planning.plans.decide_sites",
 ]
 
 

@@ -72,7 +72,8 @@ print("agreed")
 
 IN_A_GRAPH = """
 import torch
-from invact.deriving.handles import Bits, kept_by
+from invact.deriving.masks import Bits
+from invact.deriving.saved_by_node import kept_by
 from invact.deriving.hooks import Deriving
 from invact.kernels.pytorch import packing
 from invact.kernels.triton import masks as triton_masks
