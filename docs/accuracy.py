@@ -14,10 +14,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from invact.kernels import CURVES, Curve
 from torch import Tensor
 
 from invact.inverting.autograd_functions import invert
+from invact.kernels import CURVES, Curve
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
+# Without InvActCallback, which needs transformers: `from invact import *` must do without.
 __all__ = [
     "DoesNotFitError",
     "NotSimulatedError",

@@ -33,7 +33,8 @@ class InvActCallback(PatchedDuringTraining, TrainerCallback):
     The plan is made when the model is first called in training, from that very batch and under the precision of
     the Trainer, so neither the data nor the random numbers of the run change. The model is put back when
     training ends, also by an error or Ctrl-C. Checkpoints are those of the stock model. Evaluation runs the
-    stock modules.
+    stock modules. As long as one of these callbacks lives, `Trainer.train` is wrapped, by which an error is noticed; a
+    Trainer without one is passed straight through.
 
     One line at level INFO (`TrainingArguments(log_level="info")`) says what was done and which peak is predicted for a
     step with the Trainer's optimizer, and on a GPU a second one at the end what the peak was; the plan itself stays in

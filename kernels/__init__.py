@@ -4,7 +4,7 @@ from .curves.catalogue import CURVES, FIXED_CURVES, GUESSES
 from .curves.curve import Curve
 from .curves.monotone import Monotone
 from .curves.registering import register, unregister
-from .dispatch import backward, forward, second, storage_order
+from .dispatch import backward, forward, storage_order
 
 __all__ = [
     "CURVES",
@@ -15,7 +15,6 @@ __all__ = [
     "backward",
     "forward",
     "register",
-    "second",
     "storage_order",
     "unregister",
 ]

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from invact.kernels import CURVES
 from invact.kernels.curves import monotone_families
-from torch import Tensor
 
 ALL_CURVES = [
     *CURVES.values(),

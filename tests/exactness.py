@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from invact.kernels import Curve, backward, forward, storage_order
 from torch import Tensor
+
+from invact.kernels import Curve, backward, forward, storage_order
 
 SHORT_DTYPES = (torch.bfloat16, torch.float16)
 

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from invact.kernels import CURVES, Curve
 from invact.kernels.curves import monotone_families
 from invact.kernels.few_bits.step_functions import Steps
-from torch import Tensor
 
 BITS = (1, 2, 3, 4)
 EVERY_NUMBER_OF_BITS = pytest.mark.parametrize("bits", BITS)

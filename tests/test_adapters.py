@@ -5,6 +5,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from typer.testing import CliRunner
+
+import invact
+from invact.cli import app
+from invact.fitting.simulated_training import simulated_training
+from invact.ledger.ledger import Ledger
 from invact.patchers import (
     AdapterError,
     MissingLibraryError,
@@ -15,14 +23,6 @@ from invact.patchers import (
     with_4bit_base,
     with_lora,
 )
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from typer.testing import CliRunner
-
-import invact
-from invact.cli import app
-from invact.fitting.simulated_training import simulated_training
-from invact.ledger.ledger import Ledger
 from invact.planning.plans import decide_for_device
 from invact.simulation.setting import Setting
 

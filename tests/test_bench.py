@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from invact.kernels import CURVES
 from terminals import interrupted
 from typer.testing import CliRunner, Result
 
@@ -24,6 +23,7 @@ from invact.bench.steps import training_inputs
 from invact.bench.tables import format_seconds
 from invact.bench.timing import Race
 from invact.cli import app
+from invact.kernels import CURVES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

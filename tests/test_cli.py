@@ -9,7 +9,6 @@ import sys
 
 import pytest
 from huggingface_hub import constants
-from invact.patchers import libraries
 from typer.testing import CliRunner, Result
 
 import invact
@@ -17,6 +16,7 @@ from invact.cli import app
 from invact.commands.output import duration_in_words
 from invact.commands.patch import LibraryName, Optimizer
 from invact.fitting.optimizers import NAMES
+from invact.patchers import libraries
 
 
 @pytest.fixture(autouse=True)

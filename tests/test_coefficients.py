@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from invact.kernels import CURVES, Curve
 from invact.kernels.curves.two_sided import TWO_SIDED, TwoSided
 

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import torch
-from invact.kernels import CURVES
 
+from invact.kernels import CURVES
 from invact.ledger.entries import Entry
 from invact.planning.deciding import Pass, decide_sites
 from invact.planning.keepers import Keepers

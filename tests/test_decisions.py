@@ -3,9 +3,9 @@
 import pytest
 import torch
 from decision_cases import CASES
-from invact.kernels import CURVES
 
 import invact
+from invact.kernels import CURVES
 from invact.recognition.dependencies_of_modules import dependencies_of_module
 from invact.swapping.inversion import Inversion
 from invact.swapping.swaps import swap_in

@@ -6,7 +6,6 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from invact.kernels.gated import ACTIVATIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from invact.deriving import gated
@@ -14,6 +13,7 @@ from invact.deriving.gated import GatedProduct
 from invact.deriving.handles import Derived
 from invact.deriving.hooks import Deriving
 from invact.deriving.saved_by_node import kept_by
+from invact.kernels.gated import ACTIVATIONS
 from invact.pytorch.saved_tensor_hooks import shows_what_is_kept
 
 SHAPE = (16, 128)

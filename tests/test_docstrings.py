@@ -9,9 +9,10 @@ import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import invact.kernels
 import invact.patchers
-import pytest
 
 
 def modules() -> Iterator[str]:

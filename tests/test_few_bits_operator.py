@@ -8,8 +8,6 @@ import pytest
 import torch
 from conftest import kept_bytes
 from curves_and_pairs import VIEWS
-from invact.kernels import CURVES, Curve
-from invact.kernels.few_bits.step_functions import Steps, steps
 from steps_apart import EVERY_CURVE, EVERY_NUMBER_OF_BITS, mean_square_error, step_of
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -19,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import invact
 from invact.inverting.few_bits import few_bits
+from invact.kernels import CURVES, Curve
+from invact.kernels.few_bits.step_functions import Steps, steps
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 

@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
+from steps_apart import BITS, EVERY_CURVE, EVERY_NUMBER_OF_BITS, POINTS, WEIGHTS, mean_square_error, step_of
+
 from invact.kernels import CURVES, Curve, codes
 from invact.kernels.curves import monotone_families
 from invact.kernels.few_bits import packing as code_packing
 from invact.kernels.few_bits.step_functions import Steps, best_steps, steps
-from steps_apart import BITS, EVERY_CURVE, EVERY_NUMBER_OF_BITS, POINTS, WEIGHTS, mean_square_error, step_of
 
 # --- the steps ----------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ def seen(forward, x=None, setting=None):
     """One pass on simulated tensors."""
     model = forward if isinstance(forward, nn.Module) else Layers(forward)
     x = tokens() if x is None else x
-    return observe(model, (x,), setting or Setting(torch.device("cpu")), computed=True)
+    return observe(model, (x,), setting or Setting(torch.device("cpu")), record_operators=True)
 
 
 def floor_and_total(forward, x=None, setting=None):
@@ -300,7 +300,7 @@ def test_no_plan_keeps_less_than_the_floor():
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 3)), torch.randn(2, 3, 9, 9)),
     ]
     for model, x in models:
-        found = observe(copy.deepcopy(model), (x,), Setting(torch.device("cpu")), computed=True)
+        found = observe(copy.deepcopy(model), (x,), Setting(torch.device("cpu")), record_operators=True)
         assert floor_bytes(found.computed, found.entries) <= invact.plan(model, (x,)).bytes_after
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curves_and_pairs import ALL_CURVES, EVERY_CURVE, VIEWS, Operator, kept
-from invact.kernels import Curve
-from invact.kernels.curves.two_sided import TwoSided
 from torch import Tensor
 
 from invact import functional
+from invact.kernels import Curve
+from invact.kernels.curves.two_sided import TwoSided
 
 PAIRS: dict[str, tuple[Operator, Operator]] = {
     "gelu": (functional.gelu, F.gelu),

@@ -13,10 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curves_and_pairs import EVERY_CURVE
-from invact.kernels import CURVES, Curve
-from invact.kernels.curves import monotone_families
-from invact.kernels.own_thread import in_own_thread
-from invact.kernels.pytorch import lookup_tables
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -24,6 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import invact.nn
 from invact import functional
+from invact.kernels import CURVES, Curve
+from invact.kernels.curves import monotone_families
+from invact.kernels.own_thread import in_own_thread
+from invact.kernels.pytorch import lookup_tables
 
 
 class Upsetting(TorchFunctionMode):

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from curves_and_pairs import kept
-from invact.kernels import CURVES, Curve
-from invact.kernels.curves import monotone_families
 from torch import Tensor
 
 import invact.nn
 from invact import functional
+from invact.kernels import CURVES, Curve
+from invact.kernels.curves import monotone_families
 
 
 def test_changing_y_in_place_is_found_out(images: Tensor) -> None:

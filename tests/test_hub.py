@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from huggingface_hub import constants
+
 from invact.patchers import configurations
 from invact.patchers.configurations import hub_config
 

@@ -14,6 +14,8 @@ from exactness import (
     stock_gradient,
     ulps,
 )
+from torch import Tensor
+
 from invact.kernels import CURVES, Curve, backward, forward, storage_order
 from invact.kernels.curves import monotone_families
 from invact.kernels.curves.monotone import Monotone
@@ -21,7 +23,6 @@ from invact.kernels.curves.two_sided import TWO_SIDED, TwoSided
 from invact.kernels.pytorch.activation_kernels import packed_sides, scaled, second, sides_in
 from invact.kernels.pytorch.packing import packed, unpacked
 from invact.kernels.rounding import rounded, ulp
-from torch import Tensor
 
 EVERY_CURVE = pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
 EVERY_TWO_SIDED = pytest.mark.parametrize("curve", TWO_SIDED, ids=str)

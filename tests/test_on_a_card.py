@@ -18,11 +18,6 @@ from exactness import (
     every_value,
     ulps,
 )
-from invact.kernels import CURVES, Curve, codes, forward, gated, masks
-from invact.kernels.curves.two_sided import TWO_SIDED, TwoSided
-from invact.kernels.few_bits import packing as code_packing
-from invact.kernels.few_bits.step_functions import steps
-from invact.kernels.pytorch import packing
 from on_a_card import DEVICE
 from torch import Tensor, nn
 
@@ -30,6 +25,11 @@ import invact
 from invact.deriving.rules.dropout import dropout_scale
 from invact.inverting.autograd_functions import invert
 from invact.inverting.few_bits import few_bits
+from invact.kernels import CURVES, Curve, codes, forward, gated, masks
+from invact.kernels.curves.two_sided import TWO_SIDED, TwoSided
+from invact.kernels.few_bits import packing as code_packing
+from invact.kernels.few_bits.step_functions import steps
+from invact.kernels.pytorch import packing
 
 pytestmark = pytest.mark.gpu
 

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from invact.kernels import CURVES
 from on_a_card import DEVICE, NEEDS_A_CARD, assert_same_gradients, sharding_over_one_process
 from torch import Tensor, nn
 
 import invact
 from invact.inverting.autograd_functions import invert
+from invact.kernels import CURVES
 
 pytestmark = pytest.mark.gpu
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from exactness import (
     stock_gradient,
 )
-from invact.kernels import CURVES, masks
 from on_a_card import DEVICE, NEEDS_A_CARD
 
 import invact
+from invact.kernels import CURVES, masks
 
 pytestmark = pytest.mark.gpu
 

@@ -9,12 +9,12 @@ import pytest
 import timm
 import torch
 import transformers
-from invact.patchers.meta import built_on_meta
 from published_models import PUBLISHED_PARAMETERS
 from small_architectures import IMAGE, SMALL_MODELS, TEXT, shapes, small
 
 import invact
 from invact import patchers
+from invact.patchers.meta import built_on_meta
 
 
 @pytest.mark.parametrize("architecture", SMALL_MODELS)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from invact.patchers.checkpointing import can_checkpoint, checkpointed
 from real_steps import counted_peak
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from invact.cli import app
 from invact.fitting.batches import Batches, Need, needs
+from invact.patchers.checkpointing import can_checkpoint, checkpointed
 from invact.planning.plans import decide, decide_for_device
 from invact.report.amounts import memory_bytes
 from invact.simulation.setting import Setting, device_of

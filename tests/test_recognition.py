@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from invact.kernels.curves import monotone_families
 from torch import nn
 
+from invact.kernels.curves import monotone_families
 from invact.recognition.curves import recognise
 
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from invact.kernels import CURVES, Curve, Monotone, dispatch, register, unregister
-from invact.kernels.curves import registering
-from invact.kernels.curves.catalogue import OURS
 from torch import Tensor, nn
 
 import invact
 from invact.inverting.autograd_functions import invert
+from invact.kernels import CURVES, Curve, Monotone, dispatch, register, unregister
+from invact.kernels.curves import registering
+from invact.kernels.curves.catalogue import OURS
 from invact.recognition.curves import recognise
 
 ASINH = Monotone(

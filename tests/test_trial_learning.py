@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from invact.kernels import CURVES
 from saved_models import TINY_GPT2, saved_gpt2
 
 from invact.inverting.autograd_functions import invert
+from invact.kernels import CURVES
 from invact.trial.task import make_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from invact.simulation.setting import Setting
-from invact.trial.changing import Options, change
+from invact.trial.changing import WayOptions, change
 from invact.trial.comparing import train_in_ways
 from invact.trial.peak import predicted_peak
 from invact.trial.task import Batch, NotTrainableError, Task, make_task
@@ -49,7 +49,7 @@ class Highest(TorchDispatchMode):
         self.highest = max(self.highest, sum(nbytes for _, nbytes in self.living.values()))
 
 
-def counted_peak(way: str, task: Task, batch_size: int, options: Options) -> int:
+def counted_peak(way: str, task: Task, batch_size: int, options: WayOptions) -> int:
     """Of the second step, to which AdamW has its states."""
     trainee = Trainee(way, task, CPU, 0, batch_size, 1e-3, partial(change, way, options=options))
     trainee.step(0)
@@ -80,25 +80,25 @@ def classified() -> Task:
 
 @pytest.mark.parametrize("way", [*WAYS, "exact", "selective", "fewbit-1", "fewbit-4"])
 def test_the_peak_of_every_way_is_predicted_as_counted(way: str):
-    predicted = predicted_peak(way, GPT2, CPU, 8, Options())
-    assert predicted == pytest.approx(counted_peak(way, GPT2, 8, Options()), rel=0.001)
+    predicted = predicted_peak(way, GPT2, CPU, 8, WayOptions())
+    assert predicted == pytest.approx(counted_peak(way, GPT2, 8, WayOptions()), rel=0.001)
 
 
 @pytest.mark.parametrize("way", ["baseline", "invact", "selective"])
 def test_a_loss_that_is_the_tasks_own_is_part_of_the_step(way: str):
-    predicted = predicted_peak(way, classified(), CPU, 512, Options())
-    assert predicted == pytest.approx(counted_peak(way, classified(), 512, Options()), rel=0.001)
+    predicted = predicted_peak(way, classified(), CPU, 512, WayOptions())
+    assert predicted == pytest.approx(counted_peak(way, classified(), 512, WayOptions()), rel=0.001)
 
 
 def test_a_process_of_gradient_compression_has_half_the_batch_and_buckets_as_large_as_the_gradients():
-    half = predicted_peak("baseline", GPT2, CPU, 4, Options())
+    half = predicted_peak("baseline", GPT2, CPU, 4, WayOptions())
     gradients = sum(p.nbytes for p in GPT2.build().parameters())
     assert half is not None
-    assert predicted_peak("compression", GPT2, CPU, 8, Options()) == half + gradients
+    assert predicted_peak("compression", GPT2, CPU, 8, WayOptions()) == half + gradients
 
 
 def test_what_is_compiled_and_what_does_not_run_on_simulated_tensors_has_no_prediction():
-    assert predicted_peak(COMPILED_WAYS[0], GPT2, CPU, 4, Options()) is None
+    assert predicted_peak(COMPILED_WAYS[0], GPT2, CPU, 4, WayOptions()) is None
 
     def loss(forward, batch):
         found = F.cross_entropy(forward(*batch.inputs), batch.targets)
@@ -106,7 +106,7 @@ def test_what_is_compiled_and_what_does_not_run_on_simulated_tensors_has_no_pred
 
     task = classified()
     read_on_the_way = Task(task.title, task.samples, task.build, task.batch, loss)
-    assert predicted_peak("baseline", read_on_the_way, CPU, 4, Options()) is None
+    assert predicted_peak("baseline", read_on_the_way, CPU, 4, WayOptions()) is None
 
 
 # --- the way "fit" ------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_what_is_compiled_and_what_does_not_run_on_simulated_tensors_has_no_pred
 def bounds() -> tuple[int, int]:
     """Of the step with all blocks checkpointed, and of the patched one."""
     torch.set_num_threads(1)
-    lowest, highest = (predicted_peak(way, GPT2, CPU, 8, Options()) for way in ("invact+checkpointing", "invact"))
+    lowest, highest = (predicted_peak(way, GPT2, CPU, 8, WayOptions()) for way in ("invact+checkpointing", "invact"))
     assert lowest is not None
     assert highest is not None
     assert lowest < highest
@@ -126,7 +126,7 @@ def bounds() -> tuple[int, int]:
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_fit_meets_every_budget_from_all_checkpointed_to_none(share: float, bounds: tuple[int, int]):
     lowest, highest = bounds
-    options = Options(memory_bytes=round(lowest + share * (highest - lowest)))
+    options = WayOptions(memory_bytes=round(lowest + share * (highest - lowest)))
     peak = predicted_peak("fit", GPT2, CPU, 8, options)
     assert peak is not None
     assert lowest <= peak <= options.memory_bytes

@@ -16,7 +16,7 @@ from invact.commands.adapters import Adapters
 from invact.commands.trial import Also
 from invact.fitting.blocks import repeated_blocks
 from invact.fitting.lifetimes import WEIGHT, Lifetimes
-from invact.trial.changing import Options, change
+from invact.trial.changing import WayOptions, change
 from invact.trial.comparing import train_in_ways
 from invact.trial.data import DataError
 from invact.trial.selective import checkpoint_selectively
@@ -123,7 +123,7 @@ def test_alive_bytes_are_of_what_was_made_inside_and_still_lives():
 
 def test_a_way_that_there_is_not_is_an_error_with_those_that_there_are():
     with pytest.raises(ValueError, match=r"no way of training called 'fewbits'\. There are: baseline, .*fewbit-4"):
-        change("fewbits", blocks(), (torch.ones(2, 8),), Options())
+        change("fewbits", blocks(), (torch.ones(2, 8),), WayOptions())
 
 
 @pytest.mark.parametrize("name", ["small-bert", "small-gpt2", "small-llama"])

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from triton_apart import assert_agrees_interpreted, built_for_amd, compiled
+
 from invact.kernels import CURVES, Curve
 from invact.kernels.curves.monotone import Monotone
 from invact.kernels.curves.two_sided import TwoSided
-from triton_apart import assert_agrees_interpreted, built_for_amd, compiled
 
 COMPARISON = """
 import torch
@@ -194,8 +195,9 @@ def test_the_kernels_compile_for_amd(curve: Curve) -> None:
 
 
 def test_more_than_2_31_elements_are_addressed_with_64_bits() -> None:
-    from invact.kernels.triton.launch import wide
     from triton.backends.compiler import GPUTarget
+
+    from invact.kernels.triton.launch import wide
 
     assert not wide(2**31 - 2048)
     assert wide(2**31)

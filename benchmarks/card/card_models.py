@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from invact.patchers import huggingface
 from torch import nn
 
 from invact.bench.steps import training_inputs
+from invact.patchers import huggingface
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -14,9 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from card_models import DEVICE
-from invact.kernels import gated, masks
-from invact.kernels.dispatch import may_run_triton
-from invact.kernels.pytorch import packing
 from kernel_times import ELEMENTS, copy_of, seconds_of
 from record import Record
 from torch import Tensor, nn
@@ -24,6 +21,9 @@ from verdicts import verdict_on_fused
 from ways import INVACT, STOCK
 
 from invact.bench.timing import Race
+from invact.kernels import gated, masks
+from invact.kernels.dispatch import may_run_triton
+from invact.kernels.pytorch import packing
 from invact.recognition.fused_rms_norm import RmsNorm
 
 DTYPE = torch.bfloat16

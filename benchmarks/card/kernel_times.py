@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from card_models import DEVICE
-from invact.kernels import CURVES, backward, forward, storage_order
 from record import Record
 from torch import Tensor
 from verdicts import verdict_on_kernels
 from ways import INVACT, STOCK
 
 from invact.bench.timing import Race, kernel_seconds
+from invact.kernels import CURVES, backward, forward, storage_order
 
 ELEMENTS = 1 << 26
 CASES = (

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from card_models import DEVICE, SPECS, model_and_inputs
-from invact.patchers.checkpointing import checkpointed
 from record import Record
 from torch import nn
 from verdicts import verdict_on_batch
@@ -16,6 +15,7 @@ from verdicts import verdict_on_batch
 from invact.bench.stepper import loss_of
 from invact.fitting.batches import Need, needs
 from invact.fitting.lifetimes import WEIGHT, Lifetimes, levels
+from invact.patchers.checkpointing import checkpointed
 from invact.planning.plans import decide
 from invact.simulation.setting import Setting
 

@@ -114,9 +114,9 @@ def _time_step(
             if way in (STOCK, INVACT):
                 raise
             bench.leave_out(f"{way} of {name}", error)
-    patched = steppers[INVACT].report
-    assert patched is not None
-    times.planned_bytes_before, times.planned_bytes_after = patched.bytes_before, patched.bytes_after
+    report = steppers[INVACT].report
+    assert report is not None
+    times.planned_bytes_before, times.planned_bytes_after = report.bytes_before, report.bytes_after
     bench.steps.append(times)
     turns = {way: stepper.seconds for way, stepper in steppers.items()}
     times.race.run(turns, rounds, lambda way: on_turn(f"{name} {dtype}: {way}"))

@@ -65,7 +65,7 @@ class Changes:
     def observed(self, model: nn.Module, inputs: Inputs, *, derived: bool = True) -> Observation:
         """A pass with all of it applied, as on the device that is planned for; `derived` as of `observe`."""
         with self.applied(model), as_on(self.setting.device):
-            return observe(model, inputs, self.setting, computed=True, derived=derived)
+            return observe(model, inputs, self.setting, record_operators=True, record_derived=derived)
 
 
 def changes_for(

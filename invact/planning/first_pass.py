@@ -70,15 +70,15 @@ def first_pass(
         inputs,
         setting,
         watch=[*found.sites, *found.norms],
-        checkpointing=False,
-        computed=True,
-        derived=True,
-        derives=on_the_whole,
+        run_checkpoints=False,
+        record_operators=True,
+        record_derived=True,
+        hooks_at=on_the_whole,
     )
     why_not = _why_not_derived(seen)
     if why_not is not None:
         found = replace(found, derives={}, norms=[])
-        seen = observe(model, inputs, setting, watch=found.sites, checkpointing=False, computed=True)
+        seen = observe(model, inputs, setting, watch=found.sites, run_checkpoints=False, record_operators=True)
         seen.stock = Stock(seen.entries, seen.memory)
     return seen, found, why_not
 

@@ -145,5 +145,5 @@ def _before(model: nn.Module, inputs: Inputs, first: Observation, setting: Setti
     """What stock PyTorch keeps, checkpointed regions run as they are."""
     assert first.stock is not None
     if first.checkpoints:
-        return observe(model, inputs, setting, computed=True)
+        return observe(model, inputs, setting, record_operators=True)
     return replace(first, entries=first.stock.entries, memory=first.stock.memory, derived=[])

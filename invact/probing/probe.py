@@ -46,10 +46,10 @@ def observe(
     setting: Setting,
     *,
     watch: Sequence[Found | FoundNorm] = (),
-    checkpointing: bool = True,
-    computed: bool = False,
-    derived: bool = False,
-    derives: Mapping[str, bool] = _NO_HOOKS,
+    run_checkpoints: bool = True,
+    record_operators: bool = False,
+    record_derived: bool = False,
+    hooks_at: Mapping[str, bool] = _NO_HOOKS,
 ) -> Observation:
     """Runs `model` forward once, in the mode in which it is, and reports what autograd kept.
 
@@ -59,10 +59,10 @@ def observe(
 
     Args:
         watch: the sites and norms whose calls are to be recorded.
-        checkpointing: False runs checkpointed regions as if they were not.
-        computed: whether to record what made what, for the floor.
-        derived: whether to record what is derived, of a model in which hooks are set for that.
-        derives: where hooks are to be set for the length of the pass; see `invact.deriving.hooked_modules`.
+        run_checkpoints: False runs checkpointed regions as if they were not.
+        record_operators: whether to record what made what, for the floor.
+        record_derived: whether to record what is derived, of a model in which hooks are set for that.
+        hooks_at: where hooks are to be set for the length of the pass; see `invact.deriving.hooked_modules`.
 
     Raises:
         TimeoutError: a forward pass takes longer than `invact.probing.TIME_LIMIT`.
@@ -74,10 +74,10 @@ def observe(
         inputs,
         setting,
         watch=watch,
-        checkpointing=checkpointing,
-        computed=computed,
-        derived=derived,
-        derives=derives,
+        run_checkpoints=run_checkpoints,
+        record_operators=record_operators,
+        record_derived=record_derived,
+        hooks_at=hooks_at,
     )
     with ONE_AT_A_TIME:
         mode = Simulation(setting)
@@ -102,10 +102,10 @@ class _Probe:
     inputs: Inputs
     setting: Setting
     watch: Sequence[Found | FoundNorm]
-    checkpointing: bool
-    computed: bool
-    derived: bool
-    derives: Mapping[str, bool]
+    run_checkpoints: bool
+    record_operators: bool
+    record_derived: bool
+    hooks_at: Mapping[str, bool]
 
     def on_simulated_tensors(self, mode: Simulation) -> Observation | str:
         """What was kept, or why the model does not run so."""
@@ -154,15 +154,15 @@ class _Probe:
         calls: list[OpenCall] = []
         checkpoints, without_hooks = [0], [0]
         ledger = Ledger(self.model, weights.values())
-        computed = Computed(weights.values()) if self.computed else None
-        journal = Journal(ledger) if self.derived else None
+        computed = Computed(weights.values()) if self.record_operators else None
+        journal = Journal(ledger) if self.record_derived else None
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # the ledger sees no compiled operation
-            stack.enter_context(checkpoints_counted(checkpoints, run_them=self.checkpointing))
+            stack.enter_context(checkpoints_counted(checkpoints, run_them=self.run_checkpoints))
             stack.enter_context(hooks_standing_aside(packs_for_us, without_hooks))
             stack.enter_context(autocast_as_set(self.setting))
-            stack.enter_context(recorded(self.model, self.watch, ledger, calls, self.derives))
+            stack.enter_context(recorded(self.model, self.watch, ledger, calls, self.hooks_at))
             stack.enter_context(time_limit)
             with computed or nullcontext(), ledger, journal.open() if journal else nullcontext():
                 # In a context of its own: what forward sets context variables to ends with it.

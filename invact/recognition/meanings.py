@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from invact.recognition.dependencies_of_modules import attribute_access_is_its_own, static_attribute
-from invact.recognition.pointwise import LIBRARIES, home_of, is_function, may_be_pointwise
+from invact.recognition.pointwise import STEADY_LIBRARIES, home_of, is_function, may_be_pointwise
 from invact.recognition.sources import Source, cells_of, source_of
 
 CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
@@ -66,7 +66,9 @@ class Method:
             meaning = self.meaning(node)
             if isinstance(meaning, CONSTANTS):
                 key.append((type(meaning), repr(meaning)))
-            elif isinstance(meaning, types.ModuleType) or (is_function(meaning) and home_of(meaning) in LIBRARIES):
+            elif isinstance(meaning, types.ModuleType) or (
+                is_function(meaning) and home_of(meaning) in STEADY_LIBRARIES
+            ):
                 key.append(weakref.ref(meaning))  # equal to another while both are alive and the same
             elif is_function(meaning) and self.may_call(meaning):
                 return None  # the author's own may read what changes

@@ -84,7 +84,7 @@ _POINTWISE = frozenset(
 )
 
 
-LIBRARIES = ("torch", "math")
+STEADY_LIBRARIES = ("torch", "math")
 """Packages whose functions do the same at every call; the author's own may read what changes."""
 
 

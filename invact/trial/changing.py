@@ -21,7 +21,7 @@ from invact.trial.ways import way_called
 
 
 @dataclass(frozen=True)
-class Options:
+class WayOptions:
     """What holds for every way.
 
     Attributes:
@@ -35,7 +35,7 @@ class Options:
     memory_bytes: int | None = None
 
 
-def change(way: str, model: nn.Module, inputs: Inputs, options: Options) -> Callable[..., Any]:
+def change(way: str, model: nn.Module, inputs: Inputs, options: WayOptions) -> Callable[..., Any]:
     """Makes the model train in one way, in place; what is returned is called in its stead.
 
     "compression" changes no model: it is what two processes do with it.
@@ -57,7 +57,7 @@ def change(way: str, model: nn.Module, inputs: Inputs, options: Options) -> Call
     return torch.compile(model) if asked.compiled else model
 
 
-def _fit(model: nn.Module, inputs: Inputs, options: Options) -> None:
+def _fit(model: nn.Module, inputs: Inputs, options: WayOptions) -> None:
     if options.memory_bytes is None:
         raise ValueError("The way fit is to fit a memory, and none was named. Name it: --gpu-memory 24GiB.")
     try:

@@ -18,7 +18,7 @@ from invact.planning.by_layer import memory_by_layer
 from invact.planning.plans import decide
 from invact.report.amounts import format_bytes
 from invact.simulation.setting import Setting
-from invact.trial.changing import Options, change
+from invact.trial.changing import WayOptions, change
 from invact.trial.data import DataError
 from invact.trial.peak import predicted_peak
 from invact.trial.processes import CompressedTraining, Pair
@@ -73,7 +73,7 @@ def train_in_ways(
             f"A batch of {batch_size} is larger than the data: {task.title}, {samples}. "
             "Pass a smaller --batch-size, or more data."
         )
-    options = Options(setting.autocast, exact, memory_bytes)
+    options = WayOptions(setting.autocast, exact, memory_bytes)
     ways, notes = _to_be_had(ways, task)
     seeds_done: list[list[Training]] = []
     interrupted = False
@@ -154,7 +154,7 @@ def _compared(
     setting: Setting,
     seeds_done: list[list[Training]],
     batch_size: int,
-    options: Options,
+    options: WayOptions,
 ) -> Trial:
     by_way = [list(trainees) for trainees in zip(*seeds_done, strict=True)]
     ended = sum(all(trainee.final_loss is not None for trainee in trainees) for trainees in seeds_done)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from invact.fitting.optimizers import NotSimulatedError
 from invact.fitting.simulated_training import simulated_training
 from invact.simulation.setting import Setting
-from invact.trial.changing import Options, change
+from invact.trial.changing import WayOptions, change
 from invact.trial.task import Batch, Task
 from invact.trial.trainee import on_device
 from invact.trial.ways import COMPRESSION, way_called
@@ -19,7 +19,7 @@ from invact.trial.worker import PROCESSES
 OPTIMIZER = "adamw"  # what a trial trains with
 
 
-def predicted_peak(way: str, task: Task, setting: Setting, batch_size: int, options: Options) -> int | None:
+def predicted_peak(way: str, task: Task, setting: Setting, batch_size: int, options: WayOptions) -> int | None:
     """Bytes at the highest point of one step of many, with the task's loss, weights and the states of AdamW.
 
     Of gradient compression it is one process with its share of the batch, and the buckets in which gradients are sent,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 
 import torch
-from invact.patchers.made_up_inputs import waves
 from made_up_inputs import BATCH, SAMPLES, SEQUENCE, decoder_text, first_that_runs, parts_of, text_for, values, waves_of
 from single_architectures import SPECIAL
 
 from invact import patchers
+from invact.patchers.made_up_inputs import waves
 
 FRAMES = 64  # of a spectrogram
 

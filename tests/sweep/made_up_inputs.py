@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
+
 from invact.patchers.made_up_inputs import token_ids, waves
 
 BATCH = 2

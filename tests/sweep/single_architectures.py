@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 
 import torch
-from invact.patchers.made_up_inputs import token_ids
 from made_up_inputs import BATCH, SAMPLES, SEQUENCE, VOCABULARY, decoder_text, image_for, text_for, values
+
+from invact.patchers.made_up_inputs import token_ids
 
 
 def _patches(model):
