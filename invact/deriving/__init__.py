@@ -1,8 +1,8 @@
 """Tensors that autograd would keep for backward are made again from others that it keeps anyway.
 
-`handles` says what is kept in a tensor's stead, `rules` how the output of each operator is made again, and `stead`
+`handles` says what is kept in a tensor's stead, `rules` how the output of each operator is made again, and `stand_ins`
 which smaller tensor may be kept for one. `hooks` looks at each tensor that is about to be kept, `searching` for what
-its recipe reads; `unpacking` gives it back, and `placing` says where in a model the hooks are set. Others add an
+its recipe reads; `unpacking` gives it back, and `hooked_modules` says where in a model the hooks are set. Others add an
 operator by `register`.
 """
 

@@ -1,1 +1,4 @@
-"""Bad input gets one clear error, and a fault of ours is never told as the user's."""
+"""Bad input gets one clear error, and a fault of ours is never told as the user's.
+
+`checks` looks at what the public functions are given, `own_errors` tells whose fault an error is.
+"""

@@ -1,6 +1,7 @@
 """Walk a model, probe it, and decide what is inverted, derived, fused or kept, and why.
 
-`plans.decide` is the way through, from a model to what is to be swapped in it.
+`plans.decide` is the way through: `walking`, `first_pass`, `deciding` (functions over records, with `keepers`),
+`changes` that are applied, and `telling` what comes of it. `options` is what was asked for.
 """
 
 from invact.planning.plans import Decided, decide, decide_for_device, plan

@@ -1,7 +1,8 @@
 """What a model computes, told by running it and never from a name: curves, expressions in methods, norms.
 
-It changes no model: copies are run. What the code reads besides its input is told too (`dependencies`), since what was
-recognised holds only while that is the same.
+`curves` knows modules, `expressions` what methods write out, `norms_in_steps` norms. No model is changed: copies are
+run. What the code reads besides its input is told too (`dependencies`), since what was recognised holds only while that
+is the same.
 """
 
 from invact.recognition.curves import recognise
