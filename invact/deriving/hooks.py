@@ -193,6 +193,12 @@ class Deriving(Search):
         return isinstance(kept, Kept | Derived) and kept.made_in_place == version
 
     def _derived(self, tensor: Tensor, node: Any, number: int, version: int, frame: Any) -> Handle | None:
+        """A recipe for a tensor, or what waits for what it reads, or None.
+
+        A layer norm's output is made by its rule, of what the norm keeps itself. A product `silu(g) * u` waits: g and u
+        are kept in a moment, by the very product that asks. What was made of a 32-bit copy of a 16-bit tensor, which
+        nobody keeps, is made of the narrow one, kept in the copy's stead.
+        """
         name = node_name(node)
         if name in _OF_TWO and any(self._is_surely_not_at_hand(*edge) for edge in node.next_functions):
             return self._later(tensor, node, number)

@@ -63,7 +63,7 @@ def first_pass(
         What was kept so, and in its `stock` what stock PyTorch would have kept; the places that are left, without any
         to derive at where no recipe could be right; and a note that says why not, or None.
     """
-    # With hooks on the whole, which see what else is kept where nothing is derived.
+    # With hooks on the whole, which see what else is kept where nothing is derived; they derive if the whole may.
     on_the_whole = {"": False, **found.derives}
     seen = observe(
         model,
