@@ -45,7 +45,8 @@ def plan(
             and which inputs there are matter. Without it a Hugging Face, timm or OpenCLIP model gets inputs made
             from its configuration, and a Hugging Face model what it computes its loss with.
         autocast: the dtype of torch.autocast in training, or None: as it is where this is called, which is mostly off.
-        include: glob patterns over paths; only these sites may be inverted, and only inside these modules is derived.
+        include: glob patterns over paths; only these sites may be inverted, and only inside these modules is derived. A
+            list of paths will do, such as `[path for path, m in model.named_modules() if isinstance(m, nn.GELU)]`.
         exclude: glob patterns over paths; these sites are kept, and inside these modules nothing is derived.
         exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
         few_bits: 1 to 4: where neither inverting nor deriving pays, this many bits per element take the place of the
