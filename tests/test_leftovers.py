@@ -104,7 +104,21 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("words", PLACES)
+# Each takes a search through all objects of the process, seconds where everything is loaded: one of a kind in each run.
+IN_EACH_RUN = (
+    "a deque in the global `DEQUE` of module",
+    "a list in attribute `history` of an object of class `",
+    "attribute `value` of an object of class `",
+    "attribute `seen` of the module of class `",
+    "a list in closure variable `seen` of function `",
+    "a dict in a WeakKeyDictionary in the global `BY_OBJECT` of module",
+    "local variables of function `generator_of` (",
+)
+
+
+@pytest.mark.parametrize(
+    "words", [words if words in IN_EACH_RUN else pytest.param(words, marks=pytest.mark.slow) for words in PLACES]
+)
 def test_who_holds_a_simulated_tensor_is_named(words):
     hold, empty = PLACES[words]
     mode, tensor = simulated()

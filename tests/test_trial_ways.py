@@ -48,7 +48,7 @@ def test_the_command_offers_every_way_on_demand():
     assert [way.value for way in Also if way is not Also.all] == list(ON_DEMAND)
 
 
-@pytest.mark.parametrize("name", ["small-bert", "small-gpt2", "small-llama"])
+@pytest.mark.parametrize("name", [pytest.param("small-bert", marks=pytest.mark.slow), "small-gpt2", "small-llama"])
 def test_exact_and_selective_learn_what_the_baseline_learns_bit_for_bit_and_keep_less(name: str):
     ways = ["baseline", "invact", "exact", "selective"]
     result = train_in_ways(make_task(name, seq_len=16), steps=2, batch_size=2, seeds=[0, 1], ways=ways)
