@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class PatchedDuringTraining:
     """Patches on the first batch of a run and puts the model back after it.
 
     Attributes:
-        report: the plan of the latest run, as `invact.patch` returns it; None before a run's first batch.
+        report: the plan of the latest run, as `invact.fit` returns it; None before a run's first batch.
     """
 
     def __init__(
@@ -82,13 +83,13 @@ class PatchedDuringTraining:
         report = self._undo.enter_context(fitted(model, inputs, **step, **options))
         self.report = replace(
             report,
-            sites=[replace(site, path=site.path.removeprefix(within)) for site in report.sites],
+            sites=[replace(site, path=_inside(site.path, within)) for site in report.sites],
             derived=[
-                replace(tensor, path=tensor.path.removeprefix(within), kept_by=tensor.kept_by.removeprefix(within))
+                replace(tensor, path=_inside(tensor.path, within), kept_by=_inside(tensor.kept_by, within))
                 for tensor in report.derived
             ],
-            fused=[replace(norm, path=norm.path.removeprefix(within)) for norm in report.fused],
-            blocks=[replace(block, path=block.path.removeprefix(within)) for block in report.blocks],
+            fused=[replace(norm, path=_inside(norm.path, within)) for norm in report.fused],
+            blocks=[replace(block, path=_inside(block.path, within)) for block in report.blocks],
         )
         self._unlogged = plan_figures(self.report)
         return self.report
@@ -118,9 +119,29 @@ class _Called(nn.Module):
 
 
 def _prefixed(patterns: str | Sequence[str] | None, prefix: str) -> list[str] | None:
+    """The patterns as they match where the model stands inside others; what matches it as a whole matches those too.
+
+    Example:
+        >>> _prefixed("encoder.*", "module."), _prefixed("*", "module.")
+        (['module.encoder.*'], ['module.*', '', 'module'])
+    """
     if patterns is None:
         return None
-    return [prefix + pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    whole = prefix and any(fnmatchcase("", pattern) for pattern in patterns)
+    parts = prefix.split(".")[:-1]
+    around = [".".join(parts[:count]) for count in range(len(parts) + 1)] if whole else []
+    return [*(prefix + pattern for pattern in patterns), *around]
+
+
+def _inside(path: str, within: str) -> str:
+    """A path as it is inside the model, which is "" itself.
+
+    Example:
+        >>> _inside("module.encoder.0", "module."), _inside("module", "module.")
+        ('encoder.0', '')
+    """
+    return "" if within.startswith(f"{path}.") else path.removeprefix(within)
 
 
 def plan_figures(report: Report) -> dict[str, float]:

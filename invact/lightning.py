@@ -40,8 +40,8 @@ class InvActCallback(PatchedDuringTraining, Callback):
     its `training_step` can not be tried out. Use `invact.patch` on its networks before training.
 
     Args:
-        include: glob patterns over site paths; only these sites may be inverted.
-        exclude: glob patterns over site paths; these sites are kept.
+        include: glob patterns over paths; only these sites may be inverted, and only inside these modules is derived.
+        exclude: glob patterns over paths; these sites are kept, and inside these modules nothing is derived.
         exact: nothing is inverted, activations are derived instead, and the gradients are bit for bit the stock ones.
         few_bits: 1 to 4 bits per element, and approximate gradients, where neither inverting nor deriving pays.
         memory: as "24GiB": where inverting and deriving do not do, the fewest blocks are checkpointed with which a step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from invact.planning import first_pass
+from invact.planning import places
 from invact.recognition import fused_rms_norm as norms
 from invact.simulation import as_on_gpu
 
@@ -18,5 +18,5 @@ def vary_weights_of_norms(model: nn.Module) -> None:
 
 def as_if_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the fused operator were one kernel on this CPU: it is PyTorch's own composition of it that runs."""
-    for module in (norms, first_pass, as_on_gpu):
+    for module in (norms, places, as_on_gpu):
         monkeypatch.setattr(module, "has_fused_rms_norm", lambda device: True)

@@ -11,7 +11,7 @@ import torch
 from terminals import interrupted
 from typer.testing import CliRunner, Result
 
-from invact.bench import counting
+from invact.bench import kept_bytes
 from invact.bench import steps as bench_steps
 from invact.bench.contenders import PUBLISHED
 from invact.bench.kernels import HOST_ELEMENTS, time_kernels
@@ -207,11 +207,11 @@ def test_a_model_without_a_switch_for_checkpointing_is_timed_without():
 
 
 def test_a_fault_of_ours_comes_with_its_traceback_and_not_as_bad_sizes(monkeypatch: pytest.MonkeyPatch):
-    class BrokenLedger(counting.Ledger):
+    class BrokenLedger(kept_bytes.Ledger):
         def memory(self):
             raise RuntimeError("a fault in the ledger")
 
-    monkeypatch.setattr(counting, "Ledger", BrokenLedger)
+    monkeypatch.setattr(kept_bytes, "Ledger", BrokenLedger)
     with pytest.raises(RuntimeError, match=r"^a fault in the ledger$"):
         bench("steps", models=["timm/test_vit"], batch_size=1, rounds=1, device=CPU)
 

@@ -11,7 +11,7 @@ from invact.planning.keepers import Keepers
 from invact.planning.options import Options
 from invact.probing.records import Call
 from invact.recognition.dependencies_of_modules import dependencies_of_module
-from invact.recognition.found import Found
+from invact.recognition.found_site import Found
 from invact.report import reasons
 
 ELEMENTS = 64

@@ -25,9 +25,9 @@ from invact.report.report import Report
 from invact.simulation.setting import Setting
 from invact.trial.comparing import train_in_ways
 from invact.trial.result import Trial
-from invact.trial.run import Run
 from invact.trial.task import make_task
 from invact.trial.verdict import Yardsticks
+from invact.trial.way_result import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -50,7 +50,7 @@ def test_patching_again_changes_nothing_and_says_so(model, x):
     report = invact.patch(model, (x,))
     assert {site.reason for site in report.sites} == {"already inverted by an earlier patch"}
     assert report.bytes_after == report.bytes_before
-    assert "2 sites were inverted before" in report.notes[0]
+    assert "2 sites were patched before" in report.notes[0]
     with invact.patched(model, (x,)):
         pass
     assert invact.unpatch(model) == 2

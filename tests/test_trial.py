@@ -14,7 +14,7 @@ from saved_models import TINY_GPT2, saved_gpt2
 from terminals import interrupted
 from typer.testing import CliRunner, Result
 
-from invact.bench import counting
+from invact.bench import kept_bytes
 from invact.cli import app
 from invact.commands import output
 from invact.simulation.setting import Setting
@@ -228,16 +228,16 @@ def test_a_loss_that_is_no_number_stops_the_trial_with_a_sentence():
 
 
 def test_a_fault_of_ours_comes_with_its_traceback_and_not_as_a_model_that_can_not_be_trained(monkeypatch):
-    class BrokenLedger(counting.Ledger):
+    class BrokenLedger(kept_bytes.Ledger):
         def memory(self):
             raise RuntimeError("a fault in the ledger")
 
-    class RefusingLedger(counting.Ledger):
+    class RefusingLedger(kept_bytes.Ledger):
         def __enter__(self):
             raise RuntimeError("a fault in the ledger")
 
     for ledger in (BrokenLedger, RefusingLedger):
-        monkeypatch.setattr(counting, "Ledger", ledger)
+        monkeypatch.setattr(kept_bytes, "Ledger", ledger)
         with pytest.raises(RuntimeError, match=r"^a fault in the ledger$"):
             train_in_ways(make_task(), steps=1, batch_size=2)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from invact.trial.run import Run
 from invact.trial.verdict import Yardsticks, judge
+from invact.trial.way_result import Run
 
 SEEDS = Yardsticks(spread=0.4, finals=[1.0, 1.02])
 ONE_SEED = Yardsticks()

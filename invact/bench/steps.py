@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from invact import patchers
 from invact.bench.contenders import CHECKPOINTING, COMPILE, INVACT, STOCK
-from invact.bench.counting import counted
+from invact.bench.kept_bytes import counted
 from invact.bench.random_models import with_weights
 from invact.bench.records import StepTimes
 from invact.bench.result import Bench

@@ -274,7 +274,7 @@ def may_derive() -> bool:
 
 
 def is_deriving(allowed: bool) -> bool:
-    """Whether the innermost hooks are ours."""
+    """Whether the innermost hooks are ours, and derive or do not, as `allowed` says."""
     hooks = outer_hooks()
     ours = getattr(hooks[0], "__self__", None) if hooks else None
     return isinstance(ours, Deriving) and ours.allowed == allowed

@@ -10,12 +10,12 @@ from torch import nn
 
 from invact.errors.checks import Inputs
 from invact.planning.deciding import Decision
-from invact.planning.first_pass import Places
+from invact.planning.places import Places
 from invact.probing.probe import observe
 from invact.probing.records import Observation
 from invact.recognition.fused_rms_norm import Fusion
 from invact.recognition.rewriting import Runner
-from invact.recognition.written import Written
+from invact.recognition.written_expression import Written
 from invact.report.records import INVERT, KEEP, FusedNorm
 from invact.simulation.setting import Setting
 from invact.swapping.approximation import Approximation

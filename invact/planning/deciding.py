@@ -9,7 +9,7 @@ from invact.ledger.entries import Key
 from invact.planning.keepers import Keepers
 from invact.planning.options import Options
 from invact.probing.records import Call, Observation
-from invact.recognition.found import Found
+from invact.recognition.found_site import Found
 from invact.report import reasons
 from invact.report.records import APPROXIMATE, INVERT, KEEP
 

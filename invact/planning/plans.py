@@ -13,11 +13,12 @@ from invact.errors.checks import Inputs, check_inputs, check_model, check_traina
 from invact.patchers import example_inputs as make_inputs
 from invact.planning.changes import Changes, changes_for
 from invact.planning.deciding import Pass, decide_sites
-from invact.planning.first_pass import first_pass, walked
+from invact.planning.first_pass import first_pass
 from invact.planning.fusing import fused_norms
 from invact.planning.options import Options
+from invact.planning.places import walked
+from invact.planning.reporting import Passes, notes_on, told
 from invact.planning.rounding_notes import with_roundings
-from invact.planning.telling import Passes, notes_on, told
 from invact.probing.probe import observe
 from invact.probing.records import Observation
 from invact.pytorch.one_thread import in_one_thread

@@ -13,7 +13,7 @@ from invact.recognition.curves import recognise
 from invact.recognition.dependencies import Dependencies, UnseenError
 from invact.recognition.dependencies_of_modules import EVERY_MODULE_HAS, dependencies_of_module
 from invact.recognition.expressions import written_in
-from invact.recognition.found import Found
+from invact.recognition.found_site import Found
 from invact.swapping.patched import Patched
 
 

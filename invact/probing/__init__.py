@@ -4,4 +4,4 @@ It imports nothing: what a probe may take is read here, and set here.
 """
 
 TIME_LIMIT = 120.0
-"""Seconds that one forward pass may take before it is stopped with an error; a plan takes two or three of them."""
+"""Seconds that one forward pass may take before it is stopped with an error; a plan takes one to four of them."""

@@ -24,7 +24,7 @@ from invact.patchers import as_on_real_tensors
 from invact.probing.recording import OpenCall, recorded
 from invact.probing.records import Observation, Stock
 from invact.pytorch.containers import tree_map_only
-from invact.recognition.found import Found
+from invact.recognition.found_site import Found
 from invact.recognition.norms_in_steps import FoundNorm
 from invact.simulation.as_on_gpu import AsOnGpu
 from invact.simulation.autocast import autocast_as_set

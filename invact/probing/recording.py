@@ -17,10 +17,10 @@ from invact.ledger.storages import dense_parts, storage_sizes
 from invact.probing.records import Call
 from invact.pytorch.circumstances import transforms_active
 from invact.pytorch.tensors import changes_in_place
-from invact.recognition.found import Found
+from invact.recognition.found_site import Found
 from invact.recognition.norms_in_steps import FoundNorm
 from invact.recognition.rewriting import Runner
-from invact.recognition.written import Written
+from invact.recognition.written_expression import Written
 from invact.swapping.swaps import swap_in
 
 

@@ -19,7 +19,7 @@ from invact.recognition.dependencies_of_functions import readings_of_value
 from invact.recognition.meanings import CONSTANTS, UNKNOWN, Method, method_of
 from invact.recognition.pointwise import has_pointwise_name
 from invact.recognition.sources import methods_of
-from invact.recognition.written import Place, Written, as_lambda
+from invact.recognition.written_expression import Place, Written, as_lambda
 
 
 def written_in(module: nn.Module) -> list[Written]:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from invact.recognition.sources import cells_of, source_of
-from invact.recognition.written import Place, Written, as_lambda
+from invact.recognition.written_expression import Place, Written, as_lambda
 
 Runner = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]
 """Called in an expression's place as `runner(module, original, x)`, where `original(x)` is the expression."""

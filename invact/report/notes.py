@@ -40,7 +40,7 @@ def checkpointed_regions(count: int) -> str:
 
 
 def already_patched(count: int) -> str:
-    return f"{count} sites were inverted before; invact.unpatch(model) gives them back."
+    return f"{count} sites were patched before; invact.unpatch(model) gives them back."
 
 
 def what_is_approximate(report: Report, bits: int) -> str:

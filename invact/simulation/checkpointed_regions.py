@@ -10,7 +10,7 @@ from typing import Any
 import torch.utils.checkpoint as torch_checkpoint
 
 from invact.pytorch.checkpointing import CheckpointFunction, checkpoint_generator
-from invact.simulation.replacing import replaced
+from invact.simulation.replaced_attributes import replaced
 
 
 @contextmanager

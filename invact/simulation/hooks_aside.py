@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from invact.pytorch.saved_tensor_hooks import hooks_taken_off, torch_graph
-from invact.simulation.replacing import replaced
+from invact.simulation.replaced_attributes import replaced
 
 
 @contextmanager

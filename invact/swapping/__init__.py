@@ -3,8 +3,9 @@
 That class inverts or approximates an activation, or expressions in a method, runs a norm by one operator, derives what
 autograd keeps, or checkpoints a block; it goes when the module is given the class back that it had.
 
-What runs in the place of the stock code is one file each: `inversion`, `approximation`, `fused_norms`, `derived`, and
-`checkpointed`. `swaps` puts them in, all or none, and takes them out.
+`patched` is the base of all such classes and `class_over` makes them; `activations`, `rewritten`, `fused_norms`,
+`derived` and `checkpointed` make one kind each, of what `inversion` and `approximation` run. `swaps` puts them in, all
+or none, and takes them out.
 """
 
 from invact.swapping.patched import Patched

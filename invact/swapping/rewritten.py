@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from invact.recognition.rewriting import Runner, calling
 from invact.recognition.sources import methods_of
-from invact.recognition.written import Written
+from invact.recognition.written_expression import Written
 from invact.swapping.approximation import Approximation
 from invact.swapping.class_over import class_over, shared_class
 from invact.swapping.inversion import Inversion

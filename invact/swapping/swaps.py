@@ -10,7 +10,7 @@ from torch import nn
 
 from invact.recognition.fused_rms_norm import Fusion
 from invact.recognition.rewriting import Runner
-from invact.recognition.written import Written
+from invact.recognition.written_expression import Written
 from invact.swapping.activations import activation_class
 from invact.swapping.approximation import Approximation
 from invact.swapping.checkpointed import checkpointed_class, switched_class, with_a_switch_around

@@ -23,10 +23,10 @@ from invact.trial.data import DataError
 from invact.trial.peak import predicted_peak
 from invact.trial.processes import CompressedTraining, Pair
 from invact.trial.result import Trial
-from invact.trial.run import Run
 from invact.trial.task import Task
 from invact.trial.trainee import Trainee, Training, on_device
 from invact.trial.verdict import Yardsticks
+from invact.trial.way_result import Run
 from invact.trial.ways import COMPRESSION, EXACT, INVACT, SELECTIVE, WAYS, way_called
 
 

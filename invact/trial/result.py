@@ -15,8 +15,8 @@ from invact.planning.by_layer import Layer
 from invact.report.amounts import format_bytes
 from invact.report.report import Report
 from invact.report.tables import Column, print_table
-from invact.trial.run import Run
 from invact.trial.verdict import Yardsticks, judge
+from invact.trial.way_result import Run
 from invact.trial.ways import BASELINE, INVACT
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from invact.bench.counting import counted
+from invact.bench.kept_bytes import counted
 from invact.bench.timing import wait_for
 from invact.errors.checks import Inputs
 from invact.errors.own_errors import first_line, own_error

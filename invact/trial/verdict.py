@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from invact.report.amounts import format_bytes
-from invact.trial.run import Run
+from invact.trial.way_result import Run
 from invact.trial.ways import BASELINE, COMPRESSION, INVACT, way_called
 
 ROUNDING = 0.01  # of the loss: what rounding may come to in a few steps, judged without a spread; chosen

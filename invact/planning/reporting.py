@@ -12,13 +12,13 @@ from invact.ledger.floor import floor_bytes, not_derived, remains
 from invact.ledger.own_loss import loss_bytes
 from invact.planning.deciding import Decision, Pass
 from invact.planning.derived_sites import counted_at_inverted_sites, with_derived
-from invact.planning.first_pass import Places
 from invact.planning.options import Options
+from invact.planning.places import Places
 from invact.probing.records import Observation
 from invact.report import notes
 from invact.report.records import APPROXIMATE, FusedNorm, Site
 from invact.report.report import Report
-from invact.report.training import training_in_words
+from invact.report.setting_in_words import training_in_words
 from invact.simulation.setting import Setting
 
 
@@ -83,7 +83,7 @@ def notes_on(
     report: Report, model: nn.Module, passes: Passes, found: Places, options: Options, why_not_derived: str | None
 ) -> list[str]:
     """What else the reader should know, in the order in which it came to light."""
-    said = list(passes.before.notes)
+    said = list(dict.fromkeys([*passes.before.notes, *passes.after.notes]))
     if not model.training:
         said.append(notes.EVALUATION_MODE)
     if passes.first.checkpoints:

@@ -8,7 +8,7 @@ from torch import nn
 
 from invact.kernels import Curve
 from invact.recognition.dependencies import Dependencies
-from invact.recognition.written import Written
+from invact.recognition.written_expression import Written
 
 
 @dataclass(frozen=True)
