@@ -17,7 +17,7 @@ from invact.planning.first_pass import first_pass
 from invact.planning.fusing import fused_norms
 from invact.planning.options import Options
 from invact.planning.places import walked
-from invact.planning.reporting import Passes, notes_on, told
+from invact.planning.reporting import Counted, notes_on, told
 from invact.planning.rounding_notes import with_roundings
 from invact.probing.probe import observe
 from invact.probing.records import Observation
@@ -133,9 +133,9 @@ def decide_in(model: nn.Module, inputs: Inputs, setting: Setting, options: Optio
         if changes:  # with hooks in place, sites of few elements have run stock code
             after = changes.observed(model, inputs, derived=False)
 
-    passes = Passes(first, before, after)
-    report = told(decisions, fused, seen, passes, found, setting, options)
-    report.notes = notes_on(report, model, passes, found, options, why_not_derived)
+    counted = Counted(first, before, after)
+    report = told(decisions, fused, seen, counted, found, setting, options)
+    report.notes = notes_on(report, model, counted, found, options, why_not_derived)
     return Decided(**vars(changes), report=report)
 
 

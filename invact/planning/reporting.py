@@ -23,7 +23,7 @@ from invact.simulation.setting import Setting
 
 
 @dataclass(frozen=True)
-class Passes:
+class Counted:
     """The passes that were counted: the first, with hooks wherever they may be; by stock PyTorch; and as planned."""
 
     first: Observation
@@ -35,18 +35,18 @@ def told(
     decisions: Sequence[Decision],
     fused: list[FusedNorm],
     seen: Pass,
-    passes: Passes,
+    counted: Counted,
     found: Places,
     setting: Setting,
     options: Options,
 ) -> Report:
     """The report, but for the notes."""
-    before, after = passes.before, passes.after
+    before, after = counted.before, counted.after
     assert before.computed is not None
     assert after.computed is not None
     derived = [tensor for tensor in after.derived if tensor.bytes_saved > 0]
     # Expressions are told apart in the first pass only.
-    seen_derived = [*passes.first.derived, *derived]
+    seen_derived = [*counted.first.derived, *derived]
     decisions, derived = counted_at_inverted_sites(decisions, derived, seen.calls, setting.device)
     approximated = sum(decision.bytes_saved for decision in decisions if decision.action == APPROXIMATE)
     return Report(
@@ -80,14 +80,14 @@ def _site(decision: Decision) -> Site:
 
 
 def notes_on(
-    report: Report, model: nn.Module, passes: Passes, found: Places, options: Options, why_not_derived: str | None
+    report: Report, model: nn.Module, counted: Counted, found: Places, options: Options, why_not_derived: str | None
 ) -> list[str]:
     """What else the reader should know, in the order in which it came to light."""
-    said = list(dict.fromkeys([*passes.before.notes, *passes.after.notes]))
+    said = list(dict.fromkeys([*counted.before.notes, *counted.after.notes]))
     if not model.training:
         said.append(notes.EVALUATION_MODE)
-    if passes.first.checkpoints:
-        said.append(notes.checkpointed_regions(passes.first.checkpoints))
+    if counted.first.checkpoints:
+        said.append(notes.checkpointed_regions(counted.first.checkpoints))
     if found.already:
         said.append(notes.already_patched(len(found.already)))
     elif found.patched:
@@ -98,7 +98,7 @@ def notes_on(
         said.append(why_not_derived)
     if report.approximate and options.few_bits is not None:
         said.append(notes.what_is_approximate(report, options.few_bits))
-    loss = passes.after.loss
+    loss = counted.after.loss
     if loss is not None and (note := notes.on_loss(report, loss.tokens, loss.vocabulary)):
         said.append(note)
     return said
