@@ -169,7 +169,7 @@ def test_inverted_modules_inside_keep_no_more_and_have_their_gradients():
         assert (a - b).norm() <= 1e-5 * a.norm()
 
 
-@pytest.mark.parametrize("first", ["inductor", "invact"])
+@pytest.mark.parametrize("first", [pytest.param("inductor", marks=pytest.mark.slow), "invact"])
 def test_pytorchs_caches_tell_the_backends_apart(first):
     model, x = Block(), rows()
     backends = [first, {"inductor": "invact", "invact": "inductor"}[first]]

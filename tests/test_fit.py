@@ -130,7 +130,7 @@ def test_gradients_are_stocks_bit_for_bit_with_exact(name):
     assert all(map(torch.equal, gradients(model, inputs), stock))
 
 
-@pytest.mark.parametrize("name", ["gpt2 with dropout", "llama", "vit"])
+@pytest.mark.parametrize("name", ["llama", "vit"])
 def test_gradients_are_stocks_but_for_rounding(name):
     model = MODELS[name]()
     inputs = inputs_for(model, 16)

@@ -205,7 +205,7 @@ def test_what_a_forward_touches_is_as_it_was(do, touched, branches):
 
 
 @pytest.mark.usefixtures("all_objects_followed")
-@pytest.mark.parametrize("do", ["activation_memory", "patched"])  # one that patches nothing, and one that does
+@pytest.mark.parametrize("do", [pytest.param("activation_memory", marks=pytest.mark.slow), "patched"])
 def test_a_cache_of_functools_is_emptied_of_what_was_simulated_and_keeps_what_is_real(do):
     for branches in (False, True):
         rotary.cache_clear()
