@@ -84,7 +84,7 @@ def test_help_names_the_model_first(command):
     assert f"{command} [OPTIONS] [NAME]" in run(command, "--help").stdout
 
 
-@pytest.mark.parametrize("width", [40, 60, 100])
+@pytest.mark.parametrize("width", [40, pytest.param(60, marks=pytest.mark.slow), 100])
 def test_a_piped_report_is_as_wide_as_columns_says(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     result = run("patch", "timm/test_vit", "--gpu-memory", "24GiB")

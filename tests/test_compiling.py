@@ -70,7 +70,7 @@ def bert(dropout=0.0, layers=2):
     return small_model("BertForMaskedLM", intermediate_size=256, num_hidden_layers=layers, **dropouts).train()
 
 
-@pytest.mark.parametrize(("make", "at_most"), [(llama, 0.52), (bert, 0.60)])
+@pytest.mark.parametrize(("make", "at_most"), [pytest.param(llama, 0.52, marks=pytest.mark.slow), (bert, 0.60)])
 def test_a_language_model_keeps_little_more_than_its_products_and_the_count_says_so(make, at_most):
     model, ids = make(), {"input_ids": torch.randint(0, 100, (4, 64))}
     counted = compiled_bytes(model, ids, CPU)

@@ -35,8 +35,9 @@ def blocks(page: Path) -> list[Block]:
 
 BLOCKS = [block for page in sorted(DOCS.glob("*.md")) for block in blocks(page)]
 PAGES = sorted({block.page for block in BLOCKS if block.language == "python"})
+# Commands that simulate steps are left to the slow run: tests/test_planner.py is about them.
 COMMANDS = [
-    pytest.param(line, marks=[pytest.mark.slow] if block.slow else [])
+    pytest.param(line, marks=[pytest.mark.slow] if block.slow or "--gpu-memory" in line else [])
     for block in BLOCKS
     if block.language == "sh"
     for line in block.code.splitlines()

@@ -106,13 +106,10 @@ PLACES = {
 
 # Each takes a search through all objects of the process, seconds where everything is loaded: one of a kind in each run.
 IN_EACH_RUN = (
-    "a deque in the global `DEQUE` of module",
     "a list in attribute `history` of an object of class `",
-    "attribute `value` of an object of class `",
     "attribute `seen` of the module of class `",
     "a list in closure variable `seen` of function `",
     "a dict in a WeakKeyDictionary in the global `BY_OBJECT` of module",
-    "local variables of function `generator_of` (",
 )
 
 

@@ -20,9 +20,8 @@ def test_the_table_was_found():
 
 # The rest of the table is left to the slow run: models of the same build as one that is here, and the largest.
 IN_THE_SLOW_RUN = (
-    "open_clip/ViT-B-32-quickgelu",
-    "openai/clip-vit-base-patch32",
-    "meta-llama/Llama-3.1-8B --lora-rank 16",
+    *("answerdotai/ModernBERT-base", "open_clip/ViT-B-32-quickgelu", "openai/clip-vit-base-patch32"),
+    *("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B --lora-rank 16", "timm/convnext_base"),
 )
 
 

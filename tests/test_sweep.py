@@ -65,6 +65,7 @@ def test_a_class_whose_default_configuration_the_library_refuses_is_not_built_an
     assert "must be 0" in three[REFUSES_ITSELF]["why"]
 
 
+@pytest.mark.slow
 def test_results_are_resumed_and_written_as_a_table(three, tmp_path):
     results, page = tmp_path / "results.jsonl", tmp_path / "models.md"
     results.write_text("".join(json.dumps(result) + "\n" for result in three.values()))
