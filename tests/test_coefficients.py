@@ -11,7 +11,9 @@ from invact.kernels import CURVES, Curve
 from invact.kernels.curves.two_sided import TWO_SIDED, TwoSided
 
 
-@pytest.mark.parametrize("curves", [["silu"], pytest.param(list(TWO_SIDED), marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize(
+    "curves", [["silu"], pytest.param([curve.name for curve in TWO_SIDED], marks=pytest.mark.slow)], ids=["one", "all"]
+)
 def test_fitting_again_gives_what_is_checked_in(
     curves: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,8 @@ class Simulation(FakeTensorMode):
         if packet is torch.ops.aten.mkldnn_rnn_layer and self._for_cpu:
             raise ImitatedError("only oneDNN knows how much its LSTM keeps")
         out: Any = users_call(self.dispatch, func, types, args, kwargs)
+        if out is NotImplemented:  # a subclass of tensors, such as DTensor, takes it apart first
+            return out
         for norm, places in self._norms:
             if packet is norm and args[0].device.type == "cpu":
                 normed, *statistics = out
