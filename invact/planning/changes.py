@@ -62,10 +62,14 @@ class Changes:
         finally:
             swaps.undo()
 
-    def observed(self, model: nn.Module, inputs: Inputs, *, derived: bool = True) -> Observation:
-        """A pass with all of it applied, as on the device that is planned for; `derived` as of `observe`."""
+    def observed(
+        self, model: nn.Module, inputs: Inputs, *, record_operators: bool = False, record_derived: bool = False
+    ) -> Observation:
+        """A pass with all of it applied, as on the device that is planned for; what is recorded is as of `observe`."""
         with self.applied(model), as_on(self.setting.device):
-            return observe(model, inputs, self.setting, record_operators=True, record_derived=derived)
+            return observe(
+                model, inputs, self.setting, record_operators=record_operators, record_derived=record_derived
+            )
 
 
 def changes_for(

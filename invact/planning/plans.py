@@ -127,11 +127,11 @@ def decide_in(model: nn.Module, inputs: Inputs, setting: Setting, options: Optio
     changes = changes_for(decisions, found, fused, setting, derives=_derives(first))
 
     before = _before(model, inputs, first, setting)
-    after = changes.observed(model, inputs) if changes else before
+    after = changes.observed(model, inputs, record_operators=True, record_derived=True) if changes else before
     if changes.derives and not _derives(after) and not first.checkpoints:  # inside regions it is not seen
         changes = replace(changes, derives={})
         if changes:  # with hooks in place, sites of few elements have run stock code
-            after = changes.observed(model, inputs, derived=False)
+            after = changes.observed(model, inputs, record_operators=True)
 
     counted = Counted(first, before, after)
     report = told(decisions, fused, seen, counted, found, setting, options)

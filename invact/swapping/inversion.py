@@ -77,7 +77,10 @@ def _better_derived(x: Any) -> bool:
     """Whether its output can be derived, and that takes less time than to invert."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False  # before asking for a size, which a graph would be bound to
-    return is_made_again(x.numel(), planned_device() or x.device) and is_deriving(True)
+    count = x.numel()
+    if SMALLEST_INVERTED <= count <= LARGEST_INVERTED_ON_CPU:
+        return False  # on any device, so none is asked for
+    return is_made_again(count, planned_device() or x.device) and is_deriving(True)
 
 
 def is_made_again(count: int, device: torch.device) -> bool:
